@@ -1,0 +1,66 @@
+"""Where a figure comes from: machine, versions, commit. And the gate: nothing is timed on a red test run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sib_fast
+from sib_fast import _extension
+
+ROOT = Path(__file__).parent.parent
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    changed = _git("status", "--porcelain", "--", "csrc", "sib_fast", "benchmarks/*.py", "CMakeLists.txt")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_1_min": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sib_fast": sib_fast.__version__,
+        "build": _extension.BUILD_INFO,
+        "capability": os.environ.get("SIB_FAST_CPU_CAPABILITY", "highest of this CPU"),
+        "commit": _git("rev-parse", "HEAD") + ("-changed" if changed else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def require_green_ops() -> None:
+    """Runs the tests of the ops; exits with their output if one fails. A timing from a red run is not reported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops", "tests/test_benchmarks.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"benchmarks: the ops' tests are red, so nothing is timed\n{result.stdout[-3000:]}")
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Atomically, so that an interrupted run leaves the previous file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,25 @@
+"""sib_fast: Spatial Information Bottleneck (S-IB) training for PyTorch (arXiv 2511.09239).
+
+criterion = sib_fast.SIBLoss().attach(model)      # then train as before: criterion(logits, target)
+"""
+
+from sib_fast import estimators, masks
+from sib_fast._backends import BACKENDS, why_not
+from sib_fast._version import __version__
+from sib_fast.loss import SIBLoss
+from sib_fast.ops import foreground_mask, region_statistics
+from sib_fast.types import RegionStatistics
+from sib_fast.vjp import vjp_map
+
+__all__ = [
+    "BACKENDS",
+    "RegionStatistics",
+    "SIBLoss",
+    "__version__",
+    "estimators",
+    "foreground_mask",
+    "masks",
+    "region_statistics",
+    "vjp_map",
+    "why_not",
+]

@@ -1,0 +1,76 @@
+"""What was built, what is usable here, and why not: `python -m sib_fast doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+
+import torch
+
+from sib_fast import _extension
+from sib_fast._backends import BACKENDS, resolve, why_not
+from sib_fast._version import __version__
+
+_EXTRAS = {"triton": "Triton kernels", "lightning": "extra [lab]", "torchvision": "torchvision models and data"}
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_launch() -> str:
+    """Launches the smallest kernel of the CUDA library, where both a library and a GPU are there."""
+    if _extension.MISSING["cuda"] is not None:
+        return f"not usable: {_extension.MISSING['cuda']}"
+    if not torch.cuda.is_available():
+        return "loaded; not launched: torch sees no GPU"
+    x = torch.arange(5, dtype=torch.float32, device="cuda")
+    right = torch.equal(torch.ops.sib_fast._device_check(x), 2 * x + 1)
+    return f"launched on {torch.cuda.get_device_name()}" if right else "BROKEN: a kernel launched and returned wrong numbers"
+
+
+def report() -> list[tuple[str, str]]:
+    """Rows (what, finding), in the order they are printed."""
+    build = _extension.BUILD_INFO
+    rows = [
+        ("sib_fast", __version__),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    if build:
+        rows += [
+            ("built with", f"{build['compiler']}, against torch {build['built_against_torch']}"),
+            ("CPU instruction sets", f"{build['cpu_capabilities']}; SIB_FAST_CPU_CAPABILITY lowers the choice"),
+            ("CUDA built with", build["cuda_compiler"] or "not built"),
+            ("CUDA architectures", build["cuda_architectures"] or "none"),
+        ]
+    else:
+        rows.append(("built with", "nothing was built"))
+    rows.append(("compiler here", shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "none on PATH"))
+    rows.append(("nvcc here", shutil.which("nvcc") or "none on PATH (CUDA_HOME may name one)"))
+    for package, what in _EXTRAS.items():
+        rows.append((package, f"{_version_of(package) or 'not installed'} ({what})"))
+    for backend in BACKENDS:
+        rows.append((f"backend {backend}", why_not(backend) or "usable"))
+    rows.append(("CUDA library", _cuda_launch()))
+    rows.append(("auto on cpu", resolve("doctor", "auto", torch.device("cpu"))))
+    rows.append(("auto on cuda", resolve("doctor", "auto", torch.device("cuda"))))
+    return rows
+
+
+def main() -> int:
+    rows = report()
+    width = max(len(what) for what, _ in rows)
+    for what, finding in rows:
+        print(f"{what:<{width}}  {finding}")
+    broken = any("BROKEN" in finding for _, finding in rows)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""SIBLoss: base loss, VJP, mask, statistics, estimator and objective put together. Composition only."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sib_fast import _checks
+from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
+from sib_fast.masks import MASKS, GivenMask, resolve_given
+from sib_fast.network_checks import check_graph, check_module
+from sib_fast.ops import region_statistics
+from sib_fast.vjp import SCALARS, vjp_map
+
+_OP = "SIBLoss"
+
+
+def _exp(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
+    return base + lambda_bg * torch.exp(background) + lambda_fg * torch.exp(-foreground)
+
+
+def _linear(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
+    return base + lambda_bg * background - lambda_fg * foreground
+
+
+def _expm1(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
+    return base + lambda_bg * torch.expm1(background) + lambda_fg * torch.expm1(-foreground)
+
+
+OBJECTIVES = {"exp": _exp, "linear": _linear, "expm1": _expm1}
+
+
+class _DefaultWeight(float):
+    """Tells a default apart from the same number given by the caller."""
+
+
+_LAMBDA_BG = _DefaultWeight(1000.0)
+
+
+class SIBLoss(nn.Module):
+    """Spatial Information Bottleneck loss: the base loss plus two terms on the VJP of the network (SPEC 5).
+
+        loss = base + lambda_bg·exp(background) + lambda_fg·exp(−foreground)
+
+    foreground: dependence between VJP and input where the VJP is dense, raised; background: the VJP's variance elsewhere,
+    lowered. Either explicitly, `x.requires_grad_(); logits = model(x); loss = criterion(logits, target, x)`, or attached
+    once, `criterion = SIBLoss(...).attach(model)`, after which the trainer goes on calling `criterion(logits, target)`.
+
+    Active if and only if grad is enabled, the criterion is in training mode and (attached) so is the model; otherwise it
+    is the base loss alone, so that validation loops and inference_mode work unchanged.
+
+    Shapes:  logits [N, K]; target int64 [N] or probabilities [N, K]; x [N, C, H, W] -> 0-d loss, float32, or float64 if
+             logits or x are. Runs with autocast off.
+    Args:    lambda_fg, lambda_bg: weights of the two terms. scalar: of the VJP, see `vjp_map`. estimator: "hsic_biased",
+             "hsic_unbiased", "cka" or "hsic_gaussian". background: "variance", "hsic" (give lambda_bg: the default is the
+             variance's) or "relative_variance". objective: "exp" (the authors' script), "linear" (their README) or "expm1"
+             (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
+             as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
+             smoothing goes there. vjp_scale: `vjp_map`'s scale. backend: "auto", "reference" or "cpu".
+             scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
+             estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
+             background, lambda_fg, lambda_bg) -> 0-d, mask(vjp) -> [N, 1, H, W].
+    Attributes: terms: detached 0-d tensors of the latest call: loss, base and, when active, foreground, background and
+             mask_area (mean of the mask). Nothing is synchronised.
+    Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
+    Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
+    Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
+    """
+
+    def __init__(
+        self,
+        lambda_fg: float = 0.01,
+        lambda_bg: float = _LAMBDA_BG,
+        *,
+        scalar: str | Callable = "energy",
+        estimator: str | Callable = "hsic_biased",
+        background: str | Callable = "variance",
+        objective: str | Callable = "exp",
+        mask: str | Callable = "density",
+        window_size: int = 31,
+        temperature: float = 0.1,
+        slope: float = 10.0,
+        quantiles: Sequence[float] = (0.05, 0.95, 0.8, 0.8),
+        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        vjp_scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
+            if not weight >= 0:
+                raise ValueError(f"{_OP}: {name} must be at least 0, got {weight!r}")
+        choices = {
+            "scalar": (scalar, SCALARS),
+            "estimator": (estimator, tuple(ESTIMATORS)),
+            "background": (background, tuple(BACKGROUNDS)),
+            "objective": (objective, tuple(OBJECTIVES)),
+            "mask": (mask, tuple(MASKS)),
+        }
+        for name, (value, known) in choices.items():
+            _checks.require_choice(_OP, name, value, known, or_callable=True)
+        if background == "hsic" and isinstance(lambda_bg, _DefaultWeight):
+            raise ValueError(
+                f"{_OP}: lambda_bg must be given for background='hsic', got the default: 1000 is the weight of a variance "
+                "of order 1e-8, and background HSIC is of order 1e-2"
+            )
+        _checks.require_window(_OP, window_size)
+        _checks.require_positive(_OP, "temperature", temperature)
+        _checks.require_positive(_OP, "slope", slope)
+        if base_loss is not None and not callable(base_loss):
+            raise TypeError(f"{_OP}: base_loss must be callable, got {type(base_loss).__name__}")
+        self.lambda_fg, self.lambda_bg = float(lambda_fg), float(lambda_bg)
+        self.scalar = scalar
+        self.estimator = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+        self.background = BACKGROUNDS[background] if isinstance(background, str) else background
+        self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
+        if isinstance(mask, str):
+            mask = MASKS[mask](
+                window_size=window_size,
+                temperature=temperature,
+                slope=slope,
+                quantiles=_checks.require_quantiles(_OP, quantiles),
+                backend=backend,
+            )
+        self.mask = mask
+        self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
+        self.vjp_scale = vjp_scale
+        self.backend = backend
+        self.terms: dict[str, Tensor] = {}
+        self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
+        self._attachment: _Attachment | None = None
+        self._graph_checked = False
+
+    # ---- attaching --------------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> SIBLoss:
+        """Captures the model's input from now on, so that `criterion(logits, target)` suffices. Returns self.
+
+        A forward pre-hook hands the (inner) module a differentiable view of its first floating-point [N, C, H, W] argument,
+        positional or keyword; the caller's tensor stays as it is and gets no `.grad`. Copies and pickles of the model carry
+        no live hook, and copies of the criterion are not attached.
+
+        Errors:  TypeError if model is no module; RuntimeError if already attached, or if the model cannot be differentiated
+                 twice (torch.compile, SyncBatchNorm, DistributedDataParallel(static_graph=True), DataParallel).
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{_OP}.attach: model must be a torch.nn.Module, got {type(model).__name__}")
+        if self._attachment is not None:
+            raise RuntimeError(f"{_OP}.attach: the criterion is attached to a model already; call remove() first")
+        check_module(f"{_OP}.attach", model)
+        self._attachment = _Attachment(self, model.module if isinstance(model, DistributedDataParallel) else model)
+        self._graph_checked = False
+        return self
+
+    def remove(self) -> None:
+        """Undoes `attach`; does nothing if not attached."""
+        if self._attachment is not None:
+            self._attachment.handle.remove()
+            self._attachment = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A hook cannot travel: a copy starts detached.
+        return {**super().__getstate__(), "_attachment": None, "terms": {}, "_graph_checked": False}
+
+    # ---- the loss ---------------------------------------------------------------------------------------------------
+
+    def forward(self, logits: Tensor, target: Tensor, x: Tensor | None = None, mask: Tensor | GivenMask | None = None) -> Tensor:
+        """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
+        _checks.require_tensor(_OP, "logits", logits)
+        if not (torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())):
+            loss = self._base(logits, target)
+            value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
+            self.terms = {"loss": value, "base": value}
+            return loss
+        if x is None:
+            x = self._captured_input(logits)
+        self._check_batch(logits, target, x)
+        if not self._graph_checked and not torch.compiler.is_compiling():
+            check_graph(_OP, logits.grad_fn)
+            self._graph_checked = True
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._active_loss(logits, target, x, mask)
+
+    def _active_loss(self, logits: Tensor, target: Tensor, x: Tensor, given: Tensor | GivenMask | None) -> Tensor:
+        compute = torch.float64 if torch.float64 in (logits.dtype, x.dtype) else torch.float32
+        labels = target if target.ndim == 1 else target.argmax(dim=1)
+        base = self._base(logits.to(compute), target if target.ndim == 1 else target.to(compute))
+        vjp = vjp_map(logits, x, self.scalar, labels, create_graph=True, scale=self.vjp_scale).to(compute)
+        if not vjp.requires_grad:
+            raise RuntimeError(
+                f"{_OP}: the VJP must depend on the network's parameters, but it came back without a graph: a layer "
+                "(compiled code, a custom autograd.Function) cuts it, or every parameter is frozen"
+            )
+        mask = self._mask(vjp, given)
+        # The input is data: the statistics see it without its gradient.
+        data = x.detach() if (x.dtype == torch.float64) == (compute == torch.float64) else x.detach().to(compute)
+        statistics = region_statistics(
+            vjp,
+            data,
+            mask,
+            background_grams=getattr(self.background, "needs_background_grams", False),
+            backend=self.backend,
+        )
+        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
+        background = self.background(statistics)
+        loss = self.objective(base.to(foreground.dtype), foreground, background, self.lambda_fg, self.lambda_bg).to(compute)
+        self.terms = {
+            "loss": loss.detach().clone(),
+            "base": base.detach(),
+            "foreground": foreground.detach().to(compute),
+            "background": background.detach().to(compute),
+            "mask_area": mask.detach().mean(),
+        }
+        if self._debug:
+            self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **self.terms})
+        return loss
+
+    def _base(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = self.base_loss(logits, target)
+        if loss.ndim != 0:
+            raise ValueError(
+                f"{_OP}: base_loss must return a 0-d tensor (reduction='mean' or 'sum'), got shape {list(loss.shape)}; the "
+                "S-IB terms are defined for a batch, so there is no loss per image"
+            )
+        return loss
+
+    def _mask(self, vjp: Tensor, given: Tensor | GivenMask | None) -> Tensor:
+        if given is None:
+            mask = self.mask(vjp)
+        else:
+            mask, annotated = resolve_given(_OP, given, vjp)
+            if annotated is not None:
+                mask = torch.where(annotated[:, None, None, None], mask, self.mask(vjp))
+        _checks.require_same_shape(_OP, "mask", mask, "x", (vjp.shape[0], 1, *vjp.shape[2:]))
+        return mask
+
+    def _captured_input(self, logits: Tensor) -> Tensor:
+        if self._attachment is None:
+            raise RuntimeError(
+                f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
+                "before the forward pass, or criterion.attach(model) once"
+            )
+        x = self._attachment.captured
+        if x is None:
+            raise RuntimeError(
+                f"{_OP}: no input was captured: the attached model has not run forward in training mode with grad enabled "
+                "since attach(). Run the model itself (not a copy of it), or pass x"
+            )
+        return x
+
+    def _check_batch(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
+        _checks.require_floating(_OP, "logits", logits)
+        if logits.ndim != 2:
+            raise ValueError(f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}")
+        _checks.require_map(_OP, "x", x)
+        _checks.require_same_device(_OP, "x", x, "logits", logits)
+        _checks.require_tensor(_OP, "target", target)
+        images = logits.shape[0]
+        if x.shape[0] != images:
+            raise ValueError(f"{_OP}: x must hold the {images} images of logits, got {x.shape[0]}")
+        if list(target.shape) not in ([images], list(logits.shape)):
+            raise ValueError(
+                f"{_OP}: target must be class indices [{images}] or probabilities {list(logits.shape)}, got {list(target.shape)}"
+            )
+        for role in (self.estimator, self.background):
+            minimum = getattr(role, "minimum_batch", 1)
+            if images < minimum:
+                raise ValueError(
+                    f"{_OP}: the batch must hold N >= {minimum} images for {role.__name__}, got {images}: drop the last "
+                    "partial batch, DataLoader(drop_last=True)"
+                )
+
+    @staticmethod
+    def _check_finite(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"{_OP}: {name} must be finite (SIB_FAST_DEBUG=1), got NaN or Inf")
+
+    def extra_repr(self) -> str:
+        names = {name: getattr(getattr(self, name), "__name__", getattr(self, name)) for name in ("estimator", "background")}
+        return (
+            f"lambda_fg={self.lambda_fg}, lambda_bg={self.lambda_bg}, scalar={self.scalar!r}, "
+            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, attached={self._attachment is not None}"
+        )
+
+
+class _Attachment:
+    """One criterion's hold on one model: the hook, and the input of the latest active forward (only the latest)."""
+
+    def __init__(self, criterion: SIBLoss, model: nn.Module) -> None:
+        # Weak, so that criterion and model do not keep each other alive and a model may hold its criterion as a submodule.
+        self._model = weakref.ref(model)
+        self.captured: Tensor | None = None
+        self.handle = model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)
+
+    def training(self) -> bool:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(f"{_OP}: the attached model no longer exists; call remove(), then attach() to the new one")
+        return model.training
+
+
+class _InputCapture:
+    """The forward pre-hook. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
+
+    def __init__(self, attachment: _Attachment | None = None, criterion: SIBLoss | None = None) -> None:
+        self._attachment = None if attachment is None else weakref.ref(attachment)
+        self._criterion = None if criterion is None else weakref.ref(criterion)
+
+    def __deepcopy__(self, memo: dict) -> _InputCapture:
+        return _InputCapture()
+
+    def __reduce__(self) -> tuple:
+        return _InputCapture, ()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        attachment = self._attachment() if self._attachment is not None else None
+        criterion = self._criterion() if self._criterion is not None else None
+        if attachment is None or criterion is None:
+            return None
+        if not (torch.is_grad_enabled() and module.training and criterion.training):
+            return None
+        for place, values in ((list(args), enumerate(args)), (dict(kwargs), kwargs.items())):
+            for key, value in values:
+                if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
+                    continue
+                if value.requires_grad:
+                    attachment.captured = value
+                    return None
+                source = value.clone() if value.is_inference() else value
+                attachment.captured = place[key] = source.detach().requires_grad_()
+                return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
+        raise RuntimeError(
+            f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
+            f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
+        )
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,30 @@
+"""The default mask: where the VJP itself is dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sib_fast.ops import foreground_mask
+
+
+@dataclass(frozen=True)
+class DensityMask:
+    """`foreground_mask` with its settings: a mask maker, vjp [N, C, H, W] -> mask [N, 1, H, W]."""
+
+    window_size: int = 31
+    temperature: float = 0.1
+    slope: float = 10.0
+    quantiles: tuple[float, float, float, float] = (0.05, 0.95, 0.8, 0.8)
+    backend: str = "auto"
+
+    def __call__(self, vjp: Tensor) -> Tensor:
+        return foreground_mask(
+            vjp,
+            window_size=self.window_size,
+            temperature=self.temperature,
+            slope=self.slope,
+            quantiles=self.quantiles,
+            backend=self.backend,
+        )

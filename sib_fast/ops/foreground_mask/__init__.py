@@ -1,0 +1,158 @@
+"""foreground_mask: from a vector-Jacobian product to a soft mask of where its density is (SPEC 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sib_fast import _checks, _extension
+from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops.foreground_mask import reference
+
+_OP = "foreground_mask"
+_LEVELS = 4  # lo, hi, gate (of g), area (of d)
+
+
+class MaskOptions(NamedTuple):
+    """The op's settings, in the order of the registered schemas."""
+
+    window_size: int
+    temperature: float
+    slope: float
+    quantiles: tuple[float, float, float, float]
+    eps: float
+
+
+def foreground_mask(
+    vjp: Tensor,
+    *,
+    window_size: int = 31,
+    temperature: float = 0.1,
+    slope: float = 10.0,
+    quantiles: Sequence[float] = (0.05, 0.95, 0.8, 0.8),
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """Soft mask of the region where the VJP is dense, differentiable once in `vjp` (with backend="reference": any order).
+
+    A pixel counts by how far |mean over channels of vjp| lies above its image's `quantiles[2]` level, in units of the
+    range between levels `quantiles[0]` and `quantiles[1]`; the counts are averaged over a window, and the mask is high
+    where that average exceeds its own `quantiles[3]` level.
+
+    Shapes:  vjp [N, C, H, W] float64, float32, bfloat16 or float16, any strides -> mask [N, 1, H, W] in (0, 1), float64
+             for float64 and float32 for all others. Any N, C, H, W >= 1.
+    Args:    window_size: odd width of the averaging window, zero padding that counts. temperature: of the soft quantiles,
+             in ranks. slope: of both sigmoids. quantiles: (lo, hi, gate, area). eps: added to the value range.
+             backend: "auto", "reference" or "cpu".
+    Scale:   per image; multiplying an image's vjp by a positive number leaves its mask unchanged (up to eps).
+    Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable;
+             NotImplementedError when a kernel's gradient is differentiated again.
+    Source:  arXiv 2511.09239, differentiable adaptive mask; the authors' script; SPEC 3 and 6.
+    """
+    _checks.require_map(_OP, "vjp", vjp)
+    _checks.require_window(_OP, window_size)
+    _checks.require_positive(_OP, "temperature", temperature)
+    _checks.require_positive(_OP, "slope", slope)
+    _checks.require_positive(_OP, "eps", eps)
+    levels = _checks.require_quantiles(_OP, quantiles)
+    options = MaskOptions(window_size, float(temperature), float(slope), levels, float(eps))
+    chosen = resolve(_OP, backend, vjp.device)
+    if chosen == REFERENCE:
+        with torch.autocast(vjp.device.type, enabled=False):
+            return reference.foreground_mask(vjp, **options._asdict())
+    return _ForegroundMask.apply(vjp, None, options, chosen)
+
+
+def mask_with_ranks(vjp: Tensor, rank_pixels: Tensor | None, options: MaskOptions, backend: str) -> Tensor:
+    """The kernel's mask with the pixels of all ranks given: one rank flip moves a whole window, so tests fix them (SPEC 7).
+
+    Shapes:  rank_pixels int32 [N, 4, rank_window_length], -1 where a window leaves the ranks 0 … P-1.
+    """
+    return _ForegroundMask.apply(vjp, rank_pixels, options, resolve(_OP, backend, vjp.device))
+
+
+def selected_ranks(vjp: Tensor, options: MaskOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel selects, for tests: mean_map [N, H, W], levels [N, 4], rank_pixels int32 [N, 4, L]."""
+    return _FORWARD[resolve(_OP, backend, vjp.device)](vjp.detach(), None, *options)[1:]
+
+
+def rank_window_length(temperature: float, dtype: torch.dtype) -> int:
+    """Entries of a rank window: outside it the soft quantile's weights vanish next to the values' rounding (SPEC 3)."""
+    return 2 * (ceil((40.0 if dtype == torch.float64 else 17.0) * temperature) + 1) + 1
+
+
+class _ForegroundMask(torch.autograd.Function):
+    """The mask by a kernel; its gradient by hand.
+
+    Shapes:  vjp [N, C, H, W] -> mask [N, 1, H, W]. Saved: mask, mean_map [N, H, W], levels [N, 4], rank_pixels.
+    Order:   once. A second derivative raises, in `_ForegroundMaskGrad`; `once_differentiable` would not be enough, since
+             with a detached seed it drops the second-order term in silence.
+    Source:  SPEC 3 and 6.
+    """
+
+    @staticmethod
+    def forward(ctx, vjp, rank_pixels, options, backend):
+        mask, mean_map, levels, ranks = _FORWARD[backend](vjp, rank_pixels, *options)
+        ctx.save_for_backward(mask, mean_map, levels, ranks)
+        ctx.rest = (vjp.shape[1], options, backend)
+        ctx.dtype = vjp.dtype
+        return mask
+
+    @staticmethod
+    def backward(ctx, grad_mask):
+        channels, options, backend = ctx.rest
+        mask, mean_map, levels, ranks = ctx.saved_tensors
+        plane = _ForegroundMaskGrad.apply(grad_mask, mask, mean_map, levels, ranks, channels, options, backend)
+        # One plane for all channels: nothing of the size of vjp is written here.
+        return plane.expand(-1, channels, -1, -1).to(ctx.dtype), None, None, None
+
+
+class _ForegroundMaskGrad(torch.autograd.Function):
+    """The first derivative as a node of its own, so that a second one is an error and never a silent zero."""
+
+    @staticmethod
+    def forward(ctx, grad_mask, mask, mean_map, levels, ranks, channels, options, backend):
+        return _BACKWARD[backend](grad_mask.contiguous(), mask, mean_map, levels, ranks, channels, *options)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "foreground_mask: the second derivative exists only with backend='reference' (the loss needs the first one only)"
+        )
+
+
+def _native_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
+    return torch.ops.sib_fast._foreground_mask(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps)
+
+
+def _native_backward(grad_mask, mask, mean_map, levels, ranks, channels, window_size, temperature, slope, quantiles, eps):
+    return torch.ops.sib_fast._foreground_mask_backward(
+        grad_mask, mask, mean_map, levels, ranks, channels, window_size, temperature, slope, quantiles, eps
+    )
+
+
+_FORWARD = {"cpu": _native_forward}
+_BACKWARD = {"cpu": _native_backward}
+
+
+if _extension.MISSING["cpu"] is None:
+
+    @torch.library.register_fake("sib_fast::_foreground_mask")
+    def _fake_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
+        images, _, height, width = vjp.shape
+        acc = _checks.accumulation_dtype(vjp.dtype)
+        length = rank_window_length(temperature, vjp.dtype)
+        return (
+            vjp.new_empty((images, 1, height, width), dtype=acc),
+            vjp.new_empty((images, height, width), dtype=acc),
+            vjp.new_empty((images, _LEVELS), dtype=acc),
+            vjp.new_empty((images, _LEVELS, length), dtype=torch.int32),
+        )
+
+    @torch.library.register_fake("sib_fast::_foreground_mask_backward")
+    def _fake_backward(grad_mask, mask, mean_map, levels, rank_pixels, channels, window_size, temperature, slope, quantiles, eps):
+        return mask.new_empty(mask.shape)

@@ -1,0 +1,142 @@
+"""region_statistics: Gram matrices and variances of foreground and background in one pass (SPEC 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sib_fast import _checks, _extension
+from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops.region_statistics import reference
+from sib_fast.types import RegionStatistics
+
+_OP = "region_statistics"
+
+
+def region_statistics(
+    vjp: Tensor, x: Tensor, mask: Tensor, *, background_grams: bool = False, backend: str = "auto"
+) -> RegionStatistics:
+    """Gram matrices of the masked VJP and input, and the VJP's variances, of both regions in one pass.
+
+    With rows of D = C·H·W elements, a = vjp·mask, b = x·mask, v = vjp·(1-mask), c = x·(1-mask):
+    gram_vjp = a aᵀ, gram_x = b bᵀ, background_variance = Var(v), vjp_variance = Var(vjp), and with `background_grams`
+    background_gram_vjp = v vᵀ, background_gram_x = c cᵀ. Differentiable once in vjp, x and mask (backend="reference": any
+    order). The masked tensors never exist in memory.
+
+    Shapes:  vjp, x [N, C, H, W] float64 (both) or any of float32, bfloat16, float16 (each), any strides;
+             mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N]. Any N >= 1; C·H·W >= 2.
+    Scale:   Grams are plain sums over D; variances unbiased, 1/(D-1). Normalisation is the estimator's.
+    Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or tensors on several
+             devices; NotImplementedError when a kernel's gradient is differentiated again.
+    Source:  arXiv 2511.09239; SPEC 4 and 6.
+    """
+    _checks.require_map(_OP, "vjp", vjp)
+    _checks.require_map(_OP, "x", x)
+    _checks.require_same_shape(_OP, "x", x, "vjp", vjp.shape)
+    _checks.require_tensor(_OP, "mask", mask)
+    images, channels, height, width = vjp.shape
+    _checks.require_same_shape(_OP, "mask", mask, "vjp", (images, 1, height, width))
+    _checks.require_floating(_OP, "mask", mask)
+    _checks.require_same_device(_OP, "x", x, "vjp", vjp)
+    _checks.require_same_device(_OP, "mask", mask, "vjp", vjp)
+    if (vjp.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{_OP}: vjp and x must both be float64 or neither, got {vjp.dtype} and {x.dtype}")
+    if channels * height * width < 2:
+        raise ValueError(f"{_OP}: vjp must have C·H·W >= 2, since its variance is unbiased, got {list(vjp.shape)}")
+    chosen = resolve(_OP, backend, vjp.device)
+    if chosen == REFERENCE:
+        with torch.autocast(vjp.device.type, enabled=False):
+            return reference.region_statistics(vjp, x, mask, background_grams=background_grams)
+    mask = mask.to(_checks.accumulation_dtype(vjp.dtype)).contiguous()
+    return RegionStatistics(*_RegionStatistics.apply(vjp, x, mask, bool(background_grams), chosen))
+
+
+class _RegionStatistics(torch.autograd.Function):
+    """Grams and variances of both regions in one pass; the gradient by hand.
+
+    Shapes:  vjp, x [N, C, H, W]; mask [N, 1, H, W] -> gram_vjp, gram_x [N, N]; background_variance, vjp_variance [N];
+             with background_grams two more Grams. Saved: the inputs and the two means [N].
+    Dtypes:  sums: products in float32 over at most 1,024 elements, added in float64.
+    Order:   once. A second derivative raises, in `_RegionStatisticsGrad`.
+    Source:  SPEC 4 and 6.
+    """
+
+    @staticmethod
+    def forward(ctx, vjp, x, mask, background_grams, backend):
+        out = _FORWARD[backend](vjp, x, mask, background_grams)
+        background_mean, vjp_mean = out[4:6]
+        ctx.save_for_backward(vjp, x, mask, background_mean, vjp_mean)
+        ctx.rest = (background_grams, backend)
+        return (*out[:4], *out[6:]) if background_grams else tuple(out[:4])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        background_grams, backend = ctx.rest
+        vjp, x, mask, background_mean, vjp_mean = ctx.saved_tensors
+        need_vjp, need_x, need_mask = ctx.needs_input_grad[:3]
+        grad_vjp, grad_x, grad_mask = _RegionStatisticsGrad.apply(
+            *(grads if background_grams else (*grads, None, None)),
+            vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask, backend,
+        )  # fmt: skip
+        return (
+            grad_vjp.to(vjp.dtype) if need_vjp else None,
+            grad_x.to(x.dtype) if need_x else None,
+            grad_mask if need_mask else None,
+            None,
+            None,
+        )
+
+
+class _RegionStatisticsGrad(torch.autograd.Function):
+    """The first derivative as a node of its own, so that a second one is an error and never a silent zero."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *arguments, backend = arguments
+        grads = [g if g is None else g.contiguous() for g in arguments[:6]]
+        return _BACKWARD[backend](*grads, *arguments[6:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "region_statistics: the second derivative exists only with backend='reference' (the loss needs the first one only)"
+        )
+
+
+def _native_forward(vjp, x, mask, background_grams):
+    return torch.ops.sib_fast._region_statistics(vjp, x, mask, background_grams)
+
+
+def _native_backward(*arguments):
+    return torch.ops.sib_fast._region_statistics_backward(*arguments)
+
+
+_FORWARD = {"cpu": _native_forward}
+_BACKWARD = {"cpu": _native_backward}
+
+
+if _extension.MISSING["cpu"] is None:
+
+    @torch.library.register_fake("sib_fast::_region_statistics")
+    def _fake_forward(vjp, x, mask, background_grams):
+        images = vjp.shape[0]
+
+        def new(*shape):
+            return vjp.new_empty(shape, dtype=torch.float64)
+
+        background = (images, images) if background_grams else (0,)
+        grams = new(images, images), new(images, images)
+        return (*grams, new(images), new(images), new(images), new(images), new(*background), new(*background))
+
+    @torch.library.register_fake("sib_fast::_region_statistics_backward")
+    def _fake_backward(
+        grad_gram_vjp, grad_gram_x, grad_background_variance, grad_vjp_variance, grad_background_gram_vjp,
+        grad_background_gram_x, vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask,
+    ):  # fmt: skip
+        acc = _checks.accumulation_dtype(vjp.dtype)
+
+        def like(tensor, need):
+            return torch.empty_like(tensor, dtype=acc) if need else tensor.new_empty((0,), dtype=acc)
+
+        grad_mask = mask.new_empty(mask.shape if need_mask else (0,))
+        return like(vjp, need_vjp), like(x, need_x), grad_mask

@@ -1,0 +1,33 @@
+"""Fixtures of the whole suite: kernels, seeds, poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sib_fast import _backends
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[name for name in _backends.BACKENDS if name != _backends.REFERENCE])
+def kernel(request) -> str:
+    """Every kernel backend; one that is not usable here shows as a skip with its reason."""
+    reason = _backends.why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r} is not usable here: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every uninitialised buffer, in Python and in C++, is filled with NaN (integers: the largest value) inside the test."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,197 @@
+"""Builds and installs the way users do: sdist, wheel, isolated, editable; with and without nvcc. Minutes, so marked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import sib_fast
+
+pytestmark = pytest.mark.packaging
+ROOT = Path(__file__).parent.parent
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+CHECK = (
+    "import torch, sib_fast\n"
+    "r = torch.randn(4, 3, 16, 16, requires_grad=True)\n"
+    "mask = sib_fast.foreground_mask(r, window_size=5, backend={backend!r})\n"
+    "out = sib_fast.region_statistics(r, torch.randn(4, 3, 16, 16), mask, backend={backend!r})\n"
+    "sib_fast.estimators.hsic_biased(out.gram_vjp, out.gram_x).backward()\n"
+    "assert torch.isfinite(r.grad).all()\n"
+    "print(sib_fast.__file__)\n"
+)
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
+
+
+def succeed(*command: object, cwd: Path, **environment: str) -> str:
+    result = run(*command, cwd=cwd, **environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def without_nvcc() -> dict[str, str]:
+    """An environment in which no CUDA toolkit is to be found."""
+    keep = [d for d in os.environ["PATH"].split(os.pathsep) if not (Path(d) / "nvcc").exists()]
+    tools = Path(sys.executable).parent
+    for name in ("g++", "c++", "cmake", "ninja", "git"):  # a tool that shares its folder with nvcc must stay reachable
+        found = shutil.which(name)
+        if found and str(Path(found).parent) not in keep and not (tools / name).exists():
+            (tools / name).symlink_to(found)
+    return {"PATH": os.pathsep.join([str(tools), *keep]), "CUDA_HOME": "", "CUDA_PATH": ""}
+
+
+def with_nvcc() -> dict[str, str]:
+    return {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "CUDA_HOME": str(NVCC.parent.parent),
+        "TORCH_CUDA_ARCH_LIST": "9.0a",  # one architecture: that all of them build is checked by the in-place build
+    }
+
+
+TOOLCHAINS = [
+    pytest.param(without_nvcc, id="without-nvcc"),
+    pytest.param(
+        with_nvcc,
+        id="with-nvcc",
+        marks=pytest.mark.skipif(
+            not NVCC.exists() or torch.version.cuda is None, reason="no nvcc on this machine, or torch without CUDA"
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """Built from a copy without anything that git ignores, as a clone is."""
+    tree = tmp_path_factory.mktemp("tree") / "sib_fast"
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.egg-info", "lib", "*.so", "__pycache__", ".*_cache", "runs"
+    )
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    out = tmp_path_factory.mktemp("sdist")
+    succeed(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, cwd=tree)
+    (archive,) = out.glob("*.tar.gz")
+    return archive
+
+
+def assert_works_outside_the_tree(site: Path, backend: str, tmp_path: Path) -> None:
+    out = succeed(sys.executable, "-c", CHECK.format(backend=backend), cwd=tmp_path, PYTHONPATH=str(site))
+    assert str(site) in out, f"imported another sib_fast: {out}"
+
+
+def test_sdist_holds_the_sources(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert str(path.relative_to(ROOT)) in names
+    assert {"CMakeLists.txt", "setup.py", "LICENSE", "README.md", "sib_fast/py.typed"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("toolchain", TOOLCHAINS)
+def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
+    environment = toolchain()
+    succeed(
+        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path / "wheels", sdist,
+        cwd=tmp_path, SIB_FAST_BLOCKS="1", **environment,
+    )  # fmt: skip
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    assert re.fullmatch(rf"sib_fast-{sib_fast.__version__}-py3-none-\w+\.whl", wheel.name), "one wheel for every Python 3"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "sib_fast/lib/libsib_fast_cpu.so" in names
+    assert ("sib_fast/lib/libsib_fast_cuda.so" in names) == (toolchain is with_nvcc)
+    assert {"sib_fast/py.typed", "sib_fast/ops/foreground_mask/README.md"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if "_blocks" in name or name.startswith(("tests", "benchmarks"))]
+    succeed(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel, cwd=tmp_path)
+    assert_works_outside_the_tree(tmp_path / "site", "cpu", tmp_path)
+    info = json.loads((tmp_path / "site/sib_fast/lib/build_info.json").read_text())
+    assert info["cuda_architectures"] == ("90a-real" if toolchain is with_nvcc else "")
+
+    other = ROOT / ".venv-old/bin/python"
+    if other.exists():  # another torch release, perhaps another build of it: the same wheel
+        out = succeed(other, "-c", CHECK.format(backend="cpu"), cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+        assert str(tmp_path / "site") in out
+
+
+@pytest.mark.parametrize("toolchain", TOOLCHAINS)
+def test_isolated_install(toolchain, sdist, tmp_path):
+    """`pip install .` as a user types it: the build environment is made from pyproject.toml alone."""
+    # torch is pinned to one at hand, since "torch>=2.11" would download the newest; the CPU-only one where it suffices.
+    version = torch.__version__.split("+")[0]
+    if toolchain is without_nvcc and (ROOT / ".venv-old").exists():
+        version = succeed(
+            ROOT / ".venv-old/bin/python", "-c", "import torch; print(torch.__version__.split('+')[0])", cwd=tmp_path
+        ).strip()
+    constraint = tmp_path / "constraint.txt"
+    constraint.write_text(f"torch=={version}\n")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    environment = toolchain()
+    environment["PATH"] = (
+        os.pathsep.join(d for d in environment["PATH"].split(os.pathsep) if d != str(Path(sys.executable).parent))
+        if toolchain is with_nvcc
+        else environment["PATH"]
+    )
+    succeed(
+        sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", ".", cwd=source,
+        PIP_CONSTRAINT=str(constraint), PIP_BUILD_CONSTRAINT=str(constraint), **environment,
+    )  # fmt: skip
+    assert_works_outside_the_tree(tmp_path / "site", "cpu", tmp_path)
+    assert (tmp_path / "site/sib_fast/lib/libsib_fast_cuda.so").exists() == (toolchain is with_nvcc)
+
+
+def test_editable_install_is_what_runs_here():
+    assert Path(sib_fast.__file__).parent == ROOT / "sib_fast"
+    assert (ROOT / "sib_fast/lib/libsib_fast_cpu.so").exists()
+
+
+@pytest.mark.skipif(not NVCC.exists() or torch.version.cuda is None, reason="no nvcc on this machine, or torch without CUDA")
+def test_every_default_architecture_is_in_the_library():
+    info = json.loads((ROOT / "sib_fast/lib/build_info.json").read_text())
+    assert info["cuda_architectures"].split() == [
+        "80-real", "86-real", "89-real", "90a-real", "100-real", "120-real", "120-virtual",
+    ]  # fmt: skip
+    library = ROOT / "sib_fast/lib/libsib_fast_cuda.so"
+    cuobjdump = NVCC.with_name("cuobjdump")
+    if not cuobjdump.exists():
+        pytest.skip("no cuobjdump in this toolkit")
+    elf = succeed(cuobjdump, "--list-elf", library, cwd=ROOT)
+    assert {f"sm_{arch}" for arch in ("80", "86", "89", "90a", "100", "120")} <= set(re.findall(r"sm_\d+a?", elf))
+
+
+def test_cuda_can_be_forbidden_and_demanded(sdist, tmp_path):
+    command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
+    result = run(*command, cwd=tmp_path, SIB_FAST_CUDA="1", **without_nvcc())
+    assert result.returncode != 0
+    assert "SIB_FAST_CUDA=1, but no nvcc (set CUDA_HOME to the CUDA toolkit's folder)" in result.stdout + result.stderr
+    result = run(*command, cwd=tmp_path, SIB_FAST_CUDA="yes")
+    assert "SIB_FAST_CUDA must be 0 or 1, got 'yes'" in result.stdout + result.stderr
+    if NVCC.exists():
+        succeed(*command, cwd=tmp_path, **{**with_nvcc(), "SIB_FAST_CUDA": "0"})
+        (wheel,) = tmp_path.glob("*.whl")
+        assert "sib_fast/lib/libsib_fast_cuda.so" not in zipfile.ZipFile(wheel).namelist()
+
+
+def test_without_a_compiler_the_reference_installs(sdist, tmp_path):
+    succeed(
+        sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
+        cwd=tmp_path, SIB_FAST_CPU="0", SIB_FAST_CUDA="0",
+    )  # fmt: skip
+    assert not (tmp_path / "site/sib_fast/lib").exists()
+    assert_works_outside_the_tree(tmp_path / "site", "reference", tmp_path)

@@ -60,8 +60,8 @@ def require_choice(op: str, name: str, value: object, choices: Sequence[str], *,
 
 
 def require_positive(op: str, name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{op}: {name} must be positive, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value!r}")
 
 
 def require_window(op: str, window_size: int) -> None:

@@ -165,7 +165,7 @@ class SIBLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
-        return {**super().__getstate__(), "_attachment": None, "terms": {}, "_graph_checked": False}
+        return {**self.__dict__, "_attachment": None, "terms": {}, "_graph_checked": False}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,9 @@ class SIBLoss(nn.Module):
             "mask_area": mask.detach().mean(),
         }
         if self._debug:
-            self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **self.terms})
+            # The loss last: the first bad tensor in the order of computation is the one that helps.
+            loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
+            self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
         return loss
 
     def _base(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -270,8 +272,9 @@ class SIBLoss(nn.Module):
         for role in (self.estimator, self.background):
             minimum = getattr(role, "minimum_batch", 1)
             if images < minimum:
+                name = getattr(role, "__name__", type(role).__name__)
                 raise ValueError(
-                    f"{_OP}: the batch must hold N >= {minimum} images for {role.__name__}, got {images}: drop the last "
+                    f"{_OP}: the batch must hold N >= {minimum} images for {name}, got {images}: drop the last "
                     "partial batch, DataLoader(drop_last=True)"
                 )
 

@@ -20,15 +20,17 @@ struct RankWindow {
   const double* weights;  // [length], sum 1
 };
 
-inline int64_t rank_window_half(double temperature, bool is_double) {
-  return static_cast<int64_t>(std::ceil((is_double ? 40.0 : 17.0) * temperature)) + 1;
+// Never more than the image has ranks: a temperature of a million is the plain mean, not a gigabyte of weights.
+inline int64_t rank_window_half(double temperature, int64_t pixels, bool is_double) {
+  const double half = std::ceil((is_double ? 40.0 : 17.0) * temperature) + 1;
+  return half < static_cast<double>(pixels) ? static_cast<int64_t>(half) : pixels;
 }
 
 // Owns the weights that its RankWindows point to.
 class RankWindows {
  public:
   RankWindows(const std::vector<double>& levels, double temperature, int64_t pixels, bool is_double) {
-    const int64_t half = rank_window_half(temperature, is_double);
+    const int64_t half = rank_window_half(temperature, pixels, is_double);
     length_ = 2 * half + 1;
     weights_.assign(levels.size() * length_, 0.0);
     for (size_t i = 0; i < levels.size(); ++i) {

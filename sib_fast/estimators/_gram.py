@@ -24,13 +24,12 @@ def check_grams(op: str, gram_vjp: Tensor, gram_x: Tensor, minimum_batch: int) -
 def normalised(gram: Tensor) -> Tensor:
     """K = G/(n nᵀ), n = max(sqrt(diag G), 1e-12): the Gram of rows normalised as by F.normalize.
 
-    A row at the floor has no gradient through its norm; sqrt is kept away from 0, where its own gradient is infinite.
+    A row at the floor has no gradient through its norm; sqrt is kept away from 0, where its own gradient is infinite. A NaN
+    on the diagonal counts as a row at the floor and is NaN in K all the same.
     """
     diagonal = gram.diagonal()
     alive = diagonal > NORM_FLOOR * NORM_FLOOR
     norm = torch.where(alive, torch.where(alive, diagonal, 1.0).sqrt(), NORM_FLOOR)
-    # A NaN diagonal is not alive; it must not be hidden behind the floor.
-    norm = torch.where(diagonal.isnan(), diagonal, norm)
     return gram / (norm[:, None] * norm[None, :])
 
 

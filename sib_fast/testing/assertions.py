@@ -47,7 +47,7 @@ def box_of_gate(vjp: Tensor, options: MaskOptions) -> Tensor:
 def rank_pixels_of(orders: tuple[Tensor, Tensor], options: MaskOptions, dtype: torch.dtype) -> Tensor:
     """Windows int32 [N, 4, L] of two full orders, as the kernels take them; -1 outside the ranks 0 … P-1."""
     pixels = orders[0].shape[1]
-    length = rank_window_length(options.temperature, dtype)
+    length = rank_window_length(options.temperature, pixels, dtype)
     offsets = torch.arange(length) - (length - 1) // 2
     windows = []
     for level, quantile in enumerate(options.quantiles):

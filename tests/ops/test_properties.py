@@ -15,7 +15,7 @@ from sib_fast.testing.problems import layouts
 LAYOUTS = sorted(layouts(torch.zeros(1, 1, 1, 1)))
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 24), st.integers(1, 24))
 quantile = st.floats(0, 1)
-relaxed = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @relaxed

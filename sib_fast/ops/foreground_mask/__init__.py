@@ -80,9 +80,9 @@ def selected_ranks(vjp: Tensor, options: MaskOptions, backend: str) -> tuple[Ten
     return _FORWARD[resolve(_OP, backend, vjp.device)](vjp.detach(), None, *options)[1:]
 
 
-def rank_window_length(temperature: float, dtype: torch.dtype) -> int:
+def rank_window_length(temperature: float, pixels: int, dtype: torch.dtype) -> int:
     """Entries of a rank window: outside it the soft quantile's weights vanish next to the values' rounding (SPEC 3)."""
-    return 2 * (ceil((40.0 if dtype == torch.float64 else 17.0) * temperature) + 1) + 1
+    return 2 * min(ceil((40.0 if dtype == torch.float64 else 17.0) * temperature) + 1, pixels) + 1
 
 
 class _ForegroundMask(torch.autograd.Function):
@@ -145,7 +145,7 @@ if _extension.MISSING["cpu"] is None:
     def _fake_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
         images, _, height, width = vjp.shape
         acc = _checks.accumulation_dtype(vjp.dtype)
-        length = rank_window_length(temperature, vjp.dtype)
+        length = rank_window_length(temperature, height * width, vjp.dtype)
         return (
             vjp.new_empty((images, 1, height, width), dtype=acc),
             vjp.new_empty((images, height, width), dtype=acc),

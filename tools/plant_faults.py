@@ -1,0 +1,102 @@
+"""Plants one fault at a time in the kernels and says which test goes red: `python tools/plant_faults.py /tmp/faults`.
+
+Works on a copy of the tree, builds it there, and runs tests/ops. A fault that no test notices is printed as SURVIVED, and
+the exit status is then 1. Minutes; not part of `make test`. A new kernel adds its faults to FAULTS.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground_mask/__init__.py"
+STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
+WINDOW, SIMD = "csrc/common/rank_window.h", "csrc/cpu/simd.h"
+
+# (what, file, text, replacement). The text must occur exactly once.
+FAULTS = [
+    ("mean not divided by C", MASK, "c + 1 == C ? scale : T(1)", "T(1)"),
+    ("ties by the higher pixel", MASK, "if (in.span != 0) {", "if (in.span == 0) std::reverse(begin, end);\n    if (in.span != 0) {"),
+    ("one rank too high", MASK, "const int64_t rank = window.first + j;", "const int64_t rank = window.first + j + 1;"),
+    ("last pixel not counted", MASK, "if (i < pixels) ++bins[(K::key(values[i]) - low) >> shift];", ""),
+    ("candidates of the last group lost", MASK, "if (any == 0) continue;\n    }", "if (any == 0) continue;\n    } else continue;"),
+    ("window one column short", MASK, "row[x] = static_cast<T>((prefix[x + 2 * reach_x + 1]", "row[x] = static_cast<T>((prefix[x + 2 * reach_x]"),
+    ("leaving row forgotten", MASK, "} else if (leaving >= 0) {", "} else if (false && leaving >= 0) {"),
+    ("box not divided by w²", MASK, "const double scale = 1.0 / (static_cast<double>(window_size) * static_cast<double>(window_size));", "const double scale = 1.0 / static_cast<double>(window_size);"),
+    ("eps forgotten", MASK, "+ static_cast<T>(eps);", "+ T(0) * static_cast<T>(eps);"),
+    ("rank gradient of t forgotten", MASK, "if (at[j] >= 0) grad_d[at[j]] -=", "if (at[j] < -1) grad_d[at[j]] -="),
+    ("sign of rho", MASK, "const double weight_of[3] = {-rho, rho, -alpha};", "const double weight_of[3] = {rho, -rho, -alpha};"),
+    ("alpha forgotten", MASK, "const double weight_of[3] = {-rho, rho, -alpha};", "const double weight_of[3] = {-rho, rho, 0.0};"),
+    ("gradient where hi <= lo", MASK, "rho = levels[kHi] <= levels[kLo] ? 0.0 : rho / geo.slope;", "rho = rho / geo.slope;"),
+    ("sign of g in the gradient", MASK, "const T sign = m > T(0) ? inverse_channels : m < T(0) ? -inverse_channels : T(0);\n    grad_plane[i]", "const T sign = inverse_channels;\n    grad_plane[i]"),
+    ("temperature ignored", WINDOW, "std::abs(static_cast<double>(rank) - position)) / temperature);", "std::abs(static_cast<double>(rank) - position)) / 0.1);"),
+    ("nearest rank rounded down", WINDOW, "std::floor(position + 0.5)", "std::floor(position)"),
+    ("exp 1e-6 off", SIMD, "float p = 1.98412698412698e-4f;", "float p = 1.98412698412698e-4f + 0.05f;"),
+    ("float64 sigmoid of float accuracy", SIMD, "p = p * r + 1.0 / 6.0;", "p = p * r + 1.0 / 6.0000001;"),
+    ("background variance of R·M", STATS, "sum_v += static_cast<double>(r[i] * (T(1) - m[i]));", "sum_v += static_cast<double>(r[i] * m[i]);"),
+    ("variance not merged by Chan's rule", STATS, "into.m2 += m2 + delta * delta * into.count * count / total;", "into.m2 += m2;"),
+    ("variance biased", STATS_HOST, "m.m2 / (m.count - 1)", "m.m2 / m.count"),
+    ("tasks merged without their means", STATS_HOST, "into.m2 += part.m2 + delta * delta * into.count * part.count / total;", "into.m2 += part.m2;"),
+    ("a task's Gram lost", STATS_HOST, "for (int64_t t = 1; t < tasks; ++t) {", "for (int64_t t = 2; t < tasks; ++t) {"),
+    ("longer block's tail not cleared", STATS, "for (int64_t i = elements; i < row; ++i) packed[k][n * b.row + i] = 0;", ""),
+    ("Gram cotangent not symmetrised", STATS_HOST, "static_cast<T>(g[i * N + j] + g[j * N + i])", "static_cast<T>(2 * g[i * N + j])"),
+    ("gradient of the variance without its mean", STATS, "scale_v * (value[i] * rest - mean_v)", "scale_v * (value[i] * rest)"),
+    ("whole-map variance has no gradient", STATS, "+ scale_r * (value[i] - mean_r)", ""),
+    ("background sign in grad_mask", STATS, "term[i] = value[i] * (inside[i] - grad_v);", "term[i] = value[i] * (inside[i] + grad_v);"),
+    ("x left out of grad_mask", STATS, "if (grads.grad_x.data || grads.grad_mask) {", "if (grads.grad_x.data) {"),
+    ("long float sums", STATS, "constexpr int64_t kMaxRow = 1024;", "constexpr int64_t kMaxRow = 1048576;"),
+    ("grad_mask not cleared", STATS, "std::memset(grads.grad_mask + n * pixels_all + from, 0, (to - from) * sizeof(T));", ""),
+    ("channels_last gradient transposed", STATS, "const T* from = fastest ? in + first * block.channels + c : in + c * block.pixels + first;", "const T* from = in + c * block.pixels + first;"),
+    ("second derivative a silent zero", MASK_OP, "def backward(ctx, *_):\n        raise NotImplementedError(", "def backward(ctx, *_):\n        return (None,) * 8\n        raise NotImplementedError("),
+    ("saved mask scaled in place", MASK_OP, "        mask, mean_map, levels, ranks = ctx.saved_tensors\n", "        mask, mean_map, levels, ranks = ctx.saved_tensors\n        with torch.no_grad():\n            mask.detach().mul_(0.9)\n"),
+]  # fmt: skip
+
+
+def run(command: list[str], tree: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "SIB_FAST_CUDA": "0", "SIB_FAST_BLOCKS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def build_and_test(tree: Path) -> tuple[bool, str]:
+    """(green, the first test that failed or the compiler's complaint)."""
+    built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree)
+    if built.returncode != 0:
+        return False, "DOES NOT COMPILE: " + built.stderr[-300:]
+    tested = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops"], tree)
+    red = re.search(r"^FAILED tests/ops/(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
+    return tested.returncode == 0, red.group(1) if red else tested.stdout[-300:]
+
+
+def main(tree: Path) -> int:
+    shutil.rmtree(tree, ignore_errors=True)
+    ignore = shutil.ignore_patterns(".git", ".hypothesis", ".venv*", "build", "*.so", "lib", "__pycache__", ".*_cache", "runs")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    green, detail = build_and_test(tree)
+    if not green:
+        print(f"without a fault the tests are already red: {detail}")
+        return 1
+    survived = 0
+    for what, file, text, replacement in FAULTS:
+        path = tree / file
+        source = path.read_text()
+        if source.count(text) != 1:
+            print(f"STALE     {what}: the text occurs {source.count(text)} times in {file}")
+            survived += 1
+            continue
+        path.write_text(source.replace(text, replacement))
+        green, detail = build_and_test(tree)
+        path.write_text(source)
+        survived += green or detail.startswith("DOES NOT COMPILE")
+        print(f"{'SURVIVED' if green else 'caught  '}  {what}: {detail}", flush=True)
+    print(f"{len(FAULTS)} faults, {survived} not caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve()))

@@ -13,7 +13,7 @@ REFERENCE = "reference"
 KERNEL_DEVICES = {"cpu": "cpu"}
 BACKENDS = (REFERENCE, *KERNEL_DEVICES)
 
-_warned = False
+_warned: set[str] = set()
 
 
 def why_not(backend: str) -> str | None:
@@ -26,18 +26,22 @@ def why_not(backend: str) -> str | None:
     return None if backend == REFERENCE else MISSING[backend]
 
 
+def automatic(device: torch.device) -> str:
+    """What backend="auto" runs on `device`: its kernels where they are usable, otherwise the reference."""
+    usable = (name for name, device_type in KERNEL_DEVICES.items() if device_type == device.type and MISSING[name] is None)
+    return next(usable, REFERENCE)
+
+
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """The backend that runs `op` on `device`. An explicit request is met or refused; only "auto" may fall back.
 
     Errors:  ValueError for an unknown name; RuntimeError for a backend that is missing here or cannot run on the device.
     """
     if backend == "auto":
-        for name, device_type in KERNEL_DEVICES.items():
-            if device.type == device_type:
-                if MISSING[name] is None:
-                    return name
-                _warn_once(name)
-        return REFERENCE
+        chosen = automatic(device)
+        if chosen == REFERENCE:
+            _warn_once(device.type)
+        return chosen
     if backend == REFERENCE:
         return REFERENCE
     if backend not in BACKENDS:
@@ -56,13 +60,15 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     return backend
 
 
-def _warn_once(name: str) -> None:
-    global _warned
-    if _warned or torch.compiler.is_compiling():
+def _warn_once(device_type: str) -> None:
+    """A fallback is slow but right, so it is said once a process and device type, at the caller's line."""
+    if device_type in _warned or torch.compiler.is_compiling():
         return
-    _warned = True
+    _warned.add(device_type)
+    reasons = [MISSING[name] for name, runs_on in KERNEL_DEVICES.items() if runs_on == device_type]
+    why = "; ".join(filter(None, reasons)) or "this version has no kernels for it"
     warnings.warn(
-        f"sib_fast: backend {name!r} is missing ({MISSING[name]}); 'auto' runs the reference, which is many times slower. "
-        "`python -m sib_fast doctor` says more",
+        f"sib_fast: 'auto' runs the reference on {device_type} tensors, which is many times slower than a kernel: {why}. "
+        "`python -m sib_fast doctor` says more; backend='reference' asks for it without this warning",
         stacklevel=4,
     )

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from sib_fast import _extension
-from sib_fast._backends import BACKENDS, resolve, why_not
+from sib_fast._backends import BACKENDS, automatic, why_not
 from sib_fast._version import __version__
 
 _EXTRAS = {"triton": "Triton kernels", "lightning": "extra [lab]", "torchvision": "torchvision models and data"}
@@ -58,8 +58,8 @@ def report() -> list[tuple[str, str]]:
     for backend in BACKENDS:
         rows.append((f"backend {backend}", why_not(backend) or "usable"))
     rows.append(("CUDA library", _cuda_launch()))
-    rows.append(("auto on cpu", resolve("doctor", "auto", torch.device("cpu"))))
-    rows.append(("auto on cuda", resolve("doctor", "auto", torch.device("cuda"))))
+    rows.append(("auto on cpu", automatic(torch.device("cpu"))))
+    rows.append(("auto on cuda", automatic(torch.device("cuda"))))
     return rows
 
 

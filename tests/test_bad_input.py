@@ -448,11 +448,11 @@ def test_an_explicit_backend_on_another_device_is_refused(monkeypatch):
 
 def test_auto_falls_back_and_says_so_once(monkeypatch):
     monkeypatch.setitem(_backends.MISSING, "cpu", "it was not built")
-    monkeypatch.setattr(_backends, "_warned", False)
-    with pytest.warns(UserWarning, match=r"sib_fast: backend 'cpu' is missing \(it was not built\); 'auto' runs the reference"):
+    monkeypatch.setattr(_backends, "_warned", set())
+    with pytest.warns(UserWarning, match=r"sib_fast: 'auto' runs the reference on cpu tensors.*: it was not built\."):
         assert _backends.resolve("op", "auto", CPU) == "reference"
     assert _backends.resolve("op", "auto", CPU) == "reference"  # a second warning would be an error in this suite
-    monkeypatch.setattr(_backends, "_warned", False)
+    monkeypatch.setattr(_backends, "_warned", set())
     with pytest.warns(UserWarning, match="many times slower"):
         sib_fast.foreground_mask(torch.ones(1, 1, 2, 2))
 
@@ -461,7 +461,7 @@ def test_auto_takes_the_kernel_and_the_reference_where_there_is_none(monkeypatch
     monkeypatch.setitem(_backends.MISSING, "cpu", None)
     assert _backends.resolve("op", "auto", CPU) == "cpu"
     assert _backends.resolve("op", "reference", CPU) == "reference"
-    assert _backends.resolve("op", "auto", META) == "reference"
+    assert _backends.automatic(META) == "reference"
     assert sib_fast.why_not("reference") is None
 
 
@@ -533,3 +533,11 @@ def test_every_message_is_documented():
     rules = {rule(m) for m in messages()} - {"…", "……"}
     assert len(rules) > 40
     assert sorted(r for r in rules if f"`{r}`" not in table) == []
+
+
+def test_auto_says_once_that_a_device_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(_backends, "_warned", set())
+    with pytest.warns(UserWarning, match="'auto' runs the reference on cuda tensors.*this version has no kernels for it"):
+        assert _backends.resolve("op", "auto", torch.device("cuda")) == "reference"
+    assert _backends.resolve("op", "auto", torch.device("cuda")) == "reference"  # a warning is an error in this suite
+    assert _backends.resolve("op", "reference", META) == "reference"

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from sib_fast import doctor
 from sib_fast._version import __version__
+from sib_fast.lab import train
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sib-fast", description="Spatial Information Bottleneck (S-IB) training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what was built, which backends are usable here, and why not")
+    what = "train a plain and an S-IB network on the embedded data and compare them (extra [lab])"
+    command = commands.add_parser("train", help=what, description=what)
+    train.add_arguments(command)
+    command.set_defaults(main=train.main)
+    command = commands.add_parser("doctor", help="what was built, which backends are usable here, and why not")
+    command.set_defaults(main=lambda _: doctor.main())
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    parser.parse_args(argv)
-    from sib_fast import doctor
-
-    return doctor.main()
+    args = _parser().parse_args(argv)
+    return args.main(args)

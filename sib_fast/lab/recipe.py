@@ -1,0 +1,120 @@
+"""The training itself: a Lightning module of a dozen lines, and a trainer that keeps to the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sib_fast import SIBLoss
+from sib_fast.lab.data import EmbeddedDigits
+
+
+class Recipe(lightning.LightningModule):
+    """AdamW with a one-cycle schedule; the criterion decides whether this is plain or S-IB training.
+
+    Nothing below knows about S-IB: an attached :class:`sib_fast.SIBLoss` is called as cross entropy is.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+        self.lr = lr
+        self.weight_decay = weight_decay
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
+        image, target, _ = batch
+        loss = self.criterion(self.model(image), target)
+        terms = self.criterion.terms if isinstance(self.criterion, SIBLoss) else {"loss": loss.detach()}
+        self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(target))
+        self.log("train_loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimiser = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.lr, total_steps=steps)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _ProgressBar(RichProgressBar):
+    def get_metrics(self, *arguments: object) -> dict[str, object]:
+        # the logger's version number is the name of the network, which the line above the bar says already
+        return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No notes on devices, workers or cloud services for as long as a network trains; errors still come through."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # the data is in memory: workers would only copy it
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def fit(
+    model: nn.Module,
+    criterion: nn.Module,
+    data: EmbeddedDigits,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    device: str,
+    log_folder: Path,
+    progress: bool,
+) -> tuple[int, float, dict[str, float]]:
+    """Train the model in place, metrics of every epoch in ``log_folder/metrics.csv``.
+
+    Returns: steps taken, seconds they took, and the last epoch's mean of every logged term.
+    Errors:  KeyboardInterrupt when the user interrupts.
+    """
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
+    with _quiet():
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator=device,
+            devices=1,
+            logger=CSVLogger(log_folder.parent, name="", version=log_folder.name),
+            default_root_dir=log_folder,
+            callbacks=[_ProgressBar(leave=False)] if progress else [],
+            enable_progress_bar=progress,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+        begin = time.perf_counter()
+        try:
+            trainer.fit(Recipe(model, criterion, lr, weight_decay), loader)
+        except SystemExit as error:
+            # Lightning turns an interrupt into an exit
+            if trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        seconds = time.perf_counter() - begin
+    terms = {name: float(value) for name, value in trainer.logged_metrics.items()}
+    return trainer.global_step, seconds, terms

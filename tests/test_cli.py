@@ -1,0 +1,47 @@
+"""The command line parses and hands over; what the commands do is tested with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import sib_fast
+from sib_fast import cli
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == sib_fast.__version__
+
+
+def test_no_command_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "backend cpu" in capsys.readouterr().out
+
+
+def test_a_bad_option_of_train_is_a_sentence(capsys):
+    assert cli.main(["train", "--epochs", "0"]) == 2
+    assert "epochs must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_train_without_the_lab_extra_says_what_to_install(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('lightning', 'sklearn', 'skimage', 'rich', 'matplotlib'): sys.modules[name] = None\n"
+        "from sib_fast import cli\n"
+        f"sys.exit(cli.main(['train', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "sib_fast[lab]" in result.stderr

@@ -26,25 +26,21 @@ from sib_fast.lab.naive import naive_sib_loss
 def steps_of(model: nn.Module, images: int, size: int) -> dict[str, Callable[[], None]]:
     """One function a variant; each has its own copy of the model."""
     x, target = torch.randn(images, 3, size, size), torch.randint(0, 10, (images,))
+    nets = {variant: copy.deepcopy(model) for variant in ("plain", "naive", "ours", "ours_prepared")}
+    sib_fast.prepare(nets["ours_prepared"])
+    criteria = {variant: sib_fast.SIBLoss().attach(nets[variant]) for variant in ("ours", "ours_prepared")}
 
-    def plain(net=copy.deepcopy(model)):
-        nn.functional.cross_entropy(net(x), target).backward()
+    def plain() -> None:
+        nn.functional.cross_entropy(nets["plain"](x), target).backward()
 
-    def naive(net=copy.deepcopy(model)):
+    def naive() -> None:
         leaf = x.clone().requires_grad_()
-        naive_sib_loss(net(leaf), target, leaf).backward()
+        naive_sib_loss(nets["naive"](leaf), target, leaf).backward()
 
-    def ours(net, criterion):
-        criterion(net(x), target).backward()
+    def attached(variant: str) -> Callable[[], None]:
+        return lambda: criteria[variant](nets[variant](x), target).backward()
 
-    attached, prepared = copy.deepcopy(model), sib_fast.prepare(copy.deepcopy(model))
-    criteria = [sib_fast.SIBLoss().attach(net) for net in (attached, prepared)]
-    return {
-        "plain": plain,
-        "naive": naive,
-        "ours": lambda: ours(attached, criteria[0]),
-        "ours_prepared": lambda: ours(prepared, criteria[1]),
-    }
+    return {"plain": plain, "naive": naive, "ours": attached("ours"), "ours_prepared": attached("ours_prepared")}
 
 
 def measure(name: str, images: int, size: int, rounds: int) -> dict:

@@ -83,7 +83,7 @@ def test_prepare_keeps_objects_hooks_and_state_and_restore_undoes_it():
     assert type(torch.load(buffer, weights_only=False)[1]) is sib_fast.nn.BatchNorm2d
     sib_fast.restore(model)
     assert type(model[1]) is nn.BatchNorm2d
-    with pytest.raises(TypeError, match="prepare: model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"prepare: model must be a torch\.nn\.Module, got str"):
         sib_fast.prepare("resnet18")
 
 

@@ -7,11 +7,13 @@ from typing import TypeVar
 from torch import nn
 
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from sib_fast.nn.convolution import Conv2d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.Conv2d: Conv2d,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -26,11 +28,11 @@ def _swap(op: str, model: _Model, classes: dict[type[nn.Module], type[nn.Module]
 
 
 def prepare(model: _Model) -> _Model:
-    """Swaps every torch.nn batch norm for `sib_fast.nn`'s, in place. Returns the same model.
+    """Swaps every torch.nn batch norm and Conv2d for `sib_fast.nn`'s, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
     before or after DDP and `SIBLoss.attach`. Pays for any loss on an input gradient, not only S-IB; without a second
-    derivative it gains nothing. Subclasses of batch norm, SyncBatchNorm among them, are left alone.
+    derivative it gains nothing. Subclasses, SyncBatchNorm among them, are left alone.
 
     Errors:  TypeError if model is no module.
     """

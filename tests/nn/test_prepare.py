@@ -33,6 +33,33 @@ def test_layers_are_torchs_in_value_statistics_and_state(layer, options):
     torch.testing.assert_close(fast(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"stride": 2, "padding": 1},
+        {"padding": "same"},
+        {"padding": 2, "padding_mode": "reflect"},
+        {"groups": 4, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_convolution_is_torchs_in_value_and_both_derivatives(options):
+    plain = nn.Conv2d(4, 8, 3, **options).double()
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    results = []
+    for layer in (plain, fast):
+        x = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+        results.append([first.detach(), *torch.autograd.grad(first.pow(2).sum(), [x, layer.weight])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11)
+    assert torch.equal(fast(x[0]), plain(x[0]))  # an image without a batch
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast.float()(x.float()).dtype == torch.bfloat16
+
+
 def sib_gradients(model, x, y):
     criterion = sib_fast.SIBLoss(1.0, 1e3, window_size=5).attach(model)
     model.zero_grad()

@@ -3,10 +3,11 @@
 criterion = sib_fast.SIBLoss().attach(model)      # then train as before: criterion(logits, target)
 """
 
-from sib_fast import estimators, masks
+from sib_fast import estimators, masks, nn
 from sib_fast._backends import BACKENDS, why_not
 from sib_fast._version import __version__
 from sib_fast.loss import SIBLoss
+from sib_fast.nn import prepare, restore
 from sib_fast.ops import foreground_mask, region_statistics
 from sib_fast.types import RegionStatistics
 from sib_fast.vjp import vjp_map
@@ -19,7 +20,10 @@ __all__ = [
     "estimators",
     "foreground_mask",
     "masks",
+    "nn",
+    "prepare",
     "region_statistics",
+    "restore",
     "vjp_map",
     "why_not",
 ]

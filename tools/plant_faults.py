@@ -1,4 +1,5 @@
-"""Plants one fault at a time in the kernels and says which test goes red: `python tools/plant_faults.py /tmp/faults`.
+"""Plants one fault at a time in the kernels and says which test goes red: `python tools/plant_faults.py /tmp/faults`,
+with a word as second argument only those whose name holds it.
 
 Works on a copy of the tree, builds it there, and runs tests/ops. A fault that no test notices is printed as SURVIVED, and
 the exit status is then 1. Minutes; not part of `make test`. A new kernel adds its faults to FAULTS.
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground_mask/__init__.py"
 STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
-WINDOW, SIMD = "csrc/common/rank_window.h", "csrc/cpu/simd.h"
+WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 
 # (what, file, text, replacement). The text must occur exactly once.
 FAULTS = [
@@ -52,6 +53,12 @@ FAULTS = [
     ("long float sums", STATS, "constexpr int64_t kMaxRow = 1024;", "constexpr int64_t kMaxRow = 1048576;"),
     ("grad_mask not cleared", STATS, "std::memset(grads.grad_mask + n * pixels_all + from, 0, (to - from) * sizeof(T));", ""),
     ("channels_last gradient transposed", STATS, "const T* from = fastest ? in + first * block.channels + c : in + c * block.pixels + first;", "const T* from = in + c * block.pixels + first;"),
+    ("batch norm: variance unbiased", BN, "const double variance = squares / count;", "const double variance = squares / (count - 1);"),
+    ("batch norm: B forgotten", BN, "(grad_y[at + i] - mean_g) - (x[at + i] - m) * slope)", "(grad_y[at + i] - mean_g))"),
+    ("batch norm: kappa without B·T", BN, "const double kappa = V - A * U - B * Tx;", "const double kappa = V - A * U;"),
+    ("batch norm: u_gamma out of omega", BN, "omega_g = u_gamma - gamma * invstd * Tx;", "omega_g = -gamma * invstd * Tx;"),
+    ("batch norm: u_beta forgotten", BN, "static_cast<T>(u_beta - gamma * invstd * U)", "static_cast<T>(-gamma * invstd * U)"),
+    ("batch norm: kappa out of x", BN, "-(invstd * omega_dot + gamma * invstd * invstd * kappa) * invstd", "-(invstd * omega_dot) * invstd"),
     ("second derivative a silent zero", MASK_OP, "def backward(ctx, *_):\n        raise NotImplementedError(", "def backward(ctx, *_):\n        return (None,) * 8\n        raise NotImplementedError("),
     ("saved mask scaled in place", MASK_OP, "        mask, mean_map, levels, ranks = ctx.saved_tensors\n", "        mask, mean_map, levels, ranks = ctx.saved_tensors\n        with torch.no_grad():\n            mask.detach().mul_(0.9)\n"),
 ]  # fmt: skip
@@ -82,7 +89,10 @@ def main(tree: Path) -> int:
         print(f"without a fault the tests are already red: {detail}")
         return 1
     survived = 0
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
     for what, file, text, replacement in FAULTS:
+        if wanted not in what:
+            continue
         path = tree / file
         source = path.read_text()
         if source.count(text) != 1:
@@ -94,7 +104,7 @@ def main(tree: Path) -> int:
         path.write_text(source)
         survived += green or detail.startswith("DOES NOT COMPILE")
         print(f"{'SURVIVED' if green else 'caught  '}  {what}: {detail}", flush=True)
-    print(f"{len(FAULTS)} faults, {survived} not caught")
+    print(f"{survived} faults not caught")
     return 1 if survived else 0
 
 

@@ -1,0 +1,44 @@
+"""prepare and restore: give a model's layers their fast double backward, in place, and take it back."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from sib_fast.nn.convolution import Conv2d
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.Conv2d: Conv2d,
+}
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def _swap(op: str, model: _Model, classes: dict[type[nn.Module], type[nn.Module]]) -> _Model:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        # The very class only: a subclass has a forward of its own.
+        module.__class__ = classes.get(type(module), type(module))
+    return model
+
+
+def prepare(model: _Model) -> _Model:
+    """Swaps every torch.nn batch norm and Conv2d for `sib_fast.nn`'s, in place. Returns the same model.
+
+    The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
+    before or after DDP and `SIBLoss.attach`. Pays for any loss on an input gradient, not only S-IB; without a second
+    derivative it gains nothing. Subclasses, SyncBatchNorm among them, are left alone.
+
+    Errors:  TypeError if model is no module.
+    """
+    return _swap("prepare", model, SWAPS)
+
+
+def restore(model: _Model) -> _Model:
+    """Undoes `prepare`, in place. Returns the same model. Errors: TypeError if model is no module."""
+    return _swap("restore", model, {fast: plain for plain, fast in SWAPS.items()})

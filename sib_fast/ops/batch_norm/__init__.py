@@ -1,0 +1,119 @@
+"""batch_norm: batch norm with batch statistics whose double backward is one fused op (SPEC 10).
+
+Not an autograd.Function: inside a compiled step that calls autograd.grad, dynamo drops the second derivative of a Function
+in silence. The op and its backward op are registered, each with `torch.library.register_autograd`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sib_fast import _checks, _extension
+from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops.batch_norm import reference
+
+_OP = "batch_norm"
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm by the batch's own statistics, differentiable twice with one fused pass pair per derivative.
+
+    Shapes:  x [N, C, *] float64, float32, bfloat16 or float16; weight, bias [C] or None -> y of x's shape and dtype; mean
+             and biased variance [C], float64 (reference: x's accumulation dtype), not differentiable with a kernel.
+    Scale:   statistics over the N·* elements of a channel. float32 at least, sums in float64, whatever x is.
+    Order:   twice; a third derivative raises (backend="reference" has every order).
+    Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or a third derivative.
+    Source:  Ioffe and Szegedy 2015; SPEC 10.
+    """
+    _checks.require_tensor(_OP, "x", x)
+    _checks.require_floating(_OP, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{_OP}: x must have shape [N, C, ...], got {list(x.shape)}")
+    channels = x.shape[1]
+    if x.numel() <= channels:
+        raise ValueError(f"{_OP}: x must have more than one value per channel, got {list(x.shape)}")
+    _checks.require_positive(_OP, "eps", eps)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _checks.require_same_shape(_OP, name, parameter, "x", (channels,))
+            _checks.require_same_device(_OP, name, parameter, "x", x)
+    acc = _checks.accumulation_dtype(x.dtype)
+    weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
+    chosen = resolve(_OP, backend, x.device)
+    if chosen == REFERENCE:
+        y, mean, variance = reference.batch_norm(x.to(acc), weight, bias, eps)
+        return y.to(x.dtype), mean, variance
+    rows = x.to(acc).reshape(x.shape[0], channels, -1).contiguous()
+    y, mean, variance, _ = torch.ops.sib_fast._batch_norm(rows, weight, bias, eps)
+    return y.view(x.shape).to(x.dtype), mean, variance
+
+
+def _setup_forward(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    _, mean, variance, invstd = output
+    ctx.mark_non_differentiable(mean, variance, invstd)
+    ctx.save_for_backward(x, weight, mean, invstd)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad_y, *_):
+    x, weight, mean, invstd = ctx.saved_tensors
+    need_x = ctx.needs_input_grad[0]
+    grad_x, grad_weight, grad_bias = torch.ops.sib_fast._batch_norm_backward(grad_y.contiguous(), x, weight, mean, invstd, need_x)
+    return grad_x if need_x else None, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
+
+
+def _setup_backward(ctx, inputs, output):
+    grad_y, x, weight, mean, invstd, need_x = inputs
+    ctx.save_for_backward(grad_y, x, weight, mean, invstd)
+    ctx.need_x = need_x
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, u, u_weight, u_bias):
+    grad_y, x, weight, mean, invstd = ctx.saved_tensors
+    if u is None or not ctx.need_x:
+        u = torch.zeros_like(x)
+    need_grad_y, need_x = ctx.needs_input_grad[:2]
+    parts = [None if part is None else part.contiguous() for part in (u_weight, u_bias)]
+    to_grad_y, to_x, to_weight = torch.ops.sib_fast._batch_norm_double_backward(
+        u.contiguous(), *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x
+    )
+    return to_grad_y if need_grad_y else None, to_x if need_x else None, None if weight is None else to_weight, None, None, None
+
+
+def _setup_double_backward(ctx, inputs, output):
+    """Nothing is kept: there is no third derivative."""
+
+
+def _third_derivative(ctx, *_):
+    raise NotImplementedError("batch_norm: the third derivative exists only with backend='reference'")
+
+
+if _extension.MISSING["cpu"] is None:
+
+    @torch.library.register_fake("sib_fast::_batch_norm")
+    def _fake_forward(x, weight, bias, eps):
+        channel = x.new_empty((x.shape[1],), dtype=torch.float64)
+        return torch.empty_like(x), channel, torch.empty_like(channel), torch.empty_like(channel)
+
+    @torch.library.register_fake("sib_fast::_batch_norm_backward")
+    def _fake_backward(grad_y, x, weight, mean, invstd, need_x):
+        channel = x.new_empty((x.shape[1],))
+        return torch.empty_like(x) if need_x else x.new_empty((0,)), channel, torch.empty_like(channel)
+
+    @torch.library.register_fake("sib_fast::_batch_norm_double_backward")
+    def _fake_double_backward(u, u_weight, u_bias, grad_y, x, weight, mean, invstd, need_grad_y, need_x):
+        def like(need):
+            return torch.empty_like(x) if need else x.new_empty((0,))
+
+        return like(need_grad_y), like(need_x), x.new_empty((x.shape[1],))
+
+    torch.library.register_autograd("sib_fast::_batch_norm", _backward, setup_context=_setup_forward)
+    torch.library.register_autograd("sib_fast::_batch_norm_backward", _double_backward, setup_context=_setup_backward)
+    torch.library.register_autograd(
+        "sib_fast::_batch_norm_double_backward", _third_derivative, setup_context=_setup_double_backward
+    )

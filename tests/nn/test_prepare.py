@@ -1,0 +1,152 @@
+"""The layers and `prepare`: the same model, the same numbers, a fused double backward."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import sib_fast
+
+LAYERS = {nn.BatchNorm1d: (6, 4, 5), nn.BatchNorm2d: (6, 4, 5, 5), nn.BatchNorm3d: (4, 4, 2, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}, {"momentum": 0.3}], ids=str
+)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.__name__)
+def test_layers_are_torchs_in_value_statistics_and_state(layer, options):
+    plain = layer(4, **options).double()
+    fast = getattr(sib_fast.nn, layer.__name__)(4, **options).double()
+    fast.load_state_dict(plain.state_dict())
+    for step in range(3):
+        x = torch.randn(LAYERS[layer], dtype=torch.float64) * (step + 1) + step
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-12, atol=1e-12)
+    for (name, a), (other, b) in zip(fast.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert name == other
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+    fast.eval(), plain.eval()
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"stride": 2, "padding": 1},
+        {"padding": "same"},
+        {"padding": 2, "padding_mode": "reflect"},
+        {"groups": 4, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_convolution_is_torchs_in_value_and_both_derivatives(options):
+    plain = nn.Conv2d(4, 8, 3, **options).double()
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    results = []
+    for layer in (plain, fast):
+        x = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+        results.append([first.detach(), *torch.autograd.grad(first.pow(2).sum(), [x, layer.weight])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-11)
+    assert torch.equal(fast(x[0]), plain(x[0]))  # an image without a batch
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast.float()(x.float()).dtype == torch.bfloat16
+
+
+def sib_gradients(model, x, y):
+    criterion = sib_fast.SIBLoss(1.0, 1e3, window_size=5).attach(model)
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    criterion.remove()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, {k: v.clone() for k, v in model.named_buffers()}
+
+
+MODELS = ["resnet18", "vgg11_bn", "densenet121", "mobilenet_v2", "resnet50"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torchvision_models_have_the_plain_models_gradients(name):
+    models = pytest.importorskip("torchvision.models", reason="torchvision does not import with this torch", exc_type=ImportError)
+    model = getattr(models, name)(num_classes=7).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # two runs must see the same network
+    x, y = torch.randn(4, 3, 64, 64).double(), torch.randint(0, 7, (4,))
+    other = copy.deepcopy(model)
+    want, want_buffers = sib_gradients(model, x, y)
+    assert sib_fast.prepare(other) is other
+    assert any(isinstance(m, sib_fast.nn.BatchNorm2d) for m in other.modules())
+    got, got_buffers = sib_gradients(other, x, y)
+    scale = max(w.norm() for w in want.values())
+    for key, value in want.items():
+        assert (got[key] - value).norm() <= 1e-9 * max(value.norm(), 1e-3 * scale), key
+    for key, value in want_buffers.items():
+        torch.testing.assert_close(got_buffers[key], value, rtol=1e-10, atol=1e-10, msg=key)
+
+
+def test_prepare_keeps_objects_hooks_and_state_and_restore_undoes_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    calls, before = [], model[1]
+    handle = model[1].register_forward_hook(lambda *_: calls.append(1))
+    state, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    sib_fast.prepare(model)
+    assert model[1] is before
+    assert type(model[1]) is sib_fast.nn.BatchNorm2d
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    model(torch.randn(2, 3, 8, 8))
+    assert calls == [1]
+    handle.remove()  # a local function cannot be pickled
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert type(torch.load(buffer, weights_only=False)[1]) is sib_fast.nn.BatchNorm2d
+    sib_fast.restore(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    with pytest.raises(TypeError, match=r"prepare: model must be a torch\.nn\.Module, got str"):
+        sib_fast.prepare("resnet18")
+
+
+def test_subclasses_are_left_alone():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = sib_fast.prepare(nn.Sequential(Own(3), nn.SyncBatchNorm(3)))
+    assert [type(m) for m in model] == [Own, nn.SyncBatchNorm]
+
+
+def test_a_compiled_step_is_exact():
+    model = sib_fast.prepare(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        )
+    ).double()
+    criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5)
+    x, y = torch.randn(6, 3, 12, 12).double(), torch.randint(0, 5, (6,))
+
+    def step(x, y):
+        return criterion(model(x), y, x)
+
+    def gradients(function):
+        model.zero_grad()
+        model[1].reset_running_stats()
+        function(x.clone().requires_grad_(), y).backward()
+        return [p.grad.clone() for p in model.parameters()], int(model[1].num_batches_tracked)
+
+    want, _ = gradients(step)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        got, batches = gradients(torch.compile(step, fullgraph=True, backend="aot_eager"))
+    base, _ = gradients(lambda x, y: nn.functional.cross_entropy(model(x), y))
+    assert batches == 1
+    scale = max(w.norm() for w in want)
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() <= 1e-11 * scale
+    # What dropping the second derivative in silence would leave is far outside that bound.
+    assert max((w - b).norm() for w, b in zip(want, base, strict=True)) > 1e-8 * scale

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
+from sib_fast._backends import BACKENDS
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
@@ -109,6 +110,7 @@ class SIBLoss(nn.Module):
                 f"{_OP}: lambda_bg must be given for background='hsic', got the default: 1000 is the weight of a variance "
                 "of order 1e-8, and background HSIC is of order 1e-2"
             )
+        _checks.require_choice(_OP, "backend", backend, ("auto", *BACKENDS))
         _checks.require_window(_OP, window_size)
         _checks.require_positive(_OP, "temperature", temperature)
         _checks.require_positive(_OP, "slope", slope)

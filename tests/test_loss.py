@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 
@@ -329,12 +330,20 @@ def test_vjp_scale_reaches_the_vjp():
     assert torch.equal(run(conv_net(), x, target, vjp_scale=64.0)[1], run(conv_net(), x, target)[1])
 
 
-def test_backend_reaches_both_ops():
+def test_backend_reaches_both_ops(monkeypatch):
     x, target = image_batch()
-    with pytest.raises(ValueError, match="foreground_mask: backend must be one of"):
-        run(conv_net(), x, target, backend="abacus")
-    with pytest.raises(ValueError, match="region_statistics: backend must be one of"):
-        run(conv_net(), x, target, torch.ones(6, 1, 12, 11), backend="abacus")
+    asked = []
+    for op in ("foreground_mask", "region_statistics"):
+        module = importlib.import_module(f"sib_fast.ops.{op}")
+        resolve = module.resolve
+
+        def recorder(name, backend, device, resolve=resolve):
+            asked.append((name, backend))
+            return resolve(name, backend, device)
+
+        monkeypatch.setattr(module, "resolve", recorder)
+    run(conv_net(), x, target, backend="reference")
+    assert asked == [("foreground_mask", "reference"), ("region_statistics", "reference")]
 
 
 def test_defaults_are_the_authors():

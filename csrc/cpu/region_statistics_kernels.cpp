@@ -155,6 +155,34 @@ void store_block(const MapView& map, const StatisticsGeometry& geo, int64_t imag
   });
 }
 
+// Whether a block's runs lie in memory as the kernels want them, so that no copy is needed: T, pixels adjacent.
+template <class T>
+bool in_place(const MapView& map, const StatisticsGeometry& geo, bool fastest) {
+  const Element own = sizeof(T) == 8 ? Element::float64 : Element::float32;
+  return !fastest && map.element == own && map.stride_w == 1 && map.stride_h == geo.width;
+}
+
+// The runs of one image's part of a block: in place where possible, otherwise loaded into `buffer`.
+template <class T>
+class Runs {
+ public:
+  Runs(const MapView& map, const StatisticsGeometry& geo, int64_t image, const Block& block, bool fastest, T* buffer) {
+    if (in_place<T>(map, geo, fastest)) {
+      first_ = static_cast<const T*>(map.data) + image * map.stride_n + block.channel * map.stride_c + block.pixel;
+      step_ = map.stride_c;
+    } else {
+      load_block(map, geo, image, block, fastest, buffer);
+      first_ = buffer;
+      step_ = shape_of(fastest, block.pixels, block.channels).length;
+    }
+  }
+  const T* operator[](int64_t run) const { return first_ + run * step_; }
+
+ private:
+  const T* first_;
+  int64_t step_;
+};
+
 // The mask of a run: the pixels' own values, or each repeated for its channels.
 template <class T>
 const T* run_mask(const T* mask, const Block& block, bool fastest, T* repeated) {
@@ -269,12 +297,12 @@ void forward(const StatisticsGeometry& geo, const StatisticsInputs<T>& in, int64
       const T* mask = in.mask + n * pixels_all;
       T* a = packed[0] + n * b.row;
       T* v_row = geo.background_grams ? packed[2] + n * b.row : nullptr;
-      load_block(in.vjp, geo, n, block, fastest_vjp, loaded);
+      const Runs<T> vjp(in.vjp, geo, n, block, fastest_vjp, loaded);
       Shape shape = shape_of(fastest_vjp, block.pixels, block.channels);
       const T* m = run_mask(mask, block, fastest_vjp, repeated);
       double sum_v = 0, sum_r = 0;
       for (int64_t run = 0; run < shape.runs; ++run) {
-        const T* r = loaded + run * shape.length;
+        const T* r = vjp[run];
         T* to_a = a + run * shape.length;
 #pragma omp simd reduction(+ : sum_v, sum_r)
         for (int64_t i = 0; i < shape.length; ++i) {
@@ -287,7 +315,7 @@ void forward(const StatisticsGeometry& geo, const StatisticsInputs<T>& in, int64
       const double mean_v = sum_v / static_cast<double>(elements), mean_r = sum_r / static_cast<double>(elements);
       double m2_v = 0, m2_r = 0;
       for (int64_t run = 0; run < shape.runs; ++run) {
-        const T* r = loaded + run * shape.length;
+        const T* r = vjp[run];
 #pragma omp simd reduction(+ : m2_v, m2_r)
         for (int64_t i = 0; i < shape.length; ++i) {
           const double v = static_cast<double>(r[i] * (T(1) - m[i])) - mean_v;
@@ -303,11 +331,11 @@ void forward(const StatisticsGeometry& geo, const StatisticsInputs<T>& in, int64
       merge(moments[2 * n + 1], static_cast<double>(elements), mean_r, m2_r);
 
       T* x_row = packed[1] + n * b.row;
-      load_block(in.x, geo, n, block, fastest_x, loaded);
+      const Runs<T> input(in.x, geo, n, block, fastest_x, loaded);
       shape = shape_of(fastest_x, block.pixels, block.channels);
       if (fastest_x != fastest_vjp) m = run_mask(mask, block, fastest_x, repeated);
       for (int64_t run = 0; run < shape.runs; ++run) {
-        const T* x = loaded + run * shape.length;
+        const T* x = input[run];
         T* to_b = x_row + run * shape.length;
 #pragma omp simd
         for (int64_t i = 0; i < shape.length; ++i) to_b[i] = x[i] * m[i];
@@ -334,22 +362,13 @@ int64_t backward_scratch_bytes(const StatisticsGeometry& geo) {
   return (geo.background_grams ? 4 : 2) * packed + 5 * round_up(b.row * sizeof(T), 64);
 }
 
-// Adds the block's gradient of the mask: over the channels of a pixel.
+// Adds a channels-fastest block's gradient of the mask, summed over the channels of each pixel.
 template <class T>
-void add_to_mask(const T* terms, const Block& block, bool fastest, T* grad_mask) {
-  T* to = grad_mask + block.pixel;
-  if (fastest) {
-    for (int64_t p = 0; p < block.pixels; ++p) {
-      T sum = 0;
-      for (int64_t c = 0; c < block.channels; ++c) sum += terms[p * block.channels + c];
-      to[p] += sum;
-    }
-    return;
-  }
-  for (int64_t c = 0; c < block.channels; ++c) {
-    const T* from = terms + c * block.pixels;
-#pragma omp simd
-    for (int64_t p = 0; p < block.pixels; ++p) to[p] += from[p];
+void add_to_mask(const T* terms, const Block& block, T* to) {
+  for (int64_t p = 0; p < block.pixels; ++p) {
+    T sum = 0;
+    for (int64_t c = 0; c < block.channels; ++c) sum += terms[p * block.channels + c];
+    to[p] += sum;
   }
 }
 
@@ -375,12 +394,13 @@ void backward_map(const StatisticsGeometry& geo, const StatisticsBlocks& b, cons
   T* terms = take<T>(scratch, b.row);
   T* zeros = take<T>(scratch, b.row);
   if (!sym_background) std::memset(zeros, 0, elements * sizeof(T));
+  const bool write_in_place = grad.data && in_place<T>(grad, geo, fastest);
 
   for (int64_t n = 0; n < geo.images; ++n) {
-    load_block(map, geo, n, block, fastest, loaded);
+    const Runs<T> values(map, geo, n, block, fastest, loaded);
     const T* m = run_mask(mask_all + n * pixels_all, block, fastest, repeated);
     for (int64_t run = 0; run < shape.runs; ++run) {
-      const T* value = loaded + run * shape.length;
+      const T* value = values[run];
       T* to = packed + n * b.row + run * shape.length;
 #pragma omp simd
       for (int64_t i = 0; i < shape.length; ++i) to[i] = value[i] * m[i];
@@ -399,7 +419,12 @@ void backward_map(const StatisticsGeometry& geo, const StatisticsBlocks& b, cons
   if (sym_background) multiply(sym_background, packed_background, geo.images, rows, b.row, row, product_background);
 
   for (int64_t n = 0; n < geo.images; ++n) {
-    load_block(map, geo, n, block, fastest, loaded);
+    const Runs<T> values(map, geo, n, block, fastest, loaded);
+    T* written = write_in_place ? static_cast<T*>(const_cast<void*>(grad.data)) + n * grad.stride_n +
+                                      block.channel * grad.stride_c + block.pixel
+                                : out;
+    const int64_t written_step = write_in_place ? grad.stride_c : shape.length;
+    T* mask_sum = grad_mask && !fastest ? grad_mask + n * pixels_all + block.pixel : nullptr;
     const T* m = run_mask(mask_all + n * pixels_all, block, fastest, repeated);
     const T scale_v = variance ? static_cast<T>(variance[n].background_scale) : T(0);
     const T mean_v = variance ? static_cast<T>(variance[n].background_mean) : T(0);
@@ -407,10 +432,10 @@ void backward_map(const StatisticsGeometry& geo, const StatisticsBlocks& b, cons
     const T mean_r = variance ? static_cast<T>(variance[n].vjp_mean) : T(0);
     for (int64_t run = 0; run < shape.runs; ++run) {
       const int64_t first = run * shape.length;
-      const T* value = loaded + first;
+      const T* value = values[run];
       const T* inside = product + n * b.row + first;
       const T* outside = sym_background ? product_background + n * b.row + first : zeros + first;
-      T* to = out + first;
+      T* to = written + run * written_step;
       T* term = terms + first;
 #pragma omp simd
       for (int64_t i = 0; i < shape.length; ++i) {
@@ -419,9 +444,13 @@ void backward_map(const StatisticsGeometry& geo, const StatisticsBlocks& b, cons
         to[i] = m[i] * inside[i] + rest * grad_v + scale_r * (value[i] - mean_r);
         term[i] = value[i] * (inside[i] - grad_v);
       }
+      if (mask_sum) {
+#pragma omp simd
+        for (int64_t i = 0; i < shape.length; ++i) mask_sum[i] += term[i];
+      }
     }
-    if (grad.data) store_block(grad, geo, n, block, fastest, out);
-    if (grad_mask) add_to_mask(terms, block, fastest, grad_mask + n * pixels_all);
+    if (grad.data && !write_in_place) store_block(grad, geo, n, block, fastest, out);
+    if (grad_mask && fastest) add_to_mask(terms, block, grad_mask + n * pixels_all + block.pixel);
   }
 }
 

@@ -113,7 +113,8 @@ class CMakeBuild(build_ext):
         shutil.rmtree(output, ignore_errors=True)
         if not cpu:
             return
-        build = Path(self.build_temp).resolve() / "cmake"
+        # In place, a folder that stays: the next build compiles what changed, and a test reads the object files.
+        build = ROOT / "build/in-place" if in_place else Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",

@@ -8,7 +8,6 @@ ratios within a round. Peak memory: high-water mark of a fresh process per head,
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.baselines import HEADS, forward_and_backward, natural_inputs
-from benchmarks.provenance import ROOT, provenance, require_green_ops, write_json
+from benchmarks.provenance import ROOT, command_line, report
 
 
 def seconds(name: str, vjp: torch.Tensor, x: torch.Tensor) -> float:
@@ -79,20 +78,12 @@ def measure(images: int, channels: int, size: int, rounds: int) -> dict:
     return row
 
 
+SHAPES = [(16, 3, 224), (32, 3, 64), (64, 3, 32), (16, 256, 14)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-tests", action="store_true", help="for development; the file then says so")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.skip_tests:
-        require_green_ops()
-    shapes = [(16, 3, 224), (32, 3, 64), (64, 3, 32), (16, 256, 14)]
-    rows = [measure(*shape, args.rounds) for shape in shapes]
-    write_json(args.out, {"tests": "skipped" if args.skip_tests else "green", **provenance(), "rows": rows})
-    for row in rows:
+    args = command_line(__doc__, rounds=15).parse_args()
+    for row in report(args, lambda: [measure(*shape, args.rounds) for shape in SHAPES]):
         print(row["shape"], row["median_ms"], "over naive", row["speedup_over_naive"], "over tuned", row["speedup_over_tuned"])
         print("   peak extra MiB", row["peak_extra_mib"], "ours/naive", row["peak_extra_of_naive"])
 

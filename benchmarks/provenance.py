@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,23 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
+
+
+def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
+    """What every benchmark script asks: where to write, how many threads and rounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--skip-tests", action="store_true", help="for development; the file then says so")
+    return parser
+
+
+def report(args: argparse.Namespace, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Gate, measurement, file. Returns the rows."""
+    torch.set_num_threads(args.threads)
+    if not args.skip_tests:
+        require_green_ops()
+    rows = measure()
+    write_json(args.out, {"tests": "skipped" if args.skip_tests else "green", **provenance(), "rows": rows})
+    return rows

@@ -7,19 +7,17 @@ A step is forward, loss and backward (no optimiser), torchvision models with ran
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torchvision.models
 from torch import nn
 
 import sib_fast
-from benchmarks.provenance import provenance, require_green_ops, write_json
+from benchmarks.provenance import command_line, report
 from sib_fast.lab.naive import naive_sib_loss
 
 
@@ -67,21 +65,12 @@ def measure(name: str, images: int, size: int, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-tests", action="store_true", help="for development; the file then says so")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.skip_tests:
-        require_green_ops()
-    rows = [measure(name, args.images, args.size, args.rounds) for name in args.models]
-    write_json(args.out, {"tests": "skipped" if args.skip_tests else "green", **provenance(), "rows": rows})
-    for row in rows:
+    for row in report(args, lambda: [measure(name, args.images, args.size, args.rounds) for name in args.models]):
         print(row["model"], row["shape"], row["median_s"], row["ratio_to_plain"])
 
 

@@ -69,7 +69,7 @@ def check_module(op: str, model: nn.Module) -> None:
 def check_graph(op: str, root: Node | None) -> None:
     """Walks the autograd graph of the logits and raises RuntimeError at a node known not to be differentiable twice.
 
-    Costs about a microsecond a node in Python, so callers walk once per network, not every step.
+    Costs about two microseconds a node in Python (0.6 ms on a ResNet-50), so callers walk once per network, not every step.
     """
     seen: set[Node] = set()
     stack = [root] if root is not None else []

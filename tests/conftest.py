@@ -19,13 +19,23 @@ def _seed():
     torch.manual_seed(0)
 
 
+def _usable(name: str) -> str:
+    reason = _backends.why_not(name)
+    if reason is not None:
+        pytest.skip(f"backend {name!r} is not usable here: {reason}")
+    return name
+
+
 @pytest.fixture(params=[name for name in _backends.BACKENDS if name != _backends.REFERENCE])
 def kernel(request) -> str:
     """Every kernel backend; one that is not usable here shows as a skip with its reason."""
-    reason = _backends.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param!r} is not usable here: {reason}")
-    return request.param
+    return _usable(request.param)
+
+
+@pytest.fixture(params=_backends.BACKENDS)
+def backend(request) -> str:
+    """Every backend, the reference among them."""
+    return _usable(request.param)
 
 
 @pytest.fixture

@@ -8,20 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sib_fast
 from sib_fast import SIBLoss, vjp_map
 from sib_fast.testing.networks import conv_net, image_batch, plain_step, relative_error
 
 WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request) -> str:
-    reason = sib_fast.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param!r} is not usable here: {reason}")
-    return request.param
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -26,14 +26,6 @@ WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
 TERMS = ("loss", "base", "foreground", "background")
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request) -> str:
-    reason = sib_fast.why_not(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param!r} is not usable here: {reason}")
-    return request.param
-
-
 def run(net: nn.Module, x: Tensor, target: Tensor, given: object = None, **options) -> tuple[SIBLoss, Tensor, Tensor]:
     """One explicit step. Returns (criterion, loss, x as a leaf)."""
     criterion = SIBLoss(**{**WEIGHTS, **options})

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground_mask/__init__.py"
 STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
+STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 
 # (what, file, text, replacement). The text must occur exactly once.
@@ -40,9 +41,8 @@ FAULTS = [
     ("exp 1e-6 off", SIMD, "float p = 1.98412698412698e-4f;", "float p = 1.98412698412698e-4f + 0.05f;"),
     ("float64 sigmoid of float accuracy", SIMD, "p = p * r + 1.0 / 6.0;", "p = p * r + 1.0 / 6.0000001;"),
     ("background variance of R·M", STATS, "sum_v += static_cast<double>(r[i] * (T(1) - m[i]));", "sum_v += static_cast<double>(r[i] * m[i]);"),
-    ("variance not merged by Chan's rule", STATS, "into.m2 += m2 + delta * delta * into.count * count / total;", "into.m2 += m2;"),
+    ("variances not merged by Chan's rule", STATS_HEADER, "into.m2 += part.m2 + delta * delta * into.count * part.count / total;", "into.m2 += part.m2;"),
     ("variance biased", STATS_HOST, "m.m2 / (m.count - 1)", "m.m2 / m.count"),
-    ("tasks merged without their means", STATS_HOST, "into.m2 += part.m2 + delta * delta * into.count * part.count / total;", "into.m2 += part.m2;"),
     ("a task's Gram lost", STATS_HOST, "for (int64_t t = 1; t < tasks; ++t) {", "for (int64_t t = 2; t < tasks; ++t) {"),
     ("longer block's tail not cleared", STATS, "for (int64_t i = elements; i < row; ++i) packed[k][n * b.row + i] = 0;", ""),
     ("Gram cotangent not symmetrised", STATS_HOST, "static_cast<T>(g[i * N + j] + g[j * N + i])", "static_cast<T>(2 * g[i * N + j])"),

@@ -83,14 +83,7 @@ Sums sums_of(const StatisticsGeometry& geo, const Tensor& vjp, const Tensor& x, 
   });
   for (int64_t t = 1; t < tasks; ++t) {
     for (int64_t i = 0; i < gram_size; ++i) grams[i] += grams[t * gram_size + i];
-    for (int64_t i = 0; i < 2 * N; ++i) {
-      Moments& into = moments[i];
-      const Moments& part = moments[t * 2 * N + i];
-      const double total = into.count + part.count, delta = part.mean - into.mean;
-      into.m2 += part.m2 + delta * delta * into.count * part.count / total;
-      into.mean += delta * part.count / total;
-      into.count = total;
-    }
+    for (int64_t i = 0; i < 2 * N; ++i) merge(moments[i], moments[t * 2 * N + i]);
   }
   grams.resize(gram_size);
   moments.resize(2 * N);

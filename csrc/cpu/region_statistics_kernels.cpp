@@ -193,14 +193,6 @@ const T* run_mask(const T* mask, const Block& block, bool fastest, T* repeated) 
   return repeated;
 }
 
-void merge(Moments& into, double count, double mean, double m2) {
-  if (count == 0) return;
-  const double total = into.count + count, delta = mean - into.mean;
-  into.m2 += m2 + delta * delta * into.count * count / total;
-  into.mean += delta * count / total;
-  into.count = total;
-}
-
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // gram[i][j] += rows i … i+3 of p times rows j … of p, over `row` elements.
@@ -327,8 +319,8 @@ void forward(const StatisticsGeometry& geo, const StatisticsInputs<T>& in, int64
           for (int64_t i = 0; i < shape.length; ++i) v_row[run * shape.length + i] = r[i] * (T(1) - m[i]);
         }
       }
-      merge(moments[2 * n], static_cast<double>(elements), mean_v, m2_v);
-      merge(moments[2 * n + 1], static_cast<double>(elements), mean_r, m2_r);
+      merge(moments[2 * n], {static_cast<double>(elements), mean_v, m2_v});
+      merge(moments[2 * n + 1], {static_cast<double>(elements), mean_r, m2_r});
 
       T* x_row = packed[1] + n * b.row;
       const Runs<T> input(in.x, geo, n, block, fastest_x, loaded);

@@ -26,6 +26,15 @@ struct Moments {
   double count, mean, m2;
 };
 
+// Chan's rule. static: a weak symbol here would be emitted once per instruction set (csrc/cpu/simd.h).
+static inline void merge(Moments& into, const Moments& part) {
+  if (part.count == 0) return;
+  const double total = into.count + part.count, delta = part.mean - into.mean;
+  into.m2 += part.m2 + delta * delta * into.count * part.count / total;
+  into.mean += delta * part.count / total;
+  into.count = total;
+}
+
 // Coefficients of the gradient of the two variances of one image: grad += scale · (value - mean).
 struct VarianceGrad {
   double background_scale, background_mean, vjp_scale, vjp_mean;

@@ -5,6 +5,7 @@ At import and from constants: a loader that ran lazily inside the call path woul
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -47,3 +48,14 @@ elif torch.version.cuda is None:
     MISSING["cuda"] = f"torch {torch.__version__} is a build without CUDA"
 else:
     MISSING["cuda"] = _load("cuda")
+
+
+def _triton_obstacle() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (PyTorch's CUDA builds for Linux bring it)"
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None
+
+
+MISSING["triton"] = _triton_obstacle()

@@ -12,7 +12,10 @@ import torch
 from sib_fast import _extension
 from sib_fast._backends import BACKENDS, automatic, why_not
 from sib_fast._version import __version__
+from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
+from sib_fast.ops.region_statistics import KERNELS as STATISTICS_KERNELS
 
+_HEAD = {"mask": MASK_KERNELS, "statistics": STATISTICS_KERNELS}
 _EXTRAS = {"triton": "Triton kernels", "lightning": "extra [lab]", "torchvision": "torchvision models and data"}
 
 
@@ -58,8 +61,9 @@ def report() -> list[tuple[str, str]]:
     for backend in BACKENDS:
         rows.append((f"backend {backend}", why_not(backend) or "usable"))
     rows.append(("CUDA library", _cuda_launch()))
-    rows.append(("auto on cpu", automatic(torch.device("cpu"))))
-    rows.append(("auto on cuda", automatic(torch.device("cuda"))))
+    for device in ("cpu", "cuda"):
+        chosen = (f"{op} by {automatic(torch.device(device), kernels)}" for op, kernels in _HEAD.items())
+        rows.append((f"auto on {device}", ", ".join(chosen)))
     return rows
 
 

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 
 from sib_fast import _backends
+from sib_fast.ops._registration import register_fakes
+
+PUBLIC_BACKENDS = _backends.BACKENDS
+EMULATION = Path(__file__).parent.parent / "build/in-place/libsib_fast_cuda_emulated.so"
+
+
+def _add_emulation() -> None:
+    """The CUDA kernels on CPU tensors, thread by thread (csrc/cuda/emulation.h), as one more backend of every op's tests."""
+    name, namespace = "emulated", "sib_fast_emulated"
+    _backends.KERNEL_DEVICES[name] = "cpu"
+    _backends.BACKENDS += (name,)
+    _backends.MISSING[name] = None if EMULATION.is_file() else "not built: SIB_FAST_BLOCKS=1 builds it"
+    if _backends.MISSING[name] is None:
+        torch.ops.load_library(str(EMULATION))
+    for op in ("foreground_mask", "region_statistics"):
+        module = importlib.import_module(f"sib_fast.ops.{op}")
+        module.KERNELS.append(name)
+        if _backends.MISSING[name] is None:
+            register_fakes(namespace, module.FAKES)
+            module.add_kernels(name, namespace)
+
+
+_add_emulation()
 
 # The same examples in every run, so that a red CI is a changed project; `--hypothesis-profile=explore` looks further.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -23,19 +49,39 @@ def _usable(name: str) -> str:
     reason = _backends.why_not(name)
     if reason is not None:
         pytest.skip(f"backend {name!r} is not usable here: {reason}")
+    if _backends.KERNEL_DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"backend {name!r} is built, but torch sees no GPU")
     return name
 
 
-@pytest.fixture(params=[name for name in _backends.BACKENDS if name != _backends.REFERENCE])
-def kernel(request) -> str:
+@pytest.fixture
+def _on_device_of():
+    """Makes factory functions of the test put their tensors where the backend runs; `Problem.make` follows them."""
+    yield lambda name: torch.set_default_device(_backends.KERNEL_DEVICES.get(name, "cpu"))
+    torch.set_default_device(None)
+
+
+def pytest_generate_tests(metafunc):
+    if "kernel" in metafunc.fixturenames:
+        # A module of tests says which kernels its op has; the head's two ops have all of them.
+        names = getattr(metafunc.module, "KERNELS", [name for name in _backends.BACKENDS if name != _backends.REFERENCE])
+        metafunc.parametrize("kernel", names, indirect=True)
+
+
+@pytest.fixture
+def kernel(request, _on_device_of) -> str:
     """Every kernel backend; one that is not usable here shows as a skip with its reason."""
-    return _usable(request.param)
+    name = _usable(request.param)
+    _on_device_of(name)
+    return name
 
 
-@pytest.fixture(params=_backends.BACKENDS)
-def backend(request) -> str:
-    """Every backend, the reference among them."""
-    return _usable(request.param)
+@pytest.fixture(params=PUBLIC_BACKENDS)
+def backend(request, _on_device_of) -> str:
+    """Every backend that a user can name, the reference among them."""
+    name = _usable(request.param)
+    _on_device_of(name)
+    return name
 
 
 @pytest.fixture

@@ -5,12 +5,7 @@
 // Shapes    x, y float32, contiguous, any number of elements.
 // Launch    256 threads a block, one element a thread; current stream of x's device.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
-#include "common/check.h"
+#include "cuda/platform.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -23,23 +18,18 @@ __global__ void device_check_kernel(const float* __restrict__ x, float* __restri
 Tensor device_check(Tensor x) {
   SIB_CHECK("device_check", x.scalar_type() == ScalarType::Float && x.is_contiguous(),
             "x must be float32 and contiguous");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   const int64_t count = x.numel();
-  if (count == 0) return y;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   constexpr int kThreads = 256;
-  device_check_kernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(static_cast<const float*>(x.const_data_ptr()),
-                                                             static_cast<float*>(y.mutable_data_ptr()), count);
-  const cudaError_t error = cudaGetLastError();
-  SIB_CHECK("device_check", error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
+  launch("device_check", device_check_kernel, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)),
+         dim3(kThreads), 0, current_stream(x), static_cast<const float*>(x.const_data_ptr()),
+         static_cast<float*>(y.mutable_data_ptr()), count);
   return y;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sib_fast, CUDA, m) { m.impl("_device_check", TORCH_BOX(&device_check)); }
+SIB_CUDA_LIBRARY(m) { m.impl("_device_check", TORCH_BOX(&device_check)); }
 
 }  // namespace sib_fast::cuda

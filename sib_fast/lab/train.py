@@ -29,6 +29,7 @@ from sib_fast.lab.models import SmallConvNet
 from sib_fast.lab.naive import naive_sib_loss
 from sib_fast.lab.report import LABELS, save_panel, tables
 from sib_fast.lab.results import NetworkResult, Results, environment, write_atomically
+from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +193,7 @@ def _check_sib_options(config: TrainConfig) -> str:
     if config.which != "plain" and config.batch_size < smallest:
         raise ValueError(f"train: batch_size must be at least {smallest} for S-IB, got {config.batch_size}")
     try:
-        return resolve("train", config.backend, torch.device(config.device))
+        return resolve("train", config.backend, torch.device(config.device), MASK_KERNELS)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

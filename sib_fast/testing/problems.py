@@ -23,13 +23,15 @@ class Problem:
     why: str
 
     def make(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        noise, x = (torch.randn(self.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        like = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # the same numbers for every device
+        noise, x = (torch.randn(self.shape, **like) for _ in range(2))
         images, _, height, width = self.shape
-        mask = torch.rand((images, 1, height, width), generator=generator, dtype=torch.float64)
+        mask = torch.rand((images, 1, height, width), **like)
         # Rounded to the dtype before anything is compared, so that every precision sees the same numbers.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self.vjp(noise).to(dtype), x.to(dtype), mask.to(dtype).to(wide)
+        noise, x, mask = (t.to(torch.get_default_device()) for t in (noise, x.to(dtype), mask.to(dtype).to(wide)))
+        return self.vjp(noise).to(dtype), x, mask
 
 
 def _natural(noise: Tensor) -> Tensor:

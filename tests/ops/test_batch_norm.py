@@ -10,6 +10,8 @@ from sib_fast.testing.assertions import assert_no_worse_than
 
 SHAPES = [(4, 3, 5, 6), (8, 5), (2, 7, 9), (3, 2, 2, 3, 4), (2, 1, 1, 1), (5, 33, 4, 4)]
 
+KERNELS = ("cpu",)
+
 
 def second_order(function, x, weight, bias, dtype, backend_seed=1):
     """y, its gradients, and the gradients of a function of those: every path of the double backward."""

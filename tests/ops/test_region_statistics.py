@@ -27,9 +27,10 @@ def run(function, inputs, cotangents):
 
 def cotangents_of(images, scale=1.0, seed=1):
     """Not symmetric for the Grams, as an unbiased estimator's raw gradient is not."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
     shapes = [(images, images)] * 2 + [(images,)] * 2 + [(images, images)] * 2
-    return [scale * torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    made = (scale * torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") for shape in shapes)
+    return [cotangent.to(torch.get_default_device()) for cotangent in made]
 
 
 @pytest.mark.parametrize("background_grams", [False, True], ids=["foreground", "both"])

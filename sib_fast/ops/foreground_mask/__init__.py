@@ -11,9 +11,12 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops._registration import TRITON, define_triton_op, register_fakes
 from sib_fast.ops.foreground_mask import reference
 
 _OP = "foreground_mask"
+# In the order in which "auto" asks: CUDA C++ before Triton until a measurement says otherwise.
+KERNELS = ["cpu", "cuda", "triton"]
 _LEVELS = 4  # lo, hi, gate (of g), area (of d)
 
 
@@ -60,7 +63,7 @@ def foreground_mask(
     _checks.require_positive(_OP, "eps", eps)
     levels = _checks.require_quantiles(_OP, quantiles)
     options = MaskOptions(window_size, float(temperature), float(slope), levels, float(eps))
-    chosen = resolve(_OP, backend, vjp.device)
+    chosen = resolve(_OP, backend, vjp.device, KERNELS)
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.foreground_mask(vjp, **options._asdict())
@@ -72,12 +75,12 @@ def mask_with_ranks(vjp: Tensor, rank_pixels: Tensor | None, options: MaskOption
 
     Shapes:  rank_pixels int32 [N, 4, rank_window_length], -1 where a window leaves the ranks 0 … P-1.
     """
-    return _ForegroundMask.apply(vjp, rank_pixels, options, resolve(_OP, backend, vjp.device))
+    return _ForegroundMask.apply(vjp, rank_pixels, options, resolve(_OP, backend, vjp.device, KERNELS))
 
 
 def selected_ranks(vjp: Tensor, options: MaskOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel selects, for tests: mean_map [N, H, W], levels [N, 4], rank_pixels int32 [N, 4, L]."""
-    return _FORWARD[resolve(_OP, backend, vjp.device)](vjp.detach(), None, *options)[1:]
+    return _FORWARD[resolve(_OP, backend, vjp.device, KERNELS)](vjp.detach(), None, *options)[1:]
 
 
 def rank_window_length(temperature: float, pixels: int, dtype: torch.dtype) -> int:
@@ -125,34 +128,52 @@ class _ForegroundMaskGrad(torch.autograd.Function):
         )
 
 
-def _native_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
-    return torch.ops.sib_fast._foreground_mask(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps)
+# ---- the registered ops, one pair per backend -------------------------------------------------------------------------------
+
+_FORWARD, _BACKWARD = {}, {}
 
 
-def _native_backward(grad_mask, mask, mean_map, levels, ranks, channels, window_size, temperature, slope, quantiles, eps):
-    return torch.ops.sib_fast._foreground_mask_backward(
-        grad_mask, mask, mean_map, levels, ranks, channels, window_size, temperature, slope, quantiles, eps
+def add_kernels(backend: str, namespace: str) -> None:
+    """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
+    ops = getattr(torch.ops, namespace)
+    _FORWARD[backend], _BACKWARD[backend] = ops._foreground_mask.default, ops._foreground_mask_backward.default
+
+
+def _fake_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
+    images, _, height, width = vjp.shape
+    acc = _checks.accumulation_dtype(vjp.dtype)
+    length = rank_window_length(temperature, height * width, vjp.dtype)
+    return (
+        vjp.new_empty((images, 1, height, width), dtype=acc),
+        vjp.new_empty((images, height, width), dtype=acc),
+        vjp.new_empty((images, _LEVELS), dtype=acc),
+        vjp.new_empty((images, _LEVELS, length), dtype=torch.int32),
     )
 
 
-_FORWARD = {"cpu": _native_forward}
-_BACKWARD = {"cpu": _native_backward}
+def _fake_backward(grad_mask, mask, mean_map, levels, rank_pixels, channels, window_size, temperature, slope, quantiles, eps):
+    return mask.new_empty(mask.shape)
 
+
+FAKES = (("_foreground_mask", _fake_forward), ("_foreground_mask_backward", _fake_backward))
+_OPTIONS = "int window_size, float temperature, float slope, float[] quantiles, float eps"
 
 if _extension.MISSING["cpu"] is None:
-
-    @torch.library.register_fake("sib_fast::_foreground_mask")
-    def _fake_forward(vjp, rank_pixels, window_size, temperature, slope, quantiles, eps):
-        images, _, height, width = vjp.shape
-        acc = _checks.accumulation_dtype(vjp.dtype)
-        length = rank_window_length(temperature, height * width, vjp.dtype)
-        return (
-            vjp.new_empty((images, 1, height, width), dtype=acc),
-            vjp.new_empty((images, height, width), dtype=acc),
-            vjp.new_empty((images, _LEVELS), dtype=acc),
-            vjp.new_empty((images, _LEVELS, length), dtype=torch.int32),
-        )
-
-    @torch.library.register_fake("sib_fast::_foreground_mask_backward")
-    def _fake_backward(grad_mask, mask, mean_map, levels, rank_pixels, channels, window_size, temperature, slope, quantiles, eps):
-        return mask.new_empty(mask.shape)
+    register_fakes("sib_fast", FAKES)
+    add_kernels("cpu", "sib_fast")
+    add_kernels("cuda", "sib_fast")
+if _extension.MISSING["triton"] is None:
+    define_triton_op(
+        f"_foreground_mask(Tensor vjp, Tensor? rank_pixels, {_OPTIONS}) "
+        "-> (Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels)",
+        "sib_fast.ops.foreground_mask.triton",
+        "forward",
+    )
+    define_triton_op(
+        "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
+        f"int channels, {_OPTIONS}) -> Tensor",
+        "sib_fast.ops.foreground_mask.triton",
+        "backward",
+    )
+    register_fakes(TRITON, FAKES)
+    add_kernels("triton", TRITON)

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops._registration import TRITON, define_triton_op, register_fakes
 from sib_fast.ops.region_statistics import reference
 from sib_fast.types import RegionStatistics
 
 _OP = "region_statistics"
+# In the order in which "auto" asks: Triton before CUDA C++ until a measurement says otherwise.
+KERNELS = ["cpu", "triton", "cuda"]
 
 
 def region_statistics(
@@ -43,7 +46,7 @@ def region_statistics(
         raise TypeError(f"{_OP}: vjp and x must both be float64 or neither, got {vjp.dtype} and {x.dtype}")
     if channels * height * width < 2:
         raise ValueError(f"{_OP}: vjp must have C·H·W >= 2, since its variance is unbiased, got {list(vjp.shape)}")
-    chosen = resolve(_OP, backend, vjp.device)
+    chosen = resolve(_OP, backend, vjp.device, KERNELS)
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.region_statistics(vjp, x, mask, background_grams=background_grams)
@@ -103,40 +106,62 @@ class _RegionStatisticsGrad(torch.autograd.Function):
         )
 
 
-def _native_forward(vjp, x, mask, background_grams):
-    return torch.ops.sib_fast._region_statistics(vjp, x, mask, background_grams)
+# ---- the registered ops, one pair per backend -------------------------------------------------------------------------------
+
+_FORWARD, _BACKWARD = {}, {}
 
 
-def _native_backward(*arguments):
-    return torch.ops.sib_fast._region_statistics_backward(*arguments)
+def add_kernels(backend: str, namespace: str) -> None:
+    """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
+    ops = getattr(torch.ops, namespace)
+    _FORWARD[backend], _BACKWARD[backend] = ops._region_statistics.default, ops._region_statistics_backward.default
 
 
-_FORWARD = {"cpu": _native_forward}
-_BACKWARD = {"cpu": _native_backward}
+def _fake_forward(vjp, x, mask, background_grams):
+    images = vjp.shape[0]
 
+    def new(*shape):
+        return vjp.new_empty(shape, dtype=torch.float64)
+
+    background = (images, images) if background_grams else (0,)
+    grams = new(images, images), new(images, images)
+    return (*grams, new(images), new(images), new(images), new(images), new(*background), new(*background))
+
+
+def _fake_backward(
+    grad_gram_vjp, grad_gram_x, grad_background_variance, grad_vjp_variance, grad_background_gram_vjp,
+    grad_background_gram_x, vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask,
+):  # fmt: skip
+    acc = _checks.accumulation_dtype(vjp.dtype)
+
+    def like(tensor, need):
+        return torch.empty_like(tensor, dtype=acc) if need else tensor.new_empty((0,), dtype=acc)
+
+    grad_mask = mask.new_empty(mask.shape if need_mask else (0,))
+    return like(vjp, need_vjp), like(x, need_x), grad_mask
+
+
+FAKES = (("_region_statistics", _fake_forward), ("_region_statistics_backward", _fake_backward))
 
 if _extension.MISSING["cpu"] is None:
-
-    @torch.library.register_fake("sib_fast::_region_statistics")
-    def _fake_forward(vjp, x, mask, background_grams):
-        images = vjp.shape[0]
-
-        def new(*shape):
-            return vjp.new_empty(shape, dtype=torch.float64)
-
-        background = (images, images) if background_grams else (0,)
-        grams = new(images, images), new(images, images)
-        return (*grams, new(images), new(images), new(images), new(images), new(*background), new(*background))
-
-    @torch.library.register_fake("sib_fast::_region_statistics_backward")
-    def _fake_backward(
-        grad_gram_vjp, grad_gram_x, grad_background_variance, grad_vjp_variance, grad_background_gram_vjp,
-        grad_background_gram_x, vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask,
-    ):  # fmt: skip
-        acc = _checks.accumulation_dtype(vjp.dtype)
-
-        def like(tensor, need):
-            return torch.empty_like(tensor, dtype=acc) if need else tensor.new_empty((0,), dtype=acc)
-
-        grad_mask = mask.new_empty(mask.shape if need_mask else (0,))
-        return like(vjp, need_vjp), like(x, need_x), grad_mask
+    register_fakes("sib_fast", FAKES)
+    add_kernels("cpu", "sib_fast")
+    add_kernels("cuda", "sib_fast")
+if _extension.MISSING["triton"] is None:
+    define_triton_op(
+        "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams) -> (Tensor gram_vjp, Tensor gram_x, "
+        "Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
+        "background_gram_vjp, Tensor background_gram_x)",
+        "sib_fast.ops.region_statistics.triton",
+        "forward",
+    )
+    define_triton_op(
+        "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
+        "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, Tensor "
+        "mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor grad_vjp, "
+        "Tensor grad_x, Tensor grad_mask)",
+        "sib_fast.ops.region_statistics.triton",
+        "backward",
+    )
+    register_fakes(TRITON, FAKES)
+    add_kernels("triton", TRITON)

@@ -1,0 +1,52 @@
+// Every op schema of the package. No kernels: those register themselves in cpu/ and cuda/.
+//
+// The ops are private: their gradients live in sib_fast/ops/<op>/__init__.py, which is the way in.
+// N images, C channels, H×W pixels, L = entries of a rank window (common/rank_window.h). `acc` is float64 for float64
+// maps and float32 for all others.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace sib_fast {
+
+template <class Library>
+void define_schemas(Library& m) {
+  // vjp [N,C,H,W], rank_pixels int32 [N,4,L] or None -> mask acc [N,1,H,W], mean_map acc [N,H,W], levels acc [N,4],
+  // rank_pixels
+  m.def(
+      "_foreground_mask(Tensor vjp, Tensor? rank_pixels, int window_size, float temperature, float slope, float[] "
+      "quantiles, float eps) -> (Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels)");
+  // grad_mask acc [N,1,H,W] -> the gradient of every channel of vjp, acc [N,1,H,W]
+  m.def(
+      "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
+      "int channels, int window_size, float temperature, float slope, float[] quantiles, float eps) -> Tensor");
+  // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's [0] unless asked for), variances and
+  // means [N]
+  m.def(
+      "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams) -> (Tensor gram_vjp, Tensor "
+      "gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
+      "background_gram_vjp, Tensor background_gram_x)");
+  // -> acc grad_vjp, grad_x [N,C,H,W] in the layouts of vjp and x, grad_mask [N,1,H,W]; [0] where need_* is false
+  m.def(
+      "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
+      "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, "
+      "Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor "
+      "grad_vjp, Tensor grad_x, Tensor grad_mask)");
+  // x acc [N,C,S] contiguous, weight, bias [C] -> y [N,C,S]; float64 [C] mean, biased variance, 1/sqrt(variance + eps)
+  m.def(
+      "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "
+      "Tensor invstd)");
+  // -> grad_x ([0] unless need_x), grad_weight [C], grad_bias [C]
+  m.def(
+      "_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool need_x) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x ([0] unless needed) and of weight [C]
+  m.def(
+      "_batch_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
+      "weight, Tensor mean, Tensor invstd, bool need_grad_y, bool need_x) -> (Tensor to_grad_y, Tensor to_x, Tensor "
+      "to_weight)");
+  // x float32, any shape -> 2·x + 1: proves that the CUDA library loads, launches on the current stream and returns.
+  m.def("_device_check(Tensor x) -> Tensor");
+}
+
+}  // namespace sib_fast

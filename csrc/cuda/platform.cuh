@@ -1,0 +1,123 @@
+// What every kernel file includes: CUDA itself under nvcc, or the emulation (cuda/emulation.h) under a host compiler.
+//
+// The kernels are compiled twice from the same text. The emulation runs every thread of a block as a fibre on the CPU,
+// so that tests, `make test` and CI check kernels, launchers and orders of launches on machines without a GPU. Rules
+// for code that must compile both ways:
+//   shared memory   `T* s = sib_fast::cuda::dynamic_shared<T>()`, sized by launch(); no __shared__ declarations
+//   launches        launch(op, kernel, grid, block, shared_bytes, stream, arguments…); no <<<>>>
+//   half types      torch::headeronly::Half and BFloat16, which convert on both sides
+//   collectives     __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __reduce_*_sync, __match_any_sync, the
+//                   copy_async_* and mma_* functions below; anything else gets a twin in emulation.h first
+#pragma once
+
+#include <cstdint>
+
+#include "common/check.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define SIB_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sib_fast, CUDA, m)
+
+namespace sib_fast::cuda {
+
+using Stream = cudaStream_t;
+using torch::stable::accelerator::DeviceGuard;
+
+inline Stream current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<Stream>(stream);
+}
+
+struct Device {
+  int multiprocessors;
+  int capability;        // 10·major + minor
+  int64_t block_shared;  // bytes of shared memory that one block may ask for
+};
+
+// Asked of the driver once a process and device: the attributes never change.
+inline const Device& device_of(const Tensor& tensor) {
+  static Device known[64] = {};
+  const int index = tensor.get_device_index();
+  Device& device = known[index];
+  if (device.capability == 0) {
+    int major = 0, minor = 0, shared = 0;
+    cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    device.block_shared = shared;
+    device.capability = 10 * major + minor;
+  }
+  return device;
+}
+
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char sib_fast_dynamic_shared[];
+  return reinterpret_cast<T*>(sib_fast_dynamic_shared);
+}
+
+// Launches and checks. An empty grid is no launch: CUDA refuses it, and there is nothing to do.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream,
+            Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    SIB_CHECK(op, error == cudaSuccess, "a block may not have ", shared_bytes,
+              " bytes of shared memory here: ", cudaGetErrorString(error));
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  const cudaError_t error = cudaGetLastError();
+  SIB_CHECK(op, error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
+}
+
+// 16 bytes from global to shared memory past the registers; `valid` false writes zeros. Seen after copy_async_wait and
+// a barrier.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid = true) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid = true) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `Pending` committed groups are under way.
+template <int Pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// float32 rounded to tf32 (10 bits of mantissa), to nearest.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// d += a·b for one warp: a 16×8 row-major, b 8×8 column-major, d 16×8 float32. Lane l holds, with g = l/4, t = l%4:
+// a = (g, t), (g+8, t), (g, t+4), (g+8, t+4); b = (t, g), (t+4, g); d = (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace sib_fast::cuda
+
+#else
+
+#include "cuda/emulation.h"
+
+#define SIB_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m)
+
+#endif

@@ -16,7 +16,8 @@ from sib_fast._backends import BACKENDS
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
-from sib_fast.ops import region_statistics
+from sib_fast.ops import hsic_objective, region_statistics
+from sib_fast.types import RegionStatistics
 from sib_fast.vjp import SCALARS, vjp_map
 
 _OP = "SIBLoss"
@@ -208,9 +209,8 @@ class SIBLoss(nn.Module):
             background_grams=getattr(self.background, "needs_background_grams", False),
             backend=self.backend,
         )
-        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
-        background = self.background(statistics)
-        loss = self.objective(base.to(foreground.dtype), foreground, background, self.lambda_fg, self.lambda_bg).to(compute)
+        loss, foreground, background = self._finalise(statistics, base.to(compute))
+        loss = loss.to(compute)
         self.terms = {
             "loss": loss.detach().clone(),
             "base": base.detach(),
@@ -223,6 +223,28 @@ class SIBLoss(nn.Module):
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
         return loss
+
+    def _finalise(self, statistics: RegionStatistics, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics and base loss -> loss, foreground, background: everything that is N×N or smaller.
+
+        One fused op for the default estimator and background and every built-in objective.
+        """
+        weights = (self.lambda_fg, self.lambda_bg)
+        objective = next((name for name, function in OBJECTIVES.items() if function is self.objective), None)
+        if objective and self.estimator is ESTIMATORS["hsic_biased"] and self.background is BACKGROUNDS["variance"]:
+            return hsic_objective(
+                base,
+                statistics.gram_vjp,
+                statistics.gram_x,
+                statistics.background_variance,
+                lambda_fg=weights[0],
+                lambda_bg=weights[1],
+                objective=objective,
+                backend=self.backend,
+            )
+        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
+        background = self.background(statistics)
+        return self.objective(base.to(foreground.dtype), foreground, background, *weights), foreground, background
 
     def _base(self, logits: Tensor, target: Tensor) -> Tensor:
         loss = self.base_loss(logits, target)

@@ -21,11 +21,18 @@ SIB_HOST_DEVICE inline double inverse_norm(double diagonal) {
   return 1.0 / (has_norm(diagonal) ? sqrt(diagonal) : kNormFloor);
 }
 
-// tr(K_R Z K_x Z)/(N-1)² without Z, from Σ_ij K_R·K_x, Σ_i of the products of the row means and the two grand means.
-SIB_HOST_DEVICE inline double hsic_of_sums(double products, double mean_products, double mean_vjp, double mean_x,
-                                           int64_t images) {
+// What depends on the batch size alone; by value to the kernels, so that no thread divides for it.
+struct BatchScale {
+  double images, mean, hsic;  // N, 1/N, 1/(N-1)²
+
+  // tr(K_R Z K_x Z)/(N-1)² without Z, from Σ_ij K_R·K_x, Σ_i of the products of the row means and the two grand means.
+  SIB_HOST_DEVICE double foreground(double products, double mean_products, double grand_vjp, double grand_x) const {
+    return (products - 2.0 * images * mean_products + images * images * grand_vjp * grand_x) * hsic;
+  }
+};
+inline BatchScale batch_scale(int64_t images) {
   const double n = static_cast<double>(images);
-  return (products - 2.0 * n * mean_products + n * n * mean_vjp * mean_x) / ((n - 1.0) * (n - 1.0));
+  return {n, 1.0 / n, 1.0 / ((n - 1.0) * (n - 1.0))};
 }
 
 struct Objective {

@@ -68,27 +68,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hsic_objective(Tensor base, T
     inverse_x[i] = inverse_norm(in(gram_x)[i * (N + 1)]);
   }
   const HsicColumns<double> columns{inverse_vjp, inverse_x, mean_vjp, mean_x};
-  const double n = static_cast<double>(N);
+  const BatchScale scale = batch_scale(N);
   std::vector<double> products(N);
   for_rows(N, [&](int64_t i) {
     const HsicRowSums<double> sums = kernels().row_sums(in(gram_vjp), in(gram_x), columns, i, N);
     products[i] = sums.product;
-    mean_vjp[i] = sums.vjp / n;
-    mean_x[i] = sums.x / n;
+    mean_vjp[i] = sums.vjp * scale.mean;
+    mean_x[i] = sums.x * scale.mean;
   });
   double product = 0, mean_product = 0, grand_vjp = 0, grand_x = 0, variance = 0;
   for (int64_t i = 0; i < N; ++i) {
     product += products[i];
     mean_product += mean_vjp[i] * mean_x[i];
-    grand_vjp += mean_vjp[i];
-    grand_x += mean_x[i];
+    grand_vjp += mean_vjp[i] * scale.mean;
+    grand_x += mean_x[i] * scale.mean;
     variance += in(background_variance)[i];
   }
   double* total = out(totals);
-  total[0] = hsic_of_sums(product, mean_product, grand_vjp / n, grand_x / n, N);
-  total[1] = variance / n;
-  total[2] = grand_vjp / n;
-  total[3] = grand_x / n;
+  total[0] = scale.foreground(product, mean_product, grand_vjp, grand_x);
+  total[1] = variance * scale.mean;
+  total[2] = grand_vjp;
+  total[3] = grand_x;
   const Objective of{lambda_fg, lambda_bg, static_cast<int>(objective)};
   return {scalar_like(base, of.value(scalar("base", base), total[0], total[1])), scalar_like(base, total[0]),
           scalar_like(base, total[1]), rows, totals};
@@ -103,12 +103,14 @@ std::tuple<Tensor, Tensor, Tensor> hsic_objective_backward(std::optional<Tensor>
   const int64_t N = check_grams(gram_vjp, gram_x);
   check_plain(kOp, "rows", rows, ScalarType::Double, 4 * N);
   check_plain(kOp, "totals", totals, ScalarType::Double, 4);
-  const double n = static_cast<double>(N), *total = in(totals);
+  const BatchScale batch = batch_scale(N);
+  const double* total = in(totals);
   const Objective of{lambda_fg, lambda_bg, static_cast<int>(objective)};
   const double to_loss = scalar("grad_loss", grad_loss);
   const double scale =
-      (to_loss * of.slope_foreground(total[0]) + scalar("grad_foreground", grad_foreground)) / ((n - 1.0) * (n - 1.0));
-  const double to_variance = (to_loss * of.slope_background(total[1]) + scalar("grad_background", grad_background)) / n;
+      (to_loss * of.slope_foreground(total[0]) + scalar("grad_foreground", grad_foreground)) * batch.hsic;
+  const double to_variance =
+      (to_loss * of.slope_background(total[1]) + scalar("grad_background", grad_background)) * batch.mean;
   const auto matrix = [&](bool need) {
     return need ? torch::stable::new_empty(gram_vjp, {N, N}) : torch::stable::new_empty(gram_vjp, {0});
   };

@@ -52,14 +52,12 @@ __device__ __forceinline__ double warp_sum(double value) {
 // hsic_rows_kernel: 1/norms and row means of both normalised Grams, and products_i = Σ_j K_R,ij·K_x,ij.
 __global__ void __launch_bounds__(kHsicThreads)
     hsic_rows_kernel(const double* __restrict__ gram_vjp, const double* __restrict__ gram_x, double* __restrict__ rows,
-                     double* __restrict__ products, int64_t N) {
+                     double* __restrict__ products, int64_t N, BatchScale scale) {
   double* inverse_vjp = dynamic_shared<double>();
   double* inverse_x = inverse_vjp + kHsicColumns;
   const int lane = threadIdx.x % 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kHsicWarps + threadIdx.x / 32;
   const bool has_row = i < N;
-  const double own_vjp = has_row ? inverse_norm(gram_vjp[i * (N + 1)]) : 0.0;
-  const double own_x = has_row ? inverse_norm(gram_x[i * (N + 1)]) : 0.0;
   double product = 0.0, sum_vjp = 0.0, sum_x = 0.0;
   for (int64_t first = 0; first < N; first += kHsicColumns) {
     const int count = static_cast<int>(min(N - first, static_cast<int64_t>(kHsicColumns)));
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(kHsicThreads)
     const double *row_vjp = gram_vjp + i * N + first, *row_x = gram_x + i * N + first;
 #pragma unroll 4
     for (int j = lane; j < count; j += 32) {
-      const double k = row_vjp[j] * own_vjp * inverse_vjp[j], l = row_x[j] * own_x * inverse_x[j];
+      const double k = row_vjp[j] * inverse_vjp[j], l = row_x[j] * inverse_x[j];  // the row's own norm at the end
       product += k * l;
       sum_vjp += k;
       sum_x += l;
@@ -84,18 +82,18 @@ __global__ void __launch_bounds__(kHsicThreads)
   sum_vjp = warp_sum(sum_vjp);
   sum_x = warp_sum(sum_x);
   if (lane != 0) return;
-  const double n = static_cast<double>(N);
+  const double own_vjp = inverse_norm(gram_vjp[i * (N + 1)]), own_x = inverse_norm(gram_x[i * (N + 1)]);
   rows[i] = own_vjp;
   rows[N + i] = own_x;
-  rows[2 * N + i] = sum_vjp / n;
-  rows[3 * N + i] = sum_x / n;
-  products[i] = product;
+  rows[2 * N + i] = sum_vjp * own_vjp * scale.mean;
+  rows[3 * N + i] = sum_x * own_x * scale.mean;
+  products[i] = product * own_vjp * own_x;
 }
 
 // hsic_combine_kernel: the sums over rows, then foreground, background and loss. One block.
 __global__ void __launch_bounds__(kHsicThreads)
     hsic_combine_kernel(Scalar base, const double* __restrict__ rows, const double* __restrict__ products,
-                        const double* __restrict__ variance, int64_t N, Objective objective,
+                        const double* __restrict__ variance, int64_t N, BatchScale scale, Objective objective,
                         double* __restrict__ totals, void* loss, void* foreground, void* background) {
   double* partial = dynamic_shared<double>();
   double sums[kHsicSums] = {0.0, 0.0, 0.0, 0.0, 0.0};
@@ -119,8 +117,8 @@ __global__ void __launch_bounds__(kHsicThreads)
     sums[s] = 0.0;
     for (int w = 0; w < kHsicWarps; ++w) sums[s] += partial[s * kHsicWarps + w];
   }
-  const double n = static_cast<double>(N), grand_vjp = sums[2] / n, grand_x = sums[3] / n;
-  const double fg = hsic_of_sums(sums[0], sums[1], grand_vjp, grand_x, N), bg = sums[4] / n;
+  const double grand_vjp = sums[2] * scale.mean, grand_x = sums[3] * scale.mean;
+  const double fg = scale.foreground(sums[0], sums[1], grand_vjp, grand_x), bg = sums[4] * scale.mean;
   totals[0] = fg;
   totals[1] = bg;
   totals[2] = grand_vjp;
@@ -139,17 +137,17 @@ __global__ void __launch_bounds__(kHsicThreads)
     hsic_gradient_kernel(Scalar to_loss, Scalar to_foreground, Scalar to_background,
                          const double* __restrict__ gram_vjp, const double* __restrict__ gram_x,
                          const double* __restrict__ rows, const double* __restrict__ totals, int64_t N,
-                         Objective objective, double* __restrict__ grad_vjp, double* __restrict__ grad_x,
-                         double* __restrict__ grad_variance) {
+                         BatchScale batch, Objective objective, double* __restrict__ grad_vjp,
+                         double* __restrict__ grad_x, double* __restrict__ grad_variance) {
   const int lane = threadIdx.x % 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kHsicWarps + threadIdx.x / 32;
   if (i >= N) return;
-  const double n = static_cast<double>(N), to = to_loss.read();
+  const double to = to_loss.read();
   if (grad_variance != nullptr && lane == 0) {
-    grad_variance[i] = (to * objective.slope_background(totals[1]) + to_background.read()) / n;
+    grad_variance[i] = (to * objective.slope_background(totals[1]) + to_background.read()) * batch.mean;
   }
   if (grad_vjp == nullptr && grad_x == nullptr) return;
-  const double scale = (to * objective.slope_foreground(totals[0]) + to_foreground.read()) / ((n - 1.0) * (n - 1.0));
+  const double scale = (to * objective.slope_foreground(totals[0]) + to_foreground.read()) * batch.hsic;
   const double *inverse_vjp = rows, *inverse_x = rows + N, *mean_vjp = rows + 2 * N, *mean_x = rows + 3 * N;
   const double own_vjp = inverse_vjp[i], own_x = inverse_x[i];
   const double shift_vjp = totals[2] - mean_vjp[i], shift_x = totals[3] - mean_x[i];
@@ -212,9 +210,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hsic_objective(Tensor base, T
   const Objective objective{lambda_fg, lambda_bg, static_cast<int>(kind)};
   const Stream stream = current_stream(gram_vjp);
   launch(kHsic, hsic_rows_kernel, hsic_grid(N), dim3(kHsicThreads), 2 * kHsicColumns * sizeof(double), stream,
-         hsic_in(gram_vjp), hsic_in(gram_x), hsic_out(rows), hsic_out(products), N);
+         hsic_in(gram_vjp), hsic_in(gram_x), hsic_out(rows), hsic_out(products), N, batch_scale(N));
   launch(kHsic, hsic_combine_kernel, dim3(1), dim3(kHsicThreads), kHsicSums * kHsicWarps * sizeof(double), stream, from,
-         hsic_in(rows), hsic_in(products), hsic_in(background_variance), N, objective, hsic_out(totals),
+         hsic_in(rows), hsic_in(products), hsic_in(background_variance), N, batch_scale(N), objective, hsic_out(totals),
          loss.mutable_data_ptr(), foreground.mutable_data_ptr(), background.mutable_data_ptr());
   return {loss, foreground, background, rows, totals};
 }
@@ -238,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> hsic_objective_backward(std::optional<Tensor>
   launch(kHsic, hsic_gradient_kernel, hsic_grid(N), dim3(kHsicThreads), 0, current_stream(gram_vjp),
          hsic_scalar("grad_loss", grad_loss), hsic_scalar("grad_foreground", grad_foreground),
          hsic_scalar("grad_background", grad_background), hsic_in(gram_vjp), hsic_in(gram_x), hsic_in(rows),
-         hsic_in(totals), N, objective, hsic_out(grad_vjp), hsic_out(grad_x), hsic_out(grad_variance));
+         hsic_in(totals), N, batch_scale(N), objective, hsic_out(grad_vjp), hsic_out(grad_x), hsic_out(grad_variance));
   return {grad_vjp, grad_x, grad_variance};
 }
 

@@ -85,8 +85,9 @@ def hsic_objective(
 class _HSICObjective(torch.autograd.Function):
     """Estimator, background term and objective at once; the gradient by hand.
 
-    Shapes:  base [], gram_vjp, gram_x [N, N], background_variance [N] -> loss, foreground, background []. Saved: the Grams,
-             rows [4, N] (1/norm of R and x, row means of K_R and K_x), totals [4] (foreground, background, grand means).
+    Shapes:  base [], gram_vjp, gram_x [N, N], background_variance [N] -> loss, foreground, background []. Saved: the inputs
+             but base, rows [4, N] (1/norm of R and x, row means of K_R and K_x), totals [4] (foreground, background, grand
+             means).
     Order:   once. A second derivative raises, in `_HSICObjectiveGrad`.
     Source:  SPEC 5 and 6.
     """
@@ -95,7 +96,7 @@ class _HSICObjective(torch.autograd.Function):
     def forward(ctx, base, gram_vjp, gram_x, background_variance, lambda_fg, lambda_bg, objective, backend):
         weights = lambda_fg, lambda_bg, objective
         loss, foreground, background, rows, totals = _FORWARD[backend](base, gram_vjp, gram_x, background_variance, *weights)
-        ctx.save_for_backward(gram_vjp, gram_x, rows, totals)
+        ctx.save_for_backward(background_variance, gram_vjp, gram_x, rows, totals)
         ctx.rest = (weights, backend)
         ctx.set_materialize_grads(False)  # the loss alone is differentiated: no launches that fill zeros for the terms
         return loss, foreground, background
@@ -109,7 +110,8 @@ class _HSICObjective(torch.autograd.Function):
             cotangents = grad_loss, grad_foreground, grad_background
             grads = _HSICObjectiveGrad.apply(*cotangents, *ctx.saved_tensors, *weights, *needs, backend)
         # d loss/d base = 1: no kernel, and no second derivative to refuse.
-        return (grad_loss if need_base else None, *(g if need else None for g, need in zip(grads, needs)), *[None] * 4)  # noqa: B905
+        grads = (grad_loss, *grads)
+        return (*(g if need else None for g, need in zip(grads, (need_base, *needs), strict=True)), None, None, None, None)
 
 
 class _HSICObjectiveGrad(torch.autograd.Function):
@@ -117,8 +119,9 @@ class _HSICObjectiveGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *arguments, backend = arguments
-        return _BACKWARD[backend](*arguments)
+        # The variances, which the gradient depends on through totals, are here to be part of the graph.
+        to_loss, to_foreground, to_background, _, *arguments, backend = arguments
+        return _BACKWARD[backend](to_loss, to_foreground, to_background, *arguments)
 
     @staticmethod
     def backward(ctx, *_):

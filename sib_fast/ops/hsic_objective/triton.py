@@ -4,6 +4,7 @@
     fg·(N−1)² = Σ K_R·K_x − 2N Σ_i mean_i^R mean_i^x + N² · grand means          (Z and ZKZ exist nowhere)
 
 Everything is float64. Scalars that carry a fraction are declared float64: Triton would pass a Python float as float32.
+What depends on N alone is divided out on the host: a float64 division is a call, and its saved registers spill.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile of rows × columns held by one program. 8×128 doubles over 4 warps are 8 a thread and operand: no spills on any
-# architecture (tests/triton/test_hsic_objective_aot.py). N = 128 makes 16 programs of one step each.
-ROWS, COLUMNS, WARPS = 8, 128, 4
+# A tile of rows × columns held by one program: 4×128 doubles over 8 warps are 2 a thread and operand. N = 128 makes 32
+# programs of one step each. Left to itself ptxas (CUDA 13) spills two words on sm_90 or sm_100 for one more block of
+# occupancy, at 4 warps and at 8 (tests/triton/test_hsic_objective_aot.py): hence the limit, above the 54 to 80 in use.
+TILE = {"ROWS": 4, "COLUMNS": 128, "num_warps": 8, "maxnreg": 96}
 COMBINE, COMBINE_WARPS = 256, 4
 EXP, LINEAR, EXPM1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -37,7 +39,7 @@ def _expm1(x):
 
 
 @triton.jit
-def hsic_rows_kernel(gram_vjp, gram_x, rows, products, images, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def hsic_rows_kernel(gram_vjp, gram_x, rows, products, images, mean_scale: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """1/norms and row means of both normalised Grams, and products_i = Σ_j K_R,ij·K_x,ij.
 
     Shapes:  Grams [N, N] -> rows [4, N] (1/norm of R and x, row means of K_R and K_x), products [N]; all float64.
@@ -47,8 +49,6 @@ def hsic_rows_kernel(gram_vjp, gram_x, rows, products, images, ROWS: tl.constexp
     count = images.to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = i < count
-    own_vjp = _inverse_norm(tl.load(gram_vjp + i * (count + 1), mask=row, other=1.0))[:, None]
-    own_x = _inverse_norm(tl.load(gram_x + i * (count + 1), mask=row, other=1.0))[:, None]
     product = tl.zeros((ROWS, COLUMNS), tl.float64)
     sum_vjp = tl.zeros((ROWS, COLUMNS), tl.float64)
     sum_x = tl.zeros((ROWS, COLUMNS), tl.float64)
@@ -59,23 +59,24 @@ def hsic_rows_kernel(gram_vjp, gram_x, rows, products, images, ROWS: tl.constexp
         inside = row[:, None] & column[None, :]
         inverse_vjp = _inverse_norm(tl.load(gram_vjp + j * (count + 1), mask=column, other=1.0))[None, :]
         inverse_x = _inverse_norm(tl.load(gram_x + j * (count + 1), mask=column, other=1.0))[None, :]
-        k = tl.load(gram_vjp + at, mask=inside, other=0.0) * own_vjp * inverse_vjp
-        el = tl.load(gram_x + at, mask=inside, other=0.0) * own_x * inverse_x
+        k = tl.load(gram_vjp + at, mask=inside, other=0.0) * inverse_vjp  # the row's own norm at the end
+        el = tl.load(gram_x + at, mask=inside, other=0.0) * inverse_x
         product += k * el
         sum_vjp += k
         sum_x += el
-    size = count.to(tl.float64)
-    tl.store(rows + i[:, None], own_vjp, mask=row[:, None])
-    tl.store(rows + count + i[:, None], own_x, mask=row[:, None])
-    tl.store(rows + 2 * count + i, tl.sum(sum_vjp, axis=1) / size, mask=row)
-    tl.store(rows + 3 * count + i, tl.sum(sum_x, axis=1) / size, mask=row)
-    tl.store(products + i, tl.sum(product, axis=1), mask=row)
+    own_vjp = _inverse_norm(tl.load(gram_vjp + i * (count + 1), mask=row, other=1.0))
+    own_x = _inverse_norm(tl.load(gram_x + i * (count + 1), mask=row, other=1.0))
+    tl.store(rows + i, own_vjp, mask=row)
+    tl.store(rows + count + i, own_x, mask=row)
+    tl.store(rows + 2 * count + i, tl.sum(sum_vjp, axis=1) * own_vjp * mean_scale, mask=row)
+    tl.store(rows + 3 * count + i, tl.sum(sum_x, axis=1) * own_x * mean_scale, mask=row)
+    tl.store(products + i, tl.sum(product, axis=1) * own_vjp * own_x, mask=row)
 
 
 @triton.jit
 def hsic_combine_kernel(
-    base, rows, products, variance, images, lambda_fg: tl.float64, lambda_bg: tl.float64, totals, loss, foreground,
-    background, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    base, rows, products, variance, images, mean_scale: tl.float64, hsic_scale: tl.float64, lambda_fg: tl.float64,
+    lambda_bg: tl.float64, totals, loss, foreground, background, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums over rows, then foreground, background and loss: one program.
 
@@ -100,11 +101,11 @@ def hsic_combine_kernel(
         sum_x += mean_x
         sum_variance += tl.load(variance + i, mask=inside, other=0.0)
     n = count.to(tl.float64)
-    grand_vjp = tl.sum(sum_vjp, axis=0) / n
-    grand_x = tl.sum(sum_x, axis=0) / n
+    grand_vjp = tl.sum(sum_vjp, axis=0) * mean_scale
+    grand_x = tl.sum(sum_x, axis=0) * mean_scale
     centred = tl.sum(product, axis=0) - 2.0 * n * tl.sum(mean_product, axis=0) + n * n * grand_vjp * grand_x
-    fg = centred / ((n - 1.0) * (n - 1.0))
-    bg = tl.sum(sum_variance, axis=0) / n
+    fg = centred * hsic_scale
+    bg = tl.sum(sum_variance, axis=0) * mean_scale
     value = tl.load(base).to(tl.float64)
     if OBJECTIVE == EXP:
         value += lambda_bg * tl.exp(bg) + lambda_fg * tl.exp(-fg)
@@ -123,10 +124,10 @@ def hsic_combine_kernel(
 
 @triton.jit
 def hsic_gradient_kernel(
-    to_loss, to_foreground, to_background, gram_vjp, gram_x, rows, totals, images, lambda_fg: tl.float64,
-    lambda_bg: tl.float64, grad_vjp, grad_x, grad_variance, OBJECTIVE: tl.constexpr, HAS_LOSS: tl.constexpr,
-    HAS_FOREGROUND: tl.constexpr, HAS_BACKGROUND: tl.constexpr, NEED_VJP: tl.constexpr, NEED_X: tl.constexpr,
-    NEED_VARIANCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    to_loss, to_foreground, to_background, gram_vjp, gram_x, rows, totals, images, mean_scale: tl.float64,
+    hsic_scale: tl.float64, lambda_fg: tl.float64, lambda_bg: tl.float64, grad_vjp, grad_x, grad_variance,
+    OBJECTIVE: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_FOREGROUND: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
+    NEED_VJP: tl.constexpr, NEED_X: tl.constexpr, NEED_VARIANCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both Grams and of the variances.
 
@@ -138,7 +139,6 @@ def hsic_gradient_kernel(
     Launch:  one program per ROWS rows, COLUMNS columns a step; every element is stored once, the diagonal at the end.
     """
     count = images.to(tl.int64)
-    n = count.to(tl.float64)
     slope_foreground = tl.full((), 1.0, tl.float64) * lambda_fg
     slope_background = tl.full((), 1.0, tl.float64) * lambda_bg
     if OBJECTIVE != LINEAR:
@@ -153,11 +153,11 @@ def hsic_gradient_kernel(
         scale += tl.load(to_foreground).to(tl.float64)
     if HAS_BACKGROUND:
         variance += tl.load(to_background).to(tl.float64)
-    scale = scale / ((n - 1.0) * (n - 1.0))
+    scale *= hsic_scale
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = i < count
     if NEED_VARIANCE:
-        tl.store(grad_variance + i, tl.zeros((ROWS,), tl.float64) + variance / n, mask=row)
+        tl.store(grad_variance + i, tl.zeros((ROWS,), tl.float64) + variance * mean_scale, mask=row)
     own_vjp = tl.load(rows + i, mask=row, other=0.0)
     own_x = tl.load(rows + count + i, mask=row, other=0.0)
     shift_vjp = tl.load(totals + 2) - tl.load(rows + 2 * count + i, mask=row, other=0.0)
@@ -200,6 +200,11 @@ def hsic_gradient_kernel(
             tl.store(grad_x + own, (grad_el - norm) * (own_x * own_x), mask=row)
 
 
+def _scales(images: int) -> tuple[float, float]:
+    """1/N and 1/(N−1)²."""
+    return 1.0 / images, 1.0 / (images - 1) ** 2
+
+
 def forward(
     base: Tensor,
     gram_vjp: Tensor,
@@ -212,13 +217,12 @@ def forward(
     images = gram_vjp.shape[0]
     rows, products, totals = gram_vjp.new_empty(4, images), gram_vjp.new_empty(images), gram_vjp.new_empty(4)
     loss, foreground, background = base.new_empty(()), base.new_empty(()), base.new_empty(())
+    scales = _scales(images)
     with torch.cuda.device_of(gram_vjp):
-        hsic_rows_kernel[(triton.cdiv(images, ROWS),)](
-            gram_vjp, gram_x, rows, products, images, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-        )
+        hsic_rows_kernel[(triton.cdiv(images, TILE["ROWS"]),)](gram_vjp, gram_x, rows, products, images, scales[0], **TILE)
         hsic_combine_kernel[(1,)](
-            base, rows, products, background_variance, images, lambda_fg, lambda_bg, totals, loss, foreground, background,
-            OBJECTIVE=objective, BLOCK=COMBINE, num_warps=COMBINE_WARPS,
+            base, rows, products, background_variance, images, *scales, lambda_fg, lambda_bg, totals, loss, foreground,
+            background,            OBJECTIVE=objective, BLOCK=COMBINE, num_warps=COMBINE_WARPS,
         )  # fmt: skip
     return loss, foreground, background, rows, totals
 
@@ -234,10 +238,10 @@ def backward(
     grad_variance = gram_vjp.new_empty((images if need_variance else 0,))
     cotangents = grad_loss, grad_foreground, grad_background
     with torch.cuda.device_of(gram_vjp):
-        hsic_gradient_kernel[(triton.cdiv(images, ROWS),)](
-            *(totals if g is None else g for g in cotangents), gram_vjp, gram_x, rows, totals, images, lambda_fg, lambda_bg,
-            grad_vjp, grad_x, grad_variance, OBJECTIVE=objective, HAS_LOSS=grad_loss is not None,
+        hsic_gradient_kernel[(triton.cdiv(images, TILE["ROWS"]),)](
+            *(totals if g is None else g for g in cotangents), gram_vjp, gram_x, rows, totals, images, *_scales(images),
+            lambda_fg, lambda_bg, grad_vjp, grad_x, grad_variance, OBJECTIVE=objective, HAS_LOSS=grad_loss is not None,
             HAS_FOREGROUND=grad_foreground is not None, HAS_BACKGROUND=grad_background is not None, NEED_VJP=need_vjp,
-            NEED_X=need_x, NEED_VARIANCE=need_variance, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            NEED_X=need_x, NEED_VARIANCE=need_variance, **TILE,
         )  # fmt: skip
     return grad_vjp, grad_x, grad_variance

@@ -514,6 +514,19 @@ def test_nothing_synchronises(backend, option, name):
     assert synchronising(log.ops) == []
 
 
+@pytest.mark.parametrize(("option", "name"), [o for o in OPTIONS if o[0] != "scalar"], ids=lambda v: v)
+def test_the_defaults_with_every_objective_run_the_fused_finaliser(option, name):
+    if sib_fast.why_not("cpu"):
+        pytest.skip(f"backend 'cpu' is not usable here: {sib_fast.why_not('cpu')}")
+    x, target = image_batch()
+    leaf = x.requires_grad_()
+    logits = conv_net()(leaf)
+    with OpLog() as log:
+        SIBLoss(**WEIGHTS, **{option: name}, backend="cpu")(logits, target, leaf).backward()
+    launched = [sum(op.startswith(f"sib_fast._hsic_objective{part}.") for op in log.ops) for part in ("", "_backward")]
+    assert launched == ([1, 1] if name in ("hsic_biased", "variance", *OBJECTIVES) else [0, 0])
+
+
 def test_the_detector_of_synchronisation_detects():
     with OpLog() as log:
         torch.ones(2).sum().item()

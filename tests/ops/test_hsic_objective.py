@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from sib_fast._backends import INTERPRETING_TRITON
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.loss import OBJECTIVES as COMPOSED_OBJECTIVES
 from sib_fast.ops import hsic_objective
@@ -79,8 +80,10 @@ def test_agrees_with_the_reference(images, objective, dtype, kernel):
     )
 
 
-def test_a_large_batch_agrees_with_the_reference(kernel):
-    problem = statistics(1024)
+@pytest.mark.parametrize("images", [1024, 1100])
+def test_a_large_batch_agrees_with_the_reference(images, kernel):
+    """CUDA holds the norms of 1,024 columns at a time, Triton 128; its interpreter is slow."""
+    problem = statistics(images // 4 if kernel == "triton" and INTERPRETING_TRITON else images)
     assert_same(run(kernel, problem), run("reference", problem))
 
 

@@ -329,9 +329,9 @@ def test_backend_reaches_both_ops(monkeypatch):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         resolve = module.resolve
 
-        def recorder(name, backend, device, resolve=resolve):
+        def recorder(name, backend, *rest, resolve=resolve):
             asked.append((name, backend))
-            return resolve(name, backend, device)
+            return resolve(name, backend, *rest)
 
         monkeypatch.setattr(module, "resolve", recorder)
     run(conv_net(), x, target, backend="reference")

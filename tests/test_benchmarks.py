@@ -3,6 +3,7 @@ the gate, the report and the comparison must say what they claim; the ledger mus
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import sib_fast
 from benchmarks import compare, gate, head, report, stored, timing
 from benchmarks.baselines import HEADS, forward_and_backward, heads_for, natural_inputs, our_head, value_and_gradient
 from benchmarks.provenance import ROOT, provenance
@@ -46,8 +48,14 @@ def test_of_heads_that_are_timed_every_one_is_that_function(where, dtype):
         assert torch.nn.functional.cosine_similarity(got[1].flatten().float(), want[1].flatten().float(), dim=0) > 0.99, name
 
 
-def test_an_asked_for_backend_is_the_one_that_runs():
+def test_an_asked_for_backend_is_the_one_that_runs(monkeypatch):
     vjp, x = natural_inputs(4, 3, 16, torch.float64)
+    asked = []
+    for name in ("foreground_mask", "region_statistics"):
+        op = getattr(sib_fast, name)
+        monkeypatch.setattr(sib_fast, name, lambda *a, op=op, **k: asked.append((op.__name__, k["backend"])) or op(*a, **k))
+    our_head(vjp, x, "reference")
+    assert asked == [("foreground_mask", "reference"), ("region_statistics", "reference")]
     with pytest.raises(ValueError, match="backend must be one of"):
         our_head(vjp, x, "gpu")
     assert torch.allclose(our_head(vjp, x, "reference"), our_head(vjp, x), rtol=1e-12)
@@ -81,6 +89,78 @@ def test_variants_are_interleaved_and_every_round_starts_with_another():
     times = timing.interleaved(variants, CPU, 3)
     assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: (len(t.device), len(t.eager), t.graph) for name, t in times.items()} == dict.fromkeys("abc", (3, 3, None))
+
+
+class FakeCuda:
+    """What `timing` asks of torch.cuda, with a clock that a recorded event advances by 1 ms, and a log of what was done."""
+
+    def __init__(self, monkeypatch, capturable: bool = True) -> None:
+        self.log, self.now, self.capturing = [], 0, False
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                fake.log.append("event")
+                fake.now += 1
+                self.at = fake.now
+
+            def elapsed_time(self, end) -> float:
+                return float(end.at - self.at)
+
+        class Graph:
+            def replay(self) -> None:
+                fake.log.append("replay")
+                fake.now += 3
+
+        class Capture:
+            def __init__(self, graph) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                fake.capturing = True
+                if not capturable:
+                    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+            def __exit__(self, *_) -> None:
+                fake.capturing = False
+
+        class Stream:
+            def wait_stream(self, other) -> None:
+                pass
+
+        class Flush:
+            def zero_(self) -> None:
+                fake.log.append("flush")
+
+        cuda = {
+            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "current_stream": Stream,
+            "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda *_: fake.log.append("wait"),
+        }  # fmt: skip
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(timing, "flush_buffer", lambda device: Flush())
+
+
+def test_on_cuda_a_cold_replay_stands_between_two_events(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    times = timing.interleaved({"it": lambda: fake.log.append("call")}, torch.device("cuda"), 2)["it"]
+    before, rounds = fake.log[:6], fake.log[6:]
+    assert before == ["call"] * 5 + ["replay"]  # two warm-ups, two on the side stream, one captured
+    assert rounds == ["wait", *["flush", "event", "replay", "event", "wait", "call", "wait"] * 2, "wait"]
+    assert times.device == [0.004, 0.004]
+    assert len(times.eager) == 2
+    assert times.graph is None
+
+
+def test_what_cannot_be_captured_is_timed_eagerly_and_says_why(monkeypatch):
+    fake = FakeCuda(monkeypatch, capturable=False)
+    times = timing.interleaved({"it": lambda: fake.log.append("call")}, torch.device("cuda"), 1)["it"]
+    assert times.graph == "not captured: operation not permitted when stream is capturing"
+    assert "replay" not in fake.log
+    assert fake.log[-8:] == ["flush", "event", "call", "event", "wait", "call", "wait", "wait"]
 
 
 def test_the_clock_tells_a_wait():

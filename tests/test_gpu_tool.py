@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -31,7 +33,8 @@ def run(tool, tmp_path, monkeypatch):
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", SCRIPT, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    command = ["bash", SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
 
 
 def test_phases_write_their_results_as_they_come(tmp_path):

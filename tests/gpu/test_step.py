@@ -126,6 +126,7 @@ def test_a_whole_step_in_a_cuda_graph(kernel):
 
 
 @real_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_the_whole_step_compiles_in_one_graph(kernel, compiler):

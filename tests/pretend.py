@@ -40,6 +40,9 @@ class PretendTensor(torch.Tensor):
     def numpy(self, *_, **__):
         raise TypeError("can't convert a device tensor to numpy; use Tensor.cpu()")
 
+    def __format__(self, spec: str) -> str:
+        return format(self.held.detach(), spec)
+
     def tolist(self):
         return self.held.detach().tolist()
 

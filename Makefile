@@ -6,12 +6,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 TORCH_OLD ?= torch==2.13.0
+OUT ?= build/gpu-out
 VENV := .venv
 VENV_OLD := .venv-old
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick old packaging bench format clean doctor
+.PHONY: demo test check quick old packaging bench gpu format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast train $(ARGS)
@@ -37,8 +38,13 @@ endif
 packaging: $(VENV)/.built
 	$(BIN)/python -m pytest -m packaging
 
+# Throughput of each op and the head: `make bench ARGS="--device cuda --preset quick"` on a GPU (docs/benchmarks.md).
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest benchmarks --benchmark-only -m "not packaging" $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Everything that needs a GPU, with the machine's own python and torch: no .venv, no network. `make gpu OUT=folder ARGS="build smoke"`
+gpu:
+	bash tools/gpu.sh $(OUT) $(ARGS)
 
 doctor: $(VENV)/.built
 	$(BIN)/python -m sib_fast doctor

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,13 +32,57 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
     return result.stdout.strip()
 
 
-def provenance() -> dict[str, Any]:
+def commit() -> str:
+    """Of this tree, with "-changed" where it differs from it. A copy without git is told by tools/gpu.py --prepare."""
+    here = _git("rev-parse", "HEAD")
+    if not here:
+        told = ROOT / "build/gpu/commit"
+        return told.read_text().strip() if told.is_file() else "unknown"
     changed = _git("status", "--porcelain", "--", "csrc", "sib_fast", "benchmarks/*.py", "CMakeLists.txt")
+    return here + ("-changed" if changed else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu() -> dict[str, Any] | None:
+    """What torch and the driver say of the device, or None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        driver = re.search(r"(\d+\.\d+(?:\.\d+)?)", Path("/proc/driver/nvidia/version").read_text())
+        driver_version = driver.group(1) if driver else "unknown"
+    except OSError:
+        driver_version = "unknown"
     return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "driver": driver_version,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+        "count": torch.cuda.device_count(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    return {
+        "gpu": gpu(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -47,7 +93,7 @@ def provenance() -> dict[str, Any]:
         "sib_fast": sib_fast.__version__,
         "build": _extension.BUILD_INFO,
         "capability": os.environ.get("SIB_FAST_CPU_CAPABILITY", "highest of this CPU"),
-        "commit": _git("rev-parse", "HEAD") + ("-changed" if changed else ""),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -74,6 +120,7 @@ def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--tests", type=Path, help="verdicts of `python -m benchmarks.gate`, instead of running the tests here")
     parser.add_argument("--skip-tests", action="store_true", help="for development; the file then says so")
     return parser
 
@@ -81,8 +128,16 @@ def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
 def report(args: argparse.Namespace, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Gate, measurement, file. Returns the rows."""
     torch.set_num_threads(args.threads)
-    if not args.skip_tests:
+    tests: Any = "skipped"
+    if args.tests is not None:
+        from benchmarks import gate  # which imports this module
+
+        tests = gate.read(args.tests)["verdicts"]
+        if gate.require_green(tests) != list(tests):
+            sys.exit("benchmarks: the step runs whatever 'auto' chooses, so every backend must be green")
+    elif not args.skip_tests:
         require_green_ops()
+        tests = "green"
     rows = measure()
-    write_json(args.out, {"tests": "skipped" if args.skip_tests else "green", **provenance(), "rows": rows})
+    write_json(args.out, {"tests": tests, **provenance(), "rows": rows})
     return rows

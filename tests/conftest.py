@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import hypothesis
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 from sib_fast import _backends
-from sib_fast.ops._registration import register_fakes
+from sib_fast.ops._registration import TRITON, register_fakes
 
 PUBLIC_BACKENDS = _backends.BACKENDS
+NAMESPACES = {"triton": TRITON, "emulated": "sib_fast_emulated"}
 EMULATION = Path(__file__).parent.parent / "build/in-place/libsib_fast_cuda_emulated.so"
 
 
 def _add_emulation() -> None:
     """The CUDA kernels on CPU tensors, thread by thread (csrc/cuda/emulation.h), as one more backend of every op's tests."""
-    name, namespace = "emulated", "sib_fast_emulated"
+    name, namespace = "emulated", NAMESPACES["emulated"]
     _backends.KERNEL_DEVICES[name] = "cpu"
     _backends.BACKENDS += (name,)
     _backends.MISSING[name] = None if EMULATION.is_file() else "not built: SIB_FAST_BLOCKS=1 builds it"
@@ -33,6 +35,14 @@ def _add_emulation() -> None:
 
 
 _add_emulation()
+# Asked for by cuBLAS where a test turns deterministic algorithms on; read when its first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_configure(config):
+    # `poisoned_memory` needs deterministic mode for its filling only.
+    config.addinivalue_line("filterwarnings", "ignore:.* does not have a deterministic implementation:UserWarning")
+
 
 # The same examples in every run, so that a red CI is a changed project; `--hypothesis-profile=explore` looks further.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -57,8 +67,11 @@ def _usable(name: str) -> str:
 @pytest.fixture
 def _on_device_of():
     """Makes factory functions of the test put their tensors where the backend runs; `Problem.make` follows them."""
+    # cuDNN takes tf32 for float32 convolutions by default: 1e-3, where the tests' networks are compared to 1e-5.
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield lambda name: torch.set_default_device(_backends.KERNEL_DEVICES.get(name, "cpu"))
     torch.set_default_device(None)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def pytest_generate_tests(metafunc):
@@ -74,6 +87,12 @@ def kernel(request, _on_device_of) -> str:
     name = _usable(request.param)
     _on_device_of(name)
     return name
+
+
+@pytest.fixture
+def registered(kernel):
+    """The registered ops that `kernel` runs: torch.ops.<its namespace>."""
+    return getattr(torch.ops, NAMESPACES.get(kernel, "sib_fast"))
 
 
 @pytest.fixture(params=PUBLIC_BACKENDS)

@@ -25,7 +25,7 @@ def test_loss_and_terms_are_float32(backend, dtype, loss_inside):
     x, target = image_batch()
     net = conv_net(norm="group")
     criterion = SIBLoss(**WEIGHTS, backend=backend).attach(net)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         logits = net(x)
         assert logits.dtype == dtype
         if loss_inside:
@@ -48,7 +48,7 @@ def test_the_loss_does_not_depend_on_the_autocast_state_around_it(backend):
     logits = conv_net(norm="group")(leaf)
     criterion = SIBLoss(**WEIGHTS, backend=backend)
     outside = criterion(logits, target, leaf)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         inside = criterion(logits, target, leaf)
     assert torch.equal(inside, outside)
 
@@ -134,7 +134,7 @@ def test_nothing_after_the_logits_is_in_half_precision(backend, dtype, estimator
     x, target = image_batch()
     leaf = x.requires_grad_()
     logits = conv_net(norm="group")(leaf).to(dtype)
-    with torch.autocast("cpu", dtype=dtype), HalfOutputs() as log:
+    with torch.autocast(torch.get_default_device().type, dtype=dtype), HalfOutputs() as log:
         SIBLoss(**WEIGHTS, backend=backend, estimator=estimator)(logits, target, leaf)
     assert set(log.ops) <= {"aten._to_copy.default", "aten.detach.default"}, log.ops
     assert log.ops.count("aten._to_copy.default") == 1  # the cotangent, in the dtype that the logits' graph wants
@@ -150,7 +150,7 @@ def test_half_precision_images(backend):
     x, target = image_batch()
     net = conv_net(norm="group")
     criterion = SIBLoss(**WEIGHTS, backend=backend).attach(net)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         loss = criterion(net(x.bfloat16()), target)
     assert loss.dtype == torch.float32
     loss.backward()

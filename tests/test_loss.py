@@ -633,7 +633,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_batches_have_a_finite_loss_and_gradients(backend, case, background, estimator):
     make, x = DEGENERATE[case]
-    net = make()
+    net, x = make(), x.to(torch.get_default_device())
     target = torch.arange(len(x)) % (1 if case == "one class" else 5)
     criterion, loss, _ = run(net, x, target, background=background, estimator=estimator, backend=backend)
     assert all(term.isfinite() for term in criterion.terms.values()), criterion.terms

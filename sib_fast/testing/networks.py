@@ -17,8 +17,15 @@ from torch import Tensor, nn
 def conv_net(channels: int = 3, classes: int = 5, norm: str = "batch", seed: int = 0) -> nn.Sequential:
     """Two convolutions with normalisation and SiLU, a pooled head with a gain that keeps softmax away from uniform.
 
-    Shapes:  [N, channels, H, W] -> [N, classes]; any H, W >= 1. norm: "batch", "group" or "none".
+    Shapes:  [N, channels, H, W] -> [N, classes]; any H, W >= 1. norm: "batch", "group" or "none". The same weights for every
+             default device.
     """
+    with torch.device("cpu"):
+        net = _conv_net(channels, classes, norm, seed)
+    return net.to(torch.get_default_device())
+
+
+def _conv_net(channels: int, classes: int, norm: str, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
 
     def normalisation(width: int) -> nn.Module:
@@ -79,18 +86,22 @@ class CheckpointNet(nn.Module):
 
 
 def image_batch(images: int = 6, channels: int = 3, height: int = 12, width: int = 11, classes: int = 5, seed: int = 1):
-    """Smooth random images and class indices. Shapes: float32 [images, channels, height, width], int64 [images]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(images, channels, 4, 4, generator=generator)
+    """Smooth random images and class indices, the same numbers for every default device.
+
+    Shapes:  float32 [images, channels, height, width], int64 [images].
+    """
+    like = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    coarse = torch.randn(images, channels, 4, 4, **like)
     x = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
-    x = x + 0.3 * torch.randn(images, channels, height, width, generator=generator)
-    return x, torch.randint(0, classes, (images,), generator=generator)
+    x = x + 0.3 * torch.randn(images, channels, height, width, **like)
+    target = torch.randint(0, classes, (images,), **like)
+    return x.to(torch.get_default_device()), target.to(torch.get_default_device())
 
 
 def plain_soft_quantile(values: Tensor, level: float, temperature: float) -> Tensor:
     """Q_q(v) = sum_k softmax_k(-|k - q(P-1)|/temperature) v_(k), by a full sort. Shapes: [N, P] -> [N, 1]."""
     pixels = values.shape[1]
-    ranks = torch.arange(pixels, dtype=torch.float64)
+    ranks = torch.arange(pixels, dtype=torch.float64, device=values.device)
     weights = torch.softmax(-(ranks - level * (pixels - 1)).abs() / temperature, dim=0).to(values.dtype)
     return (torch.sort(values, dim=1, stable=True).values * weights).sum(dim=1, keepdim=True)
 
@@ -110,7 +121,8 @@ def plain_mask(vjp: Tensor, window_size: int = 31, temperature: float = 0.1, slo
 def plain_hsic(rows: Tensor, others: Tensor) -> Tensor:
     """tr(K Z L Z)/(N-1)^2 of L2-normalised rows, with the centring matrix Z. Shapes: [N, D], [N, D] -> []."""
     images = rows.shape[0]
-    centring = torch.eye(images, dtype=rows.dtype) - torch.ones(images, images, dtype=rows.dtype) / images
+    like = {"dtype": rows.dtype, "device": rows.device}
+    centring = torch.eye(images, **like) - torch.ones(images, images, **like) / images
     rows, others = F.normalize(rows, dim=1), F.normalize(others, dim=1)
     return torch.trace(rows @ rows.T @ centring @ others @ others.T @ centring) / (images - 1) ** 2
 

@@ -30,12 +30,12 @@ relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     seed=st.integers(0, 2**31 - 1),
 )
 def test_foreground_mask(kernel, shape, half, temperature, slope, quantiles, layout, coarse, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vjp = torch.randn(shape, generator=generator, dtype=torch.float64)
+    like = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float64, "device": "cpu"}
+    vjp = torch.randn(shape, **like).to(torch.get_default_device())
     vjp = (2 * vjp).round() if coarse else vjp
     options = MaskOptions(2 * half + 1, temperature, slope, quantiles, 1e-3)
     orders = exact_orders(vjp, options)
-    cotangent = torch.randn(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64)
+    cotangent = torch.randn(shape[0], 1, *shape[2:], **like).to(vjp.device)
 
     def run(function, value):
         value = value.detach().requires_grad_()
@@ -63,9 +63,9 @@ def test_region_statistics(kernel, shape, layout_vjp, layout_x, background_grams
         with pytest.raises(ValueError, match="C·H·W >= 2"):
             region_statistics(torch.ones(shape), torch.ones(shape), torch.ones(shape[0], 1, 1, 1), backend=kernel)
         return
-    generator = torch.Generator().manual_seed(seed)
-    vjp, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand((shape[0], 1, *shape[2:]), generator=generator, dtype=torch.float64)
+    like = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float64, "device": "cpu"}
+    made = torch.randn(shape, **like), torch.randn(shape, **like), torch.rand((shape[0], 1, *shape[2:]), **like)
+    vjp, x, mask = (t.to(torch.get_default_device()) for t in made)
 
     def run(backend, *inputs):
         leaves = [t.detach().requires_grad_() for t in inputs]

@@ -1,0 +1,58 @@
+"""What the GPU tests run: each op and the head, forward and backward, as a function of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import hsic_objective, natural_inputs, our_head
+from sib_fast import foreground_mask, region_statistics
+
+WINDOW = 9
+
+
+def inputs(images: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """vjp, x, mask, cotangent of the mask: the same numbers on every device."""
+    like = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    noise, x = (torch.randn(images, channels, height, width, **like) for _ in range(2))
+    mask, cotangent = torch.rand(images, 1, height, width, **like), torch.randn(images, 1, height, width, **like)
+    vjp = 1e-4 * torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    made = vjp.to(dtype), x.to(dtype), mask.to(wide), cotangent.to(wide)
+    return tuple(t.to(torch.get_default_device()) for t in made)
+
+
+def mask_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    leaf = vjp.detach().requires_grad_()
+    out = foreground_mask(leaf, window_size=WINDOW, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaf, cotangent.to(out.dtype))]
+
+
+def statistics_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str, **options) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (vjp, x, mask)]
+    out = [t for t in region_statistics(*leaves, background_grams=True, backend=backend, **options) if t is not None]
+    weights = [torch.cos(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).view(t.shape) for t in out]
+    return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
+
+
+def objective_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    rows = vjp.double().flatten(1), x.double().flatten(1)
+    leaves = [(r @ r.mT).requires_grad_() for r in rows] + [rows[0].var(dim=1).requires_grad_()]
+    base = torch.ones((), dtype=torch.float64, device=vjp.device)
+    out = hsic_objective(base, *leaves, lambda_fg=0.01, lambda_bg=1000.0, backend=backend)
+    return [*(t.detach() for t in out), *torch.autograd.grad(out[0], leaves)]
+
+
+def head_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    leaf = vjp.detach().requires_grad_()
+    value = our_head(leaf, x, backend)
+    return [value.detach(), *torch.autograd.grad(value, leaf)]
+
+
+STEPS: dict[str, Callable[..., list[Tensor]]] = {"mask": mask_step, "statistics": statistics_step, "head": head_step}
+if hsic_objective is not None:
+    STEPS["objective"] = objective_step
+
+__all__ = ["STEPS", "WINDOW", "inputs", "natural_inputs"]

@@ -1,0 +1,46 @@
+"""The suite's own device-correctness, without a GPU: on a pretend device (tests/pretend.py) the "cuda" half of it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sib_fast import _backends
+from tests.pretend import DEVICE, DeviceMismatch, PretendMode, PretendTensor
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_tensor_there_is_not_one_of_the_cpu():
+    with PretendMode():
+        there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+        assert isinstance(there, PretendTensor)
+        assert there.device.type == DEVICE
+        with pytest.raises(DeviceMismatch, match="a CPU tensor of"):
+            there + here
+        with pytest.raises(DeviceMismatch, match="generator must be on the device"):
+            torch.randn(3, device=DEVICE, generator=torch.Generator("cpu"))
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        total = there.requires_grad_() * 2 + torch.ones(())  # a CPU scalar may meet any device
+        assert torch.equal(torch.autograd.grad(total.sum(), there)[0].cpu(), torch.full((3,), 2.0))
+        assert (there.detach().cpu() + here).sum() == 6
+
+
+@pytest.mark.skipif(_backends.MISSING["cpu"] is not None, reason="runs the CPU's kernels")
+def test_tests_of_ops_and_loss_put_everything_on_the_device_under_test():
+    """The quick ones of them; `python -m pytest -p tests.pretend tests/ops tests/test_loss.py -k cuda` runs all."""
+    wanted = "cuda and (natural or options or layouts or plain_step or degenerate or half or synchronises)"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.pretend", "-p", "no:cacheprovider", "-k", wanted,
+        "tests/ops", "tests/test_loss.py", "tests/test_autocast.py",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 100

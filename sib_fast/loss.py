@@ -159,6 +159,11 @@ class SIBLoss(nn.Module):
         self._graph_checked = False
         return self
 
+    @property
+    def attached(self) -> bool:
+        """Whether a model's input is being captured."""
+        return self._attachment is not None
+
     def remove(self) -> None:
         """Undoes `attach`; does nothing if not attached."""
         if self._attachment is not None:
@@ -290,7 +295,7 @@ class SIBLoss(nn.Module):
         names = {name: getattr(getattr(self, name), "__name__", getattr(self, name)) for name in ("estimator", "background")}
         return (
             f"lambda_fg={self.lambda_fg}, lambda_bg={self.lambda_bg}, scalar={self.scalar!r}, "
-            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, attached={self._attachment is not None}"
+            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, attached={self.attached}"
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
 from sib_fast._backends import BACKENDS
+from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
@@ -63,7 +64,8 @@ class SIBLoss(nn.Module):
              variance's) or "relative_variance". objective: "exp" (the authors' script), "linear" (their README) or "expm1"
              (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
-             smoothing goes there. vjp_scale: `vjp_map`'s scale. backend: "auto", "reference" or "cpu".
+             smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
+             (torch.distributed), see docs/distributed.md. backend: "auto", "reference" or "cpu".
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
              background, lambda_fg, lambda_bg) -> 0-d, mask(vjp) -> [N, 1, H, W].
@@ -90,6 +92,7 @@ class SIBLoss(nn.Module):
         quantiles: Sequence[float] = (0.05, 0.95, 0.8, 0.8),
         base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         vjp_scale: float | None = None,
+        gather: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -132,6 +135,7 @@ class SIBLoss(nn.Module):
         self.mask = mask
         self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
         self.vjp_scale = vjp_scale
+        self.gather = bool(gather)
         self.backend = backend
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
@@ -206,7 +210,7 @@ class SIBLoss(nn.Module):
         mask = self._mask(vjp, given)
         # The input is data: the statistics see it without its gradient.
         data = x.detach() if (x.dtype == torch.float64) == (compute == torch.float64) else x.detach().to(compute)
-        statistics = region_statistics(
+        statistics = (global_region_statistics if self.gather else region_statistics)(
             vjp,
             data,
             mask,

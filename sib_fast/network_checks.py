@@ -32,6 +32,10 @@ _REENTRANT = (
 _CUDNN_RNN = (
     "a cuDNN RNN must not be used: it has no second derivative. Run the forward under torch.backends.cudnn.flags(enabled=False)"
 )
+_FSDP = (
+    "a model under FSDP2 must not be used as it is: it frees its parameters after the VJP, which the second backward needs. "
+    "Call sib_fast.integrations.fsdp.allow_double_backward(model, optimizer) once, before training"
+)
 
 # Prefix of an autograd node's name -> what to say.
 _NODES = (
@@ -58,6 +62,8 @@ def check_module(op: str, model: nn.Module) -> None:
             "DistributedDataParallel"
         )
     for name, module in model.named_modules():
+        if hasattr(module, "set_reshard_after_backward") and not getattr(model, "_sib_fast_double_backward", False):
+            raise RuntimeError(f"{op}: {_FSDP}")
         where = f" (module {name!r})" if name else ""
         if isinstance(module, nn.SyncBatchNorm):
             raise RuntimeError(f"{op}: {_SYNC_BATCH_NORM}{where}")

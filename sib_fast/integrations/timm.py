@@ -1,4 +1,4 @@
-"""timm: a training task. `train.py` of timm >= 1.0.23 works through tasks; older loops need `SIBLoss.attach` alone."""
+"""timm: a training task. `train.py` of timm >= 1.0.27 works through tasks; older loops need `SIBLoss.attach` alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ try:
     from timm.task import ClassificationTask
 except ImportError as error:
     raise ImportError(
-        "sib_fast.integrations.timm: timm must have a task API (timm.task, 1.0.23 and later), got a timm without one. Upgrade "
-        "it (pip install 'timm>=1.0.23'), or attach the criterion: SIBLoss(...).attach(model)"
+        "sib_fast.integrations.timm: timm must have a task API (timm.task, 1.0.27 and later), got a timm without one. Upgrade "
+        "it (pip install 'timm>=1.0.27'), or attach the criterion: SIBLoss(...).attach(model)"
     ) from error
 
 _OP = "SIBTask"

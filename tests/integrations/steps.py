@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +11,10 @@ from sib_fast.testing.networks import conv_net, image_batch
 WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
 
 
-def explicit_steps(batches: list[tuple[Tensor, Tensor]], lr: float, *, every: int = 1, net: nn.Module | None = None) -> nn.Module:
+def explicit_steps(batches: list[tuple[Tensor, Tensor]], lr: float, *, every: int = 1, **weights: float) -> nn.Module:
     """Plain SGD with the explicit criterion; an optimiser step after each `every` batches, whose losses are averaged."""
-    net = prepare(conv_net() if net is None else copy.deepcopy(net))
-    criterion = SIBLoss(**WEIGHTS)
+    net = prepare(conv_net())
+    criterion = SIBLoss(**{**WEIGHTS, **weights})
     optimiser = torch.optim.SGD(net.parameters(), lr=lr)
     net.train()
     for i, (x, target) in enumerate(batches):

@@ -91,7 +91,7 @@ def test_a_vision_transformer_needs_unfused_attention():
     x, target = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     options = {"num_classes": 5, "img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
     task = SIBTask(timm.create_model("vit_tiny_patch16_224", **options), SIBLoss(**WEIGHTS), verbose=False).train()
-    with pytest.raises(RuntimeError, match="timm.layers.set_fused_attn"):
+    with pytest.raises(RuntimeError, match=r"timm\.layers\.set_fused_attn"):
         task(x, target)
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)
@@ -106,7 +106,7 @@ def test_what_would_fail_is_refused_in_words():
     with pytest.raises(TypeError, match="SIBTask: criterion must be a SIBLoss, got CrossEntropyLoss"):
         SIBTask(conv_net(), nn.CrossEntropyLoss(), verbose=False)
     task = SIBTask(conv_net(), verbose=False)
-    with pytest.raises(RuntimeError, match="SIBTask.compile: the model must not be compiled by itself"):
+    with pytest.raises(RuntimeError, match=r"SIBTask\.compile: the model must not be compiled by itself"):
         task.compile()
     with pytest.raises(RuntimeError, match="static_graph must be False"):
         task.prepare_distributed(static_graph=True)

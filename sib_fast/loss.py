@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_fast import _checks, _input_probe
+from sib_fast import _checks, _needs
 from sib_fast._backends import BACKENDS
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
@@ -419,7 +419,7 @@ class _InputCapture:
                     attachment.captured = lambda x=value: x  # not ours: no graph need hold the tensor itself
                     return None
                 source = value.clone() if value.is_inference() else value
-                place[key] = _input_probe.mark(source.detach().requires_grad_())
+                place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
                 attachment.captured = weakref.ref(place[key])
                 return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
         raise RuntimeError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sib_fast import _input_probe
+from sib_fast._needs import needed
 from sib_fast.ops.convolution import reference
 
 _OP = "convolution"
@@ -79,13 +79,11 @@ def _setup_forward(ctx, inputs, output):
     x, weight, bias, *geometry = inputs
     ctx.save_for_backward(x, weight)
     ctx.geometry, ctx.has_bias = geometry, bias is not None
-    ctx.probe = _input_probe.probe_of(x)
 
 
 def _autograd_of_forward(ctx, grad_y):
     x, weight = ctx.saved_tensors
-    need_x = ctx.needs_input_grad[0] and _input_probe.wanted(ctx.probe)
-    needs = (need_x, ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
+    needs = (needed(ctx, 0), needed(ctx, 1), ctx.has_bias and needed(ctx, 2))
     grads = _OPS.backward(grad_y, x, weight, *ctx.geometry, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
 

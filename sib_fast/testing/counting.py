@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 class OpLog(TorchDispatchMode):
     """Records, in order, the name of every op and the shapes of its tensor arguments; and weakly every storage it returned.
 
-    ops: [(name, shapes)]. calls: [(name, arguments that are no tensors)]. Storages are held weakly: recording keeps nothing alive.
+    ops: [(name, shapes)]. calls: [(name, arguments that are no tensors)]. Storages are held weakly: recording keeps none alive.
     """
 
     def __init__(self) -> None:

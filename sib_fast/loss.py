@@ -205,19 +205,10 @@ class SIBLoss(nn.Module):
         """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
         _checks.require_tensor(_OP, "logits", logits)
         if self.active:
-            if x is None:
-                x = self._captured_input(logits)
-            self._check_batch(logits, target, x)
-            if not self._graph_checked and not torch.compiler.is_compiling():
-                check_graph(_OP, logits.grad_fn)
-                self._graph_checked = True
-            with torch.autocast(logits.device.type, enabled=False):
-                loss = self._active_loss(logits, target, x, mask)
+            loss = self.active_loss(logits, target, self._captured_input(logits) if x is None else x, mask)
         else:
-            loss = self._base(logits, target)
-            value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
-            self.terms = {"loss": value, "base": value}
-        self._count_call()
+            loss = self.plain_loss(logits, target)
+        self.count_call()
         return loss
 
     @property
@@ -228,9 +219,26 @@ class SIBLoss(nn.Module):
     def _training(self) -> bool:
         return torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())
 
-    def _count_call(self) -> None:
+    def count_call(self) -> None:
+        """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
         if self.every > 1 and self._training():
             self._calls += 1
+
+    def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The base loss alone, whatever `active` says."""
+        loss = self._base(logits, target)
+        value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
+        self.terms = {"loss": value, "base": value}
+        return loss
+
+    def active_loss(self, logits: Tensor, target: Tensor, x: Tensor, mask: Tensor | GivenMask | None = None) -> Tensor:
+        """The loss with its S-IB terms, whatever `active` says."""
+        self._check_batch(logits, target, x)
+        if not torch.compiler.is_compiling() and not self._graph_checked:
+            check_graph(_OP, logits.grad_fn)
+            self._graph_checked = True
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._active_loss(logits, target, x, mask)
 
     def _active_loss(self, logits: Tensor, target: Tensor, x: Tensor, given: Tensor | GivenMask | None) -> Tensor:
         compute = torch.float64 if torch.float64 in (logits.dtype, x.dtype) else torch.float32
@@ -261,7 +269,7 @@ class SIBLoss(nn.Module):
             "background": background.detach().to(compute),
             "mask_area": mask.detach().mean(),
         }
-        if self._debug:
+        if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_fast import _checks
+from sib_fast import _checks, _needs
 from sib_fast._backends import BACKENDS
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import region_statistics
+from sib_fast.types import RegionStatistics
 from sib_fast.vjp import SCALARS, vjp_map
 
 _OP = "SIBLoss"
+_CALLS = "calls"  # key of the counter in a state_dict
 
 
 def _exp(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
@@ -54,8 +57,9 @@ class SIBLoss(nn.Module):
     lowered. Either explicitly, `x.requires_grad_(); logits = model(x); loss = criterion(logits, target, x)`, or attached
     once, `criterion = SIBLoss(...).attach(model)`, after which the trainer goes on calling `criterion(logits, target)`.
 
-    Active if and only if grad is enabled, the criterion is in training mode and (attached) so is the model; otherwise it
-    is the base loss alone, so that validation loops and inference_mode work unchanged.
+    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model, and this training
+    step is one of every `every`; otherwise it is the base loss alone, so that validation loops and inference_mode work
+    unchanged.
 
     Shapes:  logits [N, K]; target int64 [N] or probabilities [N, K]; x [N, C, H, W] -> 0-d loss, float32, or float64 if
              logits or x are. Runs with autocast off.
@@ -65,12 +69,17 @@ class SIBLoss(nn.Module):
              (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
              smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
-             (torch.distributed), see docs/distributed.md. backend: "auto", "reference" or "cpu".
+             (torch.distributed), see docs/trainers.md. backend: one of `sib_fast.BACKENDS`, or "auto".
+             every: lazy S-IB: the terms apply at training steps 0, k, 2k, …, and a step between costs a plain step.
+             accumulation_steps: micro-batches (calls of the criterion in training) that make one step. every_weight: "sum"
+             multiplies both weights by `every`, so that their sum over the steps is that of every=1; "mean" does not.
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
              background, lambda_fg, lambda_bg) -> 0-d, mask(vjp) -> [N, 1, H, W].
-    Attributes: terms: detached 0-d tensors of the latest call: loss, base and, when active, foreground, background and
-             mask_area (mean of the mask). Nothing is synchronised.
+    Attributes: active: whether the next call applies the S-IB terms; known before the forward pass. terms: detached 0-d
+             tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask).
+             Nothing is synchronised.
+    State:   none; with every > 1 the number of training calls so far, in the state_dict, so that a resumed run continues.
     Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
     Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
     Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
@@ -94,6 +103,9 @@ class SIBLoss(nn.Module):
         vjp_scale: float | None = None,
         gather: bool = False,
         backend: str = "auto",
+        every: int = 1,
+        accumulation_steps: int = 1,
+        every_weight: str = "sum",
     ) -> None:
         super().__init__()
         for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
@@ -117,6 +129,10 @@ class SIBLoss(nn.Module):
         _checks.require_window(_OP, window_size)
         _checks.require_positive(_OP, "temperature", temperature)
         _checks.require_positive(_OP, "slope", slope)
+        for name, count in (("every", every), ("accumulation_steps", accumulation_steps)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{_OP}: {name} must be an int of at least 1, got {count!r}")
+        _checks.require_choice(_OP, "every_weight", every_weight, ("sum", "mean"))
         if base_loss is not None and not callable(base_loss):
             raise TypeError(f"{_OP}: base_loss must be callable, got {type(base_loss).__name__}")
         self.lambda_fg, self.lambda_bg = float(lambda_fg), float(lambda_bg)
@@ -137,6 +153,8 @@ class SIBLoss(nn.Module):
         self.vjp_scale = vjp_scale
         self.gather = bool(gather)
         self.backend = backend
+        self.every, self.accumulation_steps, self.every_weight = every, accumulation_steps, every_weight
+        self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
         self._attachment: _Attachment | None = None
@@ -174,6 +192,18 @@ class SIBLoss(nn.Module):
             self._attachment.handle.remove()
             self._attachment = None
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.every > 1:
+            destination[prefix + _CALLS] = torch.tensor(self._calls)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Neither a checkpoint without the counter nor one with it is refused when `every` was changed in between.
+        calls = state_dict.pop(prefix + _CALLS, None)
+        if calls is not None and self.every > 1:
+            self._calls = int(calls)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
         return {**self.__dict__, "_attachment": None, "terms": {}, "_graph_checked": False}
@@ -183,15 +213,37 @@ class SIBLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, x: Tensor | None = None, mask: Tensor | GivenMask | None = None) -> Tensor:
         """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
         _checks.require_tensor(_OP, "logits", logits)
-        if not (torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())):
-            loss = self._base(logits, target)
-            value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
-            self.terms = {"loss": value, "base": value}
-            return loss
-        if x is None:
-            x = self._captured_input(logits)
+        if self.active:
+            loss = self.active_loss(logits, target, self._captured_input(logits) if x is None else x, mask)
+        else:
+            loss = self.plain_loss(logits, target)
+        self.count_call()
+        return loss
+
+    @property
+    def active(self) -> bool:
+        """Whether the next call applies the S-IB terms, as grad mode, training modes and `every` stand now."""
+        return self._training() and (self.every == 1 or self._calls // self.accumulation_steps % self.every == 0)
+
+    def _training(self) -> bool:
+        return torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())
+
+    def count_call(self) -> None:
+        """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
+        if self.every > 1 and self._training():
+            self._calls += 1
+
+    def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The base loss alone, whatever `active` says."""
+        loss = self._base(logits, target)
+        value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
+        self.terms = {"loss": value, "base": value}
+        return loss
+
+    def active_loss(self, logits: Tensor, target: Tensor, x: Tensor, mask: Tensor | GivenMask | None = None) -> Tensor:
+        """The loss with its S-IB terms, whatever `active` says."""
         self._check_batch(logits, target, x)
-        if not self._graph_checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._graph_checked:
             check_graph(_OP, logits.grad_fn)
             self._graph_checked = True
         with torch.autocast(logits.device.type, enabled=False):
@@ -217,9 +269,8 @@ class SIBLoss(nn.Module):
             background_grams=getattr(self.background, "needs_background_grams", False),
             backend=self.backend,
         )
-        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
-        background = self.background(statistics)
-        loss = self.objective(base.to(foreground.dtype), foreground, background, self.lambda_fg, self.lambda_bg).to(compute)
+        loss, foreground, background = self._finalise(statistics, base)
+        loss = loss.to(compute)
         self.terms = {
             "loss": loss.detach().clone(),
             "base": base.detach(),
@@ -227,11 +278,19 @@ class SIBLoss(nn.Module):
             "background": background.detach().to(compute),
             "mask_area": mask.detach().mean(),
         }
-        if self._debug:
+        if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
         return loss
+
+    def _finalise(self, statistics: RegionStatistics, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics and base loss -> loss, foreground, background: everything that is N×N or smaller."""
+        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
+        background = self.background(statistics)
+        times = self.every if self.every_weight == "sum" else 1
+        weights = (times * self.lambda_fg, times * self.lambda_bg)
+        return self.objective(base.to(foreground.dtype), foreground, background, *weights), foreground, background
 
     def _base(self, logits: Tensor, target: Tensor) -> Tensor:
         loss = self.base_loss(logits, target)
@@ -258,11 +317,22 @@ class SIBLoss(nn.Module):
                 f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
                 "before the forward pass, or criterion.attach(model) once"
             )
-        x = self._attachment.captured
-        if x is None:
+        if self._attachment.captured is None:
             raise RuntimeError(
                 f"{_OP}: no input was captured: the attached model has not run forward in training mode with grad enabled "
                 "since attach(). Run the model itself (not a copy of it), or pass x"
+            )
+        x = self._attachment.captured()
+        if x is None:
+            # Only a graph holds the captured input: its own forward's graph is gone, or was never there.
+            if not logits.requires_grad:
+                raise RuntimeError(
+                    f"{_OP}: logits must have a graph, got logits that do not require grad: run the forward pass "
+                    "with grad enabled"
+                )
+            raise RuntimeError(
+                f"{_OP}: logits must be computed by the attached model's latest forward pass in training mode, got "
+                "logits of another graph, or the model detaches its input"
             )
         return x
 
@@ -299,18 +369,24 @@ class SIBLoss(nn.Module):
         names = {name: getattr(getattr(self, name), "__name__", getattr(self, name)) for name in ("estimator", "background")}
         return (
             f"lambda_fg={self.lambda_fg}, lambda_bg={self.lambda_bg}, scalar={self.scalar!r}, "
-            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, attached={self.attached}"
+            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, every={self.every}, "
+            f"attached={self.attached}"
         )
 
 
 class _Attachment:
-    """One criterion's hold on one model: the hook, and the input of the latest active forward (only the latest)."""
+    """One criterion's hold on one model: the hook, and the input of the latest active forward (only the latest).
+
+    captured: None before the first; then a function that returns the input, or None once nothing needs it. The graph of the
+    logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it.
+    """
 
     def __init__(self, criterion: SIBLoss, model: nn.Module) -> None:
         # Weak, so that criterion and model do not keep each other alive and a model may hold its criterion as a submodule.
         self._model = weakref.ref(model)
-        self.captured: Tensor | None = None
-        self.handle = model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)
+        self.captured: Callable[[], Tensor | None] | None = None
+        self._hook = _InputCapture(self, criterion)
+        self.handle = model.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def training(self) -> bool:
         model = self._model()
@@ -318,11 +394,24 @@ class _Attachment:
             raise RuntimeError(f"{_OP}: the attached model no longer exists; call remove(), then attach() to the new one")
         return model.training
 
+    def holds(self, model: nn.Module) -> bool:
+        return self._model() is model
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is captured: the caller passes x itself."""
+        self._hook.paused = True
+        try:
+            yield
+        finally:
+            self._hook.paused = False
+
 
 class _InputCapture:
     """The forward pre-hook. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
 
     def __init__(self, attachment: _Attachment | None = None, criterion: SIBLoss | None = None) -> None:
+        self.paused = False
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._criterion = None if criterion is None else weakref.ref(criterion)
 
@@ -333,21 +422,22 @@ class _InputCapture:
         return _InputCapture, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.paused:
+            return None
         attachment = self._attachment() if self._attachment is not None else None
         criterion = self._criterion() if self._criterion is not None else None
-        if attachment is None or criterion is None:
-            return None
-        if not (torch.is_grad_enabled() and module.training and criterion.training):
+        if attachment is None or criterion is None or not criterion.active:
             return None
         for place, values in ((list(args), enumerate(args)), (dict(kwargs), kwargs.items())):
             for key, value in values:
                 if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
                     continue
                 if value.requires_grad:
-                    attachment.captured = value
+                    attachment.captured = lambda x=value: x  # not ours: no graph need hold the tensor itself
                     return None
                 source = value.clone() if value.is_inference() else value
-                attachment.captured = place[key] = source.detach().requires_grad_()
+                place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
+                attachment.captured = weakref.ref(place[key])
                 return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
         raise RuntimeError(
             f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "

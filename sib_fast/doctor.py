@@ -13,9 +13,10 @@ from sib_fast import _extension
 from sib_fast._backends import BACKENDS, automatic, why_not
 from sib_fast._version import __version__
 from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
+from sib_fast.ops.hsic_objective import KERNELS as OBJECTIVE_KERNELS
 from sib_fast.ops.region_statistics import KERNELS as STATISTICS_KERNELS
 
-_HEAD = {"mask": MASK_KERNELS, "statistics": STATISTICS_KERNELS}
+_HEAD = {"mask": MASK_KERNELS, "statistics": STATISTICS_KERNELS, "objective": OBJECTIVE_KERNELS}
 _EXTRAS = {"triton": "Triton kernels", "lightning": "extra [lab]", "torchvision": "torchvision models and data"}
 
 

@@ -18,7 +18,7 @@ from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
-from sib_fast.ops import region_statistics
+from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
 from sib_fast.vjp import SCALARS, vjp_map
 
@@ -269,7 +269,7 @@ class SIBLoss(nn.Module):
             background_grams=getattr(self.background, "needs_background_grams", False),
             backend=self.backend,
         )
-        loss, foreground, background = self._finalise(statistics, base)
+        loss, foreground, background = self._finalise(statistics, base.to(compute))
         loss = loss.to(compute)
         self.terms = {
             "loss": loss.detach().clone(),
@@ -285,11 +285,26 @@ class SIBLoss(nn.Module):
         return loss
 
     def _finalise(self, statistics: RegionStatistics, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Statistics and base loss -> loss, foreground, background: everything that is N×N or smaller."""
-        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
-        background = self.background(statistics)
+        """Statistics and base loss -> loss, foreground, background: everything that is N×N or smaller.
+
+        One fused op for the default estimator and background and every built-in objective.
+        """
         times = self.every if self.every_weight == "sum" else 1
         weights = (times * self.lambda_fg, times * self.lambda_bg)
+        objective = next((name for name, function in OBJECTIVES.items() if function is self.objective), None)
+        if objective and self.estimator is ESTIMATORS["hsic_biased"] and self.background is BACKGROUNDS["variance"]:
+            return hsic_objective(
+                base,
+                statistics.gram_vjp,
+                statistics.gram_x,
+                statistics.background_variance,
+                lambda_fg=weights[0],
+                lambda_bg=weights[1],
+                objective=objective,
+                backend=self.backend,
+            )
+        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
+        background = self.background(statistics)
         return self.objective(base.to(foreground.dtype), foreground, background, *weights), foreground, background
 
     def _base(self, logits: Tensor, target: Tensor) -> Tensor:

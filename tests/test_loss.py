@@ -322,20 +322,20 @@ def test_vjp_scale_reaches_the_vjp():
     assert torch.equal(run(conv_net(), x, target, vjp_scale=64.0)[1], run(conv_net(), x, target)[1])
 
 
-def test_backend_reaches_both_ops(monkeypatch):
+def test_backend_reaches_every_op(monkeypatch):
     x, target = image_batch()
     asked = []
-    for op in ("foreground_mask", "region_statistics"):
+    for op in ("foreground_mask", "region_statistics", "hsic_objective"):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         resolve = module.resolve
 
-        def recorder(name, backend, device, resolve=resolve):
+        def recorder(name, backend, *rest, resolve=resolve):
             asked.append((name, backend))
-            return resolve(name, backend, device)
+            return resolve(name, backend, *rest)
 
         monkeypatch.setattr(module, "resolve", recorder)
     run(conv_net(), x, target, backend="reference")
-    assert asked == [("foreground_mask", "reference"), ("region_statistics", "reference")]
+    assert asked == [(op, "reference") for op in ("foreground_mask", "region_statistics", "hsic_objective")]
 
 
 def test_defaults_are_the_authors():

@@ -32,6 +32,17 @@ void define_schemas(Library& m) {
       "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, "
       "Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor "
       "grad_vjp, Tensor grad_x, Tensor grad_mask)");
+  // base [] float32 or float64, Grams [N,N] and variances [N] float64 -> loss, foreground, background [] like base;
+  // rows [4,N] (1/norm of R and of x, row means of K_R and of K_x), totals [4] (foreground, background, grand means)
+  m.def(
+      "_hsic_objective(Tensor base, Tensor gram_vjp, Tensor gram_x, Tensor background_variance, float lambda_fg, float "
+      "lambda_bg, int objective) -> (Tensor loss, Tensor foreground, Tensor background, Tensor rows, Tensor totals)");
+  // -> float64 gradients of the Grams [N,N] and of the variances [N]; [0] where need_* is false. An absent cotangent is
+  // 0
+  m.def(
+      "_hsic_objective_backward(Tensor? grad_loss, Tensor? grad_foreground, Tensor? grad_background, Tensor gram_vjp, "
+      "Tensor gram_x, Tensor rows, Tensor totals, float lambda_fg, float lambda_bg, int objective, bool need_vjp, bool "
+      "need_x, bool need_variance) -> (Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance)");
   // x acc [N,C,S] contiguous, weight, bias [C] -> y [N,C,S]; float64 [C] mean, biased variance, 1/sqrt(variance + eps)
   m.def(
       "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "

@@ -1,0 +1,48 @@
+// The N×N end of the loss, as far as CPU and CUDA kernels share it (SPEC 5): norms and the objective, in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SIB_HOST_DEVICE __host__ __device__
+#else
+#define SIB_HOST_DEVICE
+#endif
+
+namespace sib_fast {
+
+// Of a row's norm, as in torch.nn.functional.normalize.
+constexpr double kNormFloor = 1e-12;
+
+// Whether a row's norm is above the floor, and so has a gradient. Not so for a NaN, which shows in its Gram's elements.
+SIB_HOST_DEVICE inline bool has_norm(double diagonal) { return diagonal > kNormFloor * kNormFloor; }
+SIB_HOST_DEVICE inline double inverse_norm(double diagonal) {
+  return 1.0 / (has_norm(diagonal) ? sqrt(diagonal) : kNormFloor);
+}
+
+// tr(K_R Z K_x Z)/(N-1)² without Z, from Σ_ij K_R·K_x, Σ_i of the products of the row means and the two grand means.
+SIB_HOST_DEVICE inline double hsic_of_sums(double products, double mean_products, double mean_vjp, double mean_x,
+                                           int64_t images) {
+  const double n = static_cast<double>(images);
+  return (products - 2.0 * n * mean_products + n * n * mean_vjp * mean_x) / ((n - 1.0) * (n - 1.0));
+}
+
+struct Objective {
+  double lambda_fg, lambda_bg;
+  int kind;  // 0 exp, 1 linear, 2 expm1: OBJECTIVES in sib_fast/ops/hsic_objective/__init__.py
+
+  SIB_HOST_DEVICE double value(double base, double foreground, double background) const {
+    if (kind == 0) return base + lambda_bg * exp(background) + lambda_fg * exp(-foreground);
+    if (kind == 1) return base + lambda_bg * background - lambda_fg * foreground;
+    return base + lambda_bg * expm1(background) + lambda_fg * expm1(-foreground);
+  }
+  SIB_HOST_DEVICE double slope_foreground(double foreground) const {
+    return kind == 1 ? -lambda_fg : -lambda_fg * exp(-foreground);
+  }
+  SIB_HOST_DEVICE double slope_background(double background) const {
+    return kind == 1 ? lambda_bg : lambda_bg * exp(background);
+  }
+};
+
+}  // namespace sib_fast

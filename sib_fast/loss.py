@@ -16,7 +16,7 @@ from sib_fast import _checks, _needs
 from sib_fast._backends import BACKENDS
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
-from sib_fast.masks import MASKS, GivenMask, resolve_given
+from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
@@ -162,22 +162,31 @@ class SIBLoss(nn.Module):
 
     # ---- attaching --------------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> SIBLoss:
-        """Captures the model's input from now on, so that `criterion(logits, target)` suffices. Returns self.
+    def attach(self, model: nn.Module, layer: str | nn.Module | None = None) -> SIBLoss:
+        """Captures the model's input, or a layer's feature map, so that `criterion(logits, target)` suffices. Returns self.
 
         A forward pre-hook hands the (inner) module a differentiable view of its first floating-point [N, C, H, W] argument,
         positional or keyword; the caller's tensor stays as it is and gets no `.grad`. Copies and pickles of the model carry
         no live hook, and copies of the criterion are not attached.
 
-        Errors:  TypeError if model is no module; RuntimeError if already attached, or if the model cannot be differentiated
-                 twice (torch.compile, SyncBatchNorm, DistributedDataParallel(static_graph=True), DataParallel).
+        With a layer, the VJP and the statistics are taken at that layer's output [N, C', H', W'], detached in the statistics
+        as the image is: S-IB in feature space. Only the network above it is differentiated twice. `window_size` is meant for
+        the image and scaled to the map (nearest odd number, at least 1); given masks of the image's size are averaged down
+        to it. The weights are the caller's: a VJP of features has a scale of its own. In-place layers that follow act on the
+        captured map.
+
+        Args:    layer: a name as in `model.named_modules()`, or the module itself.
+        Errors:  TypeError if model is no module; ValueError for a layer that is none of the model's; RuntimeError if already
+                 attached, or if the model cannot be differentiated twice (torch.compile, SyncBatchNorm,
+                 DistributedDataParallel(static_graph=True), DataParallel).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"{_OP}.attach: model must be a torch.nn.Module, got {type(model).__name__}")
         if self._attachment is not None:
             raise RuntimeError(f"{_OP}.attach: the criterion is attached to a model already; call remove() first")
         check_module(f"{_OP}.attach", model)
-        self._attachment = _Attachment(self, model.module if isinstance(model, DistributedDataParallel) else model)
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self._attachment = _Attachment(self, inner, None if layer is None else _layer_of(inner, layer))
         self._graph_checked = False
         return self
 
@@ -189,7 +198,7 @@ class SIBLoss(nn.Module):
     def remove(self) -> None:
         """Undoes `attach`; does nothing if not attached."""
         if self._attachment is not None:
-            self._attachment.handle.remove()
+            self._attachment.remove()
             self._attachment = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -215,6 +224,8 @@ class SIBLoss(nn.Module):
         _checks.require_tensor(_OP, "logits", logits)
         if self.active:
             loss = self.active_loss(logits, target, self._captured_input(logits) if x is None else x, mask)
+            if self._attachment is not None:
+                self._attachment.release()
         else:
             loss = self.plain_loss(logits, target)
         self.count_call()
@@ -317,12 +328,15 @@ class SIBLoss(nn.Module):
         return loss
 
     def _mask(self, vjp: Tensor, given: Tensor | GivenMask | None) -> Tensor:
+        maker, image_size = self.mask, None if self._attachment is None else self._attachment.image_size
+        if image_size is not None and isinstance(maker, DensityMask):
+            maker = maker.scaled(image_size, vjp.shape[2:])
         if given is None:
-            mask = self.mask(vjp)
+            mask = maker(vjp)
         else:
-            mask, annotated = resolve_given(_OP, given, vjp)
+            mask, annotated = resolve_given(_OP, given, vjp, image_size)
             if annotated is not None:
-                mask = torch.where(annotated[:, None, None, None], mask, self.mask(vjp))
+                mask = torch.where(annotated[:, None, None, None], mask, maker(vjp))
         _checks.require_same_shape(_OP, "mask", mask, "x", (vjp.shape[0], 1, *vjp.shape[2:]))
         return mask
 
@@ -331,6 +345,11 @@ class SIBLoss(nn.Module):
             raise RuntimeError(
                 f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
                 "before the forward pass, or criterion.attach(model) once"
+            )
+        if self._attachment.captured is None and self._attachment.image_size is not None:
+            raise RuntimeError(
+                f"{_OP}: the attached layer must have run since the latest loss, and it has not: a feature map serves one loss, "
+                "and the model's forward pass must reach the layer"
             )
         if self._attachment.captured is None:
             raise RuntimeError(
@@ -389,19 +408,40 @@ class SIBLoss(nn.Module):
         )
 
 
+def _layer_of(model: nn.Module, layer: str | nn.Module) -> nn.Module:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = modules.get(layer) if isinstance(layer, str) else layer
+    if not any(found is module for module in modules.values()) or found is model:
+        wanted = repr(layer) if isinstance(layer, str) else type(layer).__name__
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"{_OP}.attach: layer must be one of the model's modules, got {wanted}; its first level: {names or 'none'}"
+        )
+    return found
+
+
 class _Attachment:
-    """One criterion's hold on one model: the hook, and the input of the latest active forward (only the latest).
+    """One criterion's hold on one model: the hooks, and the input of the latest active forward (only the latest).
 
     captured: None before the first; then a function that returns the input, or None once nothing needs it. The graph of the
-    logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it.
+    logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it. image_size:
+    with a layer, height and width of the image that the latest feature map comes from.
     """
 
-    def __init__(self, criterion: SIBLoss, model: nn.Module) -> None:
+    def __init__(self, criterion: SIBLoss, model: nn.Module, layer: nn.Module | None = None) -> None:
         # Weak, so that criterion and model do not keep each other alive and a model may hold its criterion as a submodule.
         self._model = weakref.ref(model)
+        self.of_layer = layer is not None
         self.captured: Callable[[], Tensor | None] | None = None
-        self._hook = _InputCapture(self, criterion)
-        self.handle = model.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self.image_size: tuple[int, int] | None = None
+        self.is_paused = False
+        if layer is None:
+            self._handles = [model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)]
+        else:
+            self._handles = [
+                model.register_forward_pre_hook(_ImageSize(self, criterion), with_kwargs=True),
+                layer.register_forward_hook(_FeatureCapture(self, criterion)),
+            ]
 
     def training(self) -> bool:
         model = self._model()
@@ -412,52 +452,112 @@ class _Attachment:
     def holds(self, model: nn.Module) -> bool:
         return self._model() is model
 
+    def release(self) -> None:
+        """Lets go of a feature map, which would hold the graph below it until the next forward pass."""
+        if self.of_layer:
+            self.captured = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within it nothing is captured: the caller passes x itself."""
-        self._hook.paused = True
+        self.is_paused = True
         try:
             yield
         finally:
-            self._hook.paused = False
+            self.is_paused = False
 
 
-class _InputCapture:
-    """The forward pre-hook. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
+class _Capture:
+    """A hook of an attachment. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
 
     def __init__(self, attachment: _Attachment | None = None, criterion: SIBLoss | None = None) -> None:
-        self.paused = False
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._criterion = None if criterion is None else weakref.ref(criterion)
 
-    def __deepcopy__(self, memo: dict) -> _InputCapture:
-        return _InputCapture()
+    def __deepcopy__(self, memo: dict) -> _Capture:
+        return type(self)()
 
     def __reduce__(self) -> tuple:
-        return _InputCapture, ()
+        return type(self), ()
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self.paused:
-            return None
+    def attachment(self) -> _Attachment | None:
+        """The attachment, if this forward pass is one whose loss will need what the hook captures."""
         attachment = self._attachment() if self._attachment is not None else None
         criterion = self._criterion() if self._criterion is not None else None
-        if attachment is None or criterion is None or not criterion.active:
+        if attachment is None or criterion is None or attachment.is_paused or not criterion.active:
             return None
-        for place, values in ((list(args), enumerate(args)), (dict(kwargs), kwargs.items())):
-            for key, value in values:
-                if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
-                    continue
-                if value.requires_grad:
-                    attachment.captured = lambda x=value: x  # not ours: no graph need hold the tensor itself
-                    return None
-                source = value.clone() if value.is_inference() else value
-                place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
-                attachment.captured = weakref.ref(place[key])
-                return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
-        raise RuntimeError(
-            f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
-            f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
-        )
+        return attachment
+
+
+class _InputCapture(_Capture):
+    """Forward pre-hook of the model: replaces its image by a leaf of ours, or takes one that is in a graph already."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        attachment = self.attachment()
+        if attachment is None:
+            return None
+        key = _image_argument(args, kwargs)
+        place = list(args) if isinstance(key, int) else dict(kwargs)
+        value = place[key]
+        if value.requires_grad:
+            attachment.captured = lambda: value  # not ours: no graph need hold the tensor itself
+            return None
+        source = value.clone() if value.is_inference() else value
+        place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
+        attachment.captured = weakref.ref(place[key])
+        return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
+
+
+class _ImageSize(_Capture):
+    """Forward pre-hook of the model, with a layer: the size of the image, and the start of a new forward pass."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        attachment = self.attachment()
+        if attachment is None:
+            return
+        key = _image_argument(args, kwargs)
+        attachment.image_size = tuple((args[key] if isinstance(key, int) else kwargs[key]).shape[2:])
+        attachment.captured = None
+
+
+class _FeatureCapture(_Capture):
+    """Forward hook of the layer: takes its output. One that nothing trained lies below becomes a leaf of ours."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> Tensor | None:
+        # Activation checkpointing runs the layer again inside backward passes: that map is not the loss's.
+        attachment = None if torch._C._current_graph_task_id() != -1 else self.attachment()
+        if attachment is None:
+            return None
+        if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
+            raise RuntimeError(
+                f"{_OP}: the attached layer must return a floating-point [N, C, H, W] tensor, got {_describe(output)}: "
+                "choose a layer whose output is a feature map"
+            )
+        if attachment.captured is not None:
+            raise RuntimeError(
+                f"{_OP}: the attached layer must run once in a forward pass, got a second call: choose one that is not shared"
+            )
+        if output.requires_grad:
+            attachment.captured = lambda: output
+            return None
+        leaf = _needs.mark_vjp_leaf(output.detach().requires_grad_())
+        attachment.captured = weakref.ref(leaf)
+        return leaf
+
+
+def _image_argument(args: tuple, kwargs: dict) -> int | str:
+    """Place or name of the model's first floating-point [N, C, H, W] argument."""
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+            return key
+    raise RuntimeError(
+        f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
+        f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
+    )
 
 
 def _describe(value: object) -> str:

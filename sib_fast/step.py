@@ -85,6 +85,10 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     torch.compiler.allow_in_graph(_vjp_leaf)  # here and not as a decorator: it imports the compiler
     if criterion._attachment is not None and not criterion._attachment.holds(model):
         raise RuntimeError(f"{_OP}: criterion must be attached to this model or to none, got one attached to another model")
+    if criterion._attachment is not None and criterion._attachment.of_layer:
+        raise RuntimeError(
+            f"{_OP}: criterion must be attached to the model's input or to none, got one attached to a layer: call it uncompiled"
+        )
     return CompiledStep(model, criterion, compile_options)
 
 

@@ -178,6 +178,15 @@ def test_steps_validation_and_removal():
     assert pickle.loads(pickle.dumps(net))(x).shape == (6, 5)
 
 
+def test_a_forward_pass_without_a_loss_is_forgotten():
+    x, target = problem()
+    net = Net().double()
+    criterion = SIBLoss(**WEIGHTS, window_size=9).attach(net, "stem")
+    net(x.flip(0))
+    loss = criterion(net(x), target)
+    assert_same((loss, parameter_gradients(loss, net)), explicit(Net().double(), x, target, window_size=5))
+
+
 def test_copies_carry_no_live_hook():
     x, _ = problem()
     net = Net().double()

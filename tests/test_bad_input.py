@@ -35,7 +35,11 @@ from sib_fast.testing.networks import conv_net, image_batch
         (ValueError, "SIBLoss: objective must be one of 'exp', 'linear', 'expm1' or a callable, got None", {"objective": None}),
         (ValueError, "SIBLoss: mask must be one of 'density' or a callable, got 'none'", {"mask": "none"}),
         (ValueError, "SIBLoss: lambda_bg must be given for background='hsic', got the default", {"background": "hsic"}),
-        (ValueError, "SIBLoss: backend must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton', got 'tpu'", {"backend": "tpu"}),
+        (
+            ValueError,
+            "SIBLoss: backend must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton', got 'tpu'",
+            {"backend": "tpu"},
+        ),
         (ValueError, "SIBLoss: window_size must be odd and at least 1, got 30", {"window_size": 30}),
         (ValueError, "SIBLoss: window_size must be odd and at least 1, got -3", {"window_size": -3}),
         (TypeError, "SIBLoss: window_size must be an int, got float", {"window_size": 31.0}),

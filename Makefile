@@ -9,16 +9,19 @@ TORCH_OLD ?= torch==2.13.0
 OUT ?= build/gpu-out
 VENV := .venv
 VENV_OLD := .venv-old
+VENV_PINNED := .venv-pinned
+# The oldest releases of the frameworks that the integrations support; .venv has the newest.
+PINNED := timm==1.0.27 transformers==4.51.3 accelerate==1.3.0 lightning==2.5.0.post0 torchmetrics==1.6.0
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick old packaging bench gpu format clean doctor
+.PHONY: demo test check quick old pinned packaging bench gpu format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast train $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
-test: check quick old packaging
+test: check quick old pinned packaging
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -34,6 +37,9 @@ old: $(VENV)/.built $(if $(TORCH_OLD),$(VENV_OLD)/.installed)
 ifneq ($(TORCH_OLD),)
 	$(VENV_OLD)/bin/python -m pytest -m "not packaging" --ignore tests/lab --ignore tests/test_architecture.py
 endif
+
+pinned: $(VENV)/.built $(VENV_PINNED)/.installed
+	$(VENV_PINNED)/bin/python -m pytest tests/integrations
 
 packaging: $(VENV)/.built
 	$(BIN)/python -m pytest -m packaging
@@ -78,5 +84,12 @@ $(VENV_OLD)/.installed: $(VENV)/.built
 	echo "$(CURDIR)" > $$($(VENV_OLD)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sib_fast.pth
 	touch $@
 
+# torch and everything else from .venv, the frameworks of its own.
+$(VENV_PINNED)/.installed: $(VENV)/.built Makefile
+	test -x $(VENV_PINNED)/bin/python || $(PYTHON) -m venv $(VENV_PINNED)
+	echo "$(CURDIR)/$$(ls -d $(VENV)/lib/python*/site-packages)" > $$(ls -d $(VENV_PINNED)/lib/python*/site-packages)/newest.pth
+	$(VENV_PINNED)/bin/python -m pip install --quiet $(PINNED)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_OLD) build dist *.egg-info sib_fast/lib sib_fast/_blocks*.so
+	rm -rf $(VENV) $(VENV_OLD) $(VENV_PINNED) build dist *.egg-info sib_fast/lib sib_fast/_blocks*.so

@@ -9,6 +9,7 @@ from sib_fast._version import __version__
 from sib_fast.loss import SIBLoss
 from sib_fast.nn import prepare, restore
 from sib_fast.ops import foreground_mask, region_statistics
+from sib_fast.step import StepOutput, compile_step
 from sib_fast.types import RegionStatistics
 from sib_fast.vjp import vjp_map
 
@@ -16,7 +17,9 @@ __all__ = [
     "BACKENDS",
     "RegionStatistics",
     "SIBLoss",
+    "StepOutput",
     "__version__",
+    "compile_step",
     "estimators",
     "foreground_mask",
     "masks",

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_fast import _checks
+from sib_fast import _checks, _needs
 from sib_fast._backends import BACKENDS
+from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
-from sib_fast.masks import MASKS, GivenMask, resolve_given
+from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
 from sib_fast.vjp import SCALARS, vjp_map
 
 _OP = "SIBLoss"
+_CALLS = "calls"  # key of the counter in a state_dict
 
 
 def _exp(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
@@ -54,8 +57,9 @@ class SIBLoss(nn.Module):
     lowered. Either explicitly, `x.requires_grad_(); logits = model(x); loss = criterion(logits, target, x)`, or attached
     once, `criterion = SIBLoss(...).attach(model)`, after which the trainer goes on calling `criterion(logits, target)`.
 
-    Active if and only if grad is enabled, the criterion is in training mode and (attached) so is the model; otherwise it
-    is the base loss alone, so that validation loops and inference_mode work unchanged.
+    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model, and this training
+    step is one of every `every`; otherwise it is the base loss alone, so that validation loops and inference_mode work
+    unchanged.
 
     Shapes:  logits [N, K]; target int64 [N] or probabilities [N, K]; x [N, C, H, W] -> 0-d loss, float32, or float64 if
              logits or x are. Runs with autocast off.
@@ -64,12 +68,18 @@ class SIBLoss(nn.Module):
              variance's) or "relative_variance". objective: "exp" (the authors' script), "linear" (their README) or "expm1"
              (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
-             smoothing goes there. vjp_scale: `vjp_map`'s scale. backend: "auto", "reference" or "cpu".
+             smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
+             (torch.distributed), see docs/trainers.md. backend: one of `sib_fast.BACKENDS`, or "auto".
+             every: lazy S-IB: the terms apply at training steps 0, k, 2k, …, and a step between costs a plain step.
+             accumulation_steps: micro-batches (calls of the criterion in training) that make one step. every_weight: "sum"
+             multiplies both weights by `every`, so that their sum over the steps is that of every=1; "mean" does not.
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
              background, lambda_fg, lambda_bg) -> 0-d, mask(vjp) -> [N, 1, H, W].
-    Attributes: terms: detached 0-d tensors of the latest call: loss, base and, when active, foreground, background and
-             mask_area (mean of the mask). Nothing is synchronised.
+    Attributes: active: whether the next call applies the S-IB terms; known before the forward pass. terms: detached 0-d
+             tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask).
+             Nothing is synchronised.
+    State:   none; with every > 1 the number of training calls so far, in the state_dict, so that a resumed run continues.
     Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
     Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
     Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
@@ -91,7 +101,11 @@ class SIBLoss(nn.Module):
         quantiles: Sequence[float] = (0.05, 0.95, 0.8, 0.8),
         base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         vjp_scale: float | None = None,
+        gather: bool = False,
         backend: str = "auto",
+        every: int = 1,
+        accumulation_steps: int = 1,
+        every_weight: str = "sum",
     ) -> None:
         super().__init__()
         for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
@@ -115,6 +129,10 @@ class SIBLoss(nn.Module):
         _checks.require_window(_OP, window_size)
         _checks.require_positive(_OP, "temperature", temperature)
         _checks.require_positive(_OP, "slope", slope)
+        for name, count in (("every", every), ("accumulation_steps", accumulation_steps)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{_OP}: {name} must be an int of at least 1, got {count!r}")
+        _checks.require_choice(_OP, "every_weight", every_weight, ("sum", "mean"))
         if base_loss is not None and not callable(base_loss):
             raise TypeError(f"{_OP}: base_loss must be callable, got {type(base_loss).__name__}")
         self.lambda_fg, self.lambda_bg = float(lambda_fg), float(lambda_bg)
@@ -133,7 +151,10 @@ class SIBLoss(nn.Module):
         self.mask = mask
         self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
         self.vjp_scale = vjp_scale
+        self.gather = bool(gather)
         self.backend = backend
+        self.every, self.accumulation_steps, self.every_weight = every, accumulation_steps, every_weight
+        self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
         self._attachment: _Attachment | None = None
@@ -141,30 +162,56 @@ class SIBLoss(nn.Module):
 
     # ---- attaching --------------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> SIBLoss:
-        """Captures the model's input from now on, so that `criterion(logits, target)` suffices. Returns self.
+    def attach(self, model: nn.Module, layer: str | nn.Module | None = None) -> SIBLoss:
+        """Captures the model's input, or a layer's feature map, so that `criterion(logits, target)` suffices. Returns self.
 
         A forward pre-hook hands the (inner) module a differentiable view of its first floating-point [N, C, H, W] argument,
         positional or keyword; the caller's tensor stays as it is and gets no `.grad`. Copies and pickles of the model carry
         no live hook, and copies of the criterion are not attached.
 
-        Errors:  TypeError if model is no module; RuntimeError if already attached, or if the model cannot be differentiated
-                 twice (torch.compile, SyncBatchNorm, DistributedDataParallel(static_graph=True), DataParallel).
+        With a layer, the VJP and the statistics are taken at that layer's output [N, C', H', W'], detached in the statistics
+        as the image is: S-IB in feature space. Only the network above it is differentiated twice. `window_size` is meant for
+        the image and scaled to the map (nearest odd number, at least 1); given masks of the image's size are averaged down
+        to it. The weights are the caller's: a VJP of features has a scale of its own. In-place layers that follow act on the
+        captured map.
+
+        Args:    layer: a name as in `model.named_modules()`, or the module itself.
+        Errors:  TypeError if model is no module; ValueError for a layer that is none of the model's; RuntimeError if already
+                 attached, or if the model cannot be differentiated twice (torch.compile, SyncBatchNorm,
+                 DistributedDataParallel(static_graph=True), DataParallel).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"{_OP}.attach: model must be a torch.nn.Module, got {type(model).__name__}")
         if self._attachment is not None:
             raise RuntimeError(f"{_OP}.attach: the criterion is attached to a model already; call remove() first")
         check_module(f"{_OP}.attach", model)
-        self._attachment = _Attachment(self, model.module if isinstance(model, DistributedDataParallel) else model)
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        self._attachment = _Attachment(self, inner, None if layer is None else _layer_of(inner, layer))
         self._graph_checked = False
         return self
+
+    @property
+    def attached(self) -> bool:
+        """Whether a model's input is being captured."""
+        return self._attachment is not None
 
     def remove(self) -> None:
         """Undoes `attach`; does nothing if not attached."""
         if self._attachment is not None:
-            self._attachment.handle.remove()
+            self._attachment.remove()
             self._attachment = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.every > 1:
+            destination[prefix + _CALLS] = torch.tensor(self._calls)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Neither a checkpoint without the counter nor one with it is refused when `every` was changed in between.
+        calls = state_dict.pop(prefix + _CALLS, None)
+        if calls is not None and self.every > 1:
+            self._calls = int(calls)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
@@ -175,15 +222,39 @@ class SIBLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, x: Tensor | None = None, mask: Tensor | GivenMask | None = None) -> Tensor:
         """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
         _checks.require_tensor(_OP, "logits", logits)
-        if not (torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())):
-            loss = self._base(logits, target)
-            value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
-            self.terms = {"loss": value, "base": value}
-            return loss
-        if x is None:
-            x = self._captured_input(logits)
+        if self.active:
+            loss = self.active_loss(logits, target, self._captured_input(logits) if x is None else x, mask)
+            if self._attachment is not None:
+                self._attachment.release()
+        else:
+            loss = self.plain_loss(logits, target)
+        self.count_call()
+        return loss
+
+    @property
+    def active(self) -> bool:
+        """Whether the next call applies the S-IB terms, as grad mode, training modes and `every` stand now."""
+        return self._training() and (self.every == 1 or self._calls // self.accumulation_steps % self.every == 0)
+
+    def _training(self) -> bool:
+        return torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())
+
+    def count_call(self) -> None:
+        """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
+        if self.every > 1 and self._training():
+            self._calls += 1
+
+    def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The base loss alone, whatever `active` says."""
+        loss = self._base(logits, target)
+        value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
+        self.terms = {"loss": value, "base": value}
+        return loss
+
+    def active_loss(self, logits: Tensor, target: Tensor, x: Tensor, mask: Tensor | GivenMask | None = None) -> Tensor:
+        """The loss with its S-IB terms, whatever `active` says."""
         self._check_batch(logits, target, x)
-        if not self._graph_checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._graph_checked:
             check_graph(_OP, logits.grad_fn)
             self._graph_checked = True
         with torch.autocast(logits.device.type, enabled=False):
@@ -202,7 +273,7 @@ class SIBLoss(nn.Module):
         mask = self._mask(vjp, given)
         # The input is data: the statistics see it without its gradient.
         data = x.detach() if (x.dtype == torch.float64) == (compute == torch.float64) else x.detach().to(compute)
-        statistics = region_statistics(
+        statistics = (global_region_statistics if self.gather else region_statistics)(
             vjp,
             data,
             mask,
@@ -218,7 +289,7 @@ class SIBLoss(nn.Module):
             "background": background.detach().to(compute),
             "mask_area": mask.detach().mean(),
         }
-        if self._debug:
+        if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
@@ -229,7 +300,8 @@ class SIBLoss(nn.Module):
 
         One fused op for the default estimator and background and every built-in objective.
         """
-        weights = (self.lambda_fg, self.lambda_bg)
+        times = self.every if self.every_weight == "sum" else 1
+        weights = (times * self.lambda_fg, times * self.lambda_bg)
         objective = next((name for name, function in OBJECTIVES.items() if function is self.objective), None)
         if objective and self.estimator is ESTIMATORS["hsic_biased"] and self.background is BACKGROUNDS["variance"]:
             return hsic_objective(
@@ -256,12 +328,15 @@ class SIBLoss(nn.Module):
         return loss
 
     def _mask(self, vjp: Tensor, given: Tensor | GivenMask | None) -> Tensor:
+        maker, image_size = self.mask, None if self._attachment is None else self._attachment.image_size
+        if image_size is not None and isinstance(maker, DensityMask):
+            maker = maker.scaled(image_size, vjp.shape[2:])
         if given is None:
-            mask = self.mask(vjp)
+            mask = maker(vjp)
         else:
-            mask, annotated = resolve_given(_OP, given, vjp)
+            mask, annotated = resolve_given(_OP, given, vjp, image_size)
             if annotated is not None:
-                mask = torch.where(annotated[:, None, None, None], mask, self.mask(vjp))
+                mask = torch.where(annotated[:, None, None, None], mask, maker(vjp))
         _checks.require_same_shape(_OP, "mask", mask, "x", (vjp.shape[0], 1, *vjp.shape[2:]))
         return mask
 
@@ -271,11 +346,27 @@ class SIBLoss(nn.Module):
                 f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
                 "before the forward pass, or criterion.attach(model) once"
             )
-        x = self._attachment.captured
-        if x is None:
+        if self._attachment.captured is None and self._attachment.image_size is not None:
+            raise RuntimeError(
+                f"{_OP}: the attached layer must have run since the latest loss, and it has not: a feature map serves one loss, "
+                "and the model's forward pass must reach the layer"
+            )
+        if self._attachment.captured is None:
             raise RuntimeError(
                 f"{_OP}: no input was captured: the attached model has not run forward in training mode with grad enabled "
                 "since attach(). Run the model itself (not a copy of it), or pass x"
+            )
+        x = self._attachment.captured()
+        if x is None:
+            # Only a graph holds the captured input: its own forward's graph is gone, or was never there.
+            if not logits.requires_grad:
+                raise RuntimeError(
+                    f"{_OP}: logits must have a graph, got logits that do not require grad: run the forward pass "
+                    "with grad enabled"
+                )
+            raise RuntimeError(
+                f"{_OP}: logits must be computed by the attached model's latest forward pass in training mode, got "
+                "logits of another graph, or the model detaches its input"
             )
         return x
 
@@ -312,18 +403,45 @@ class SIBLoss(nn.Module):
         names = {name: getattr(getattr(self, name), "__name__", getattr(self, name)) for name in ("estimator", "background")}
         return (
             f"lambda_fg={self.lambda_fg}, lambda_bg={self.lambda_bg}, scalar={self.scalar!r}, "
-            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, attached={self._attachment is not None}"
+            f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, every={self.every}, "
+            f"attached={self.attached}"
         )
 
 
-class _Attachment:
-    """One criterion's hold on one model: the hook, and the input of the latest active forward (only the latest)."""
+def _layer_of(model: nn.Module, layer: str | nn.Module) -> nn.Module:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = modules.get(layer) if isinstance(layer, str) else layer
+    if not any(found is module for module in modules.values()) or found is model:
+        wanted = repr(layer) if isinstance(layer, str) else type(layer).__name__
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"{_OP}.attach: layer must be one of the model's modules, got {wanted}; its first level: {names or 'none'}"
+        )
+    return found
 
-    def __init__(self, criterion: SIBLoss, model: nn.Module) -> None:
+
+class _Attachment:
+    """One criterion's hold on one model: the hooks, and the input of the latest active forward (only the latest).
+
+    captured: None before the first; then a function that returns the input, or None once nothing needs it. The graph of the
+    logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it. image_size:
+    with a layer, height and width of the image that the latest feature map comes from.
+    """
+
+    def __init__(self, criterion: SIBLoss, model: nn.Module, layer: nn.Module | None = None) -> None:
         # Weak, so that criterion and model do not keep each other alive and a model may hold its criterion as a submodule.
         self._model = weakref.ref(model)
-        self.captured: Tensor | None = None
-        self.handle = model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)
+        self.of_layer = layer is not None
+        self.captured: Callable[[], Tensor | None] | None = None
+        self.image_size: tuple[int, int] | None = None
+        self.is_paused = False
+        if layer is None:
+            self._handles = [model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)]
+        else:
+            self._handles = [
+                model.register_forward_pre_hook(_ImageSize(self, criterion), with_kwargs=True),
+                layer.register_forward_hook(_FeatureCapture(self, criterion)),
+            ]
 
     def training(self) -> bool:
         model = self._model()
@@ -331,41 +449,115 @@ class _Attachment:
             raise RuntimeError(f"{_OP}: the attached model no longer exists; call remove(), then attach() to the new one")
         return model.training
 
+    def holds(self, model: nn.Module) -> bool:
+        return self._model() is model
 
-class _InputCapture:
-    """The forward pre-hook. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
+    def release(self) -> None:
+        """Lets go of a feature map, which would hold the graph below it until the next forward pass."""
+        if self.of_layer:
+            self.captured = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is captured: the caller passes x itself."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+
+class _Capture:
+    """A hook of an attachment. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
 
     def __init__(self, attachment: _Attachment | None = None, criterion: SIBLoss | None = None) -> None:
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._criterion = None if criterion is None else weakref.ref(criterion)
 
-    def __deepcopy__(self, memo: dict) -> _InputCapture:
-        return _InputCapture()
+    def __deepcopy__(self, memo: dict) -> _Capture:
+        return type(self)()
 
     def __reduce__(self) -> tuple:
-        return _InputCapture, ()
+        return type(self), ()
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def attachment(self) -> _Attachment | None:
+        """The attachment, if this forward pass is one whose loss will need what the hook captures."""
         attachment = self._attachment() if self._attachment is not None else None
         criterion = self._criterion() if self._criterion is not None else None
-        if attachment is None or criterion is None:
+        if attachment is None or criterion is None or attachment.is_paused or not criterion.active:
             return None
-        if not (torch.is_grad_enabled() and module.training and criterion.training):
+        return attachment
+
+
+class _InputCapture(_Capture):
+    """Forward pre-hook of the model: replaces its image by a leaf of ours, or takes one that is in a graph already."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        attachment = self.attachment()
+        if attachment is None:
             return None
-        for place, values in ((list(args), enumerate(args)), (dict(kwargs), kwargs.items())):
-            for key, value in values:
-                if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
-                    continue
-                if value.requires_grad:
-                    attachment.captured = value
-                    return None
-                source = value.clone() if value.is_inference() else value
-                attachment.captured = place[key] = source.detach().requires_grad_()
-                return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
-        raise RuntimeError(
-            f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
-            f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
-        )
+        key = _image_argument(args, kwargs)
+        place = list(args) if isinstance(key, int) else dict(kwargs)
+        value = place[key]
+        if value.requires_grad:
+            attachment.captured = lambda: value  # not ours: no graph need hold the tensor itself
+            return None
+        source = value.clone() if value.is_inference() else value
+        place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
+        attachment.captured = weakref.ref(place[key])
+        return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
+
+
+class _ImageSize(_Capture):
+    """Forward pre-hook of the model, with a layer: the size of the image, and the start of a new forward pass."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        attachment = self.attachment()
+        if attachment is None:
+            return
+        key = _image_argument(args, kwargs)
+        attachment.image_size = tuple((args[key] if isinstance(key, int) else kwargs[key]).shape[2:])
+        attachment.captured = None
+
+
+class _FeatureCapture(_Capture):
+    """Forward hook of the layer: takes its output. One that nothing trained lies below becomes a leaf of ours."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> Tensor | None:
+        # Activation checkpointing runs the layer again inside backward passes: that map is not the loss's.
+        attachment = None if torch._C._current_graph_task_id() != -1 else self.attachment()
+        if attachment is None:
+            return None
+        if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
+            raise RuntimeError(
+                f"{_OP}: the attached layer must return a floating-point [N, C, H, W] tensor, got {_describe(output)}: "
+                "choose a layer whose output is a feature map"
+            )
+        if attachment.captured is not None:
+            raise RuntimeError(
+                f"{_OP}: the attached layer must run once in a forward pass, got a second call: choose one that is not shared"
+            )
+        if output.requires_grad:
+            attachment.captured = lambda: output
+            return None
+        leaf = _needs.mark_vjp_leaf(output.detach().requires_grad_())
+        attachment.captured = weakref.ref(leaf)
+        return leaf
+
+
+def _image_argument(args: tuple, kwargs: dict) -> int | str:
+    """Place or name of the model's first floating-point [N, C, H, W] argument."""
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+            return key
+    raise RuntimeError(
+        f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
+        f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
+    )
 
 
 def _describe(value: object) -> str:

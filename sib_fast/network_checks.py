@@ -5,7 +5,12 @@ Evidence for every entry: docs/design.md, "What cannot be differentiated twice".
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+import warnings
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +36,15 @@ _REENTRANT = (
 )
 _CUDNN_RNN = (
     "a cuDNN RNN must not be used: it has no second derivative. Run the forward under torch.backends.cudnn.flags(enabled=False)"
+)
+_FSDP = (
+    "a model under FSDP2 must not be used as it is: it frees its parameters after the VJP, which the second backward needs. "
+    "Call sib_fast.integrations.fsdp.allow_double_backward(model, optimizer) once, before training"
+)
+
+_CUSTOM_FUNCTION = (
+    "a custom autograd.Function must not be used: inside a compiled region PyTorch drops its second derivative in silence. "
+    "Register an op with torch.library.register_autograd, on the op and on its backward op, or do not compile"
 )
 
 # Prefix of an autograd node's name -> what to say.
@@ -58,6 +72,8 @@ def check_module(op: str, model: nn.Module) -> None:
             "DistributedDataParallel"
         )
     for name, module in model.named_modules():
+        if hasattr(module, "set_reshard_after_backward") and not getattr(model, "_sib_fast_double_backward", False):
+            raise RuntimeError(f"{op}: {_FSDP}")
         where = f" (module {name!r})" if name else ""
         if isinstance(module, nn.SyncBatchNorm):
             raise RuntimeError(f"{op}: {_SYNC_BATCH_NORM}{where}")
@@ -71,13 +87,7 @@ def check_graph(op: str, root: Node | None) -> None:
 
     Costs about two microseconds a node in Python (0.6 ms on a ResNet-50), so callers walk once per network, not every step.
     """
-    seen: set[Node] = set()
-    stack = [root] if root is not None else []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(root):
         name = node.name()
         for prefix, message in _NODES:
             if name.startswith(prefix):
@@ -86,4 +96,56 @@ def check_graph(op: str, root: Node | None) -> None:
             ddp = getattr(node, "ddp_weakref", lambda: None)()
             if ddp is not None and ddp.static_graph:
                 raise RuntimeError(f"{op}: {_STATIC_GRAPH}")
+
+
+def nodes_of(root: Node | None) -> Iterator[Node]:
+    """Every node of an autograd graph, once."""
+    seen: set[Node] = set()
+    stack = [root] if root is not None else []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def custom_functions(root: Node | None) -> list[str]:
+    """Names of the user's autograd.Functions in a graph. A registered op's own, made by torch.library, is none of them."""
+    names = {node.name() for node in nodes_of(root) if isinstance(node, BackwardCFunction)}
+    return sorted(name.removesuffix("Backward") for name in names if not name.startswith("GeneratedBackwardFor_"))
+
+
+def forward_on_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output, with its graph, on tensors without data: nothing is computed, no buffer and no random state changes.
+
+    On a copy, so that nothing the model keeps of a forward pass stays in it. Shapes: x [N, C, H, W] -> what the model returns.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        twin = copy.deepcopy(model)
+    with mode:
+        return twin(mode.from_tensor(x.detach()).requires_grad_())
+
+
+def check_before_compiling(op: str, model: nn.Module, x: Tensor) -> None:
+    """Raises RuntimeError at what a compiled step cannot differentiate twice; warns if that could not be found out.
+
+    What `check_graph` knows, and custom autograd.Functions: eager PyTorch differentiates them, a compiled region drops them.
+    """
+    try:
+        root = forward_on_fake_tensors(model, x).grad_fn
+    except Exception as error:
+        warnings.warn(
+            f"{op}: could not look for custom autograd.Functions, whose second derivative a compiled step drops in silence: the "
+            f"model does not run on fake tensors ({type(error).__name__}: {str(error)[:200]})",
+            stacklevel=3,
+        )
+        return
+    check_graph(op, root)
+    names = custom_functions(root)
+    if names:
+        raise RuntimeError(f"{op}: {_CUSTOM_FUNCTION} (found {', '.join(names)})")

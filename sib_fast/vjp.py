@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sib_fast import _checks
+from sib_fast import _checks, _needs
 
 _OP = "vjp_map"
 SCALARS = ("energy", "logit_sum", "label_logit", "label_log_probability", "predicted_logit")
@@ -111,9 +111,10 @@ def vjp_map(
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(create_graph or callable(scalar)):
         cotangent = _cotangent(logits, scalar, labels, create_graph) * scale
         try:
-            (vjp,) = torch.autograd.grad(
-                logits, x, cotangent.to(logits.dtype), create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
+            with _needs.reading_vjp(x):
+                (vjp,) = torch.autograd.grad(
+                    logits, x, cotangent.to(logits.dtype), create_graph=create_graph, retain_graph=True, allow_unused=True
+                )
         except RuntimeError as error:
             if "double backward" in str(error):
                 raise RuntimeError(

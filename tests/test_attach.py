@@ -217,7 +217,7 @@ def test_logits_of_a_forward_without_grad():
     net(x)
     with torch.no_grad():
         logits = net(x)
-    with pytest.raises(RuntimeError, match="vjp_map: logits must have a graph"):
+    with pytest.raises(RuntimeError, match="SIBLoss: logits must have a graph"):
         criterion(logits, target)
 
 

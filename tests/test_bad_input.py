@@ -35,7 +35,11 @@ from sib_fast.testing.networks import conv_net, image_batch
         (ValueError, "SIBLoss: objective must be one of 'exp', 'linear', 'expm1' or a callable, got None", {"objective": None}),
         (ValueError, "SIBLoss: mask must be one of 'density' or a callable, got 'none'", {"mask": "none"}),
         (ValueError, "SIBLoss: lambda_bg must be given for background='hsic', got the default", {"background": "hsic"}),
-        (ValueError, "SIBLoss: backend must be one of 'auto', 'reference', 'cpu', got 'cuda'", {"backend": "cuda"}),
+        (
+            ValueError,
+            "SIBLoss: backend must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton', got 'tpu'",
+            {"backend": "tpu"},
+        ),
         (ValueError, "SIBLoss: window_size must be odd and at least 1, got 30", {"window_size": 30}),
         (ValueError, "SIBLoss: window_size must be odd and at least 1, got -3", {"window_size": -3}),
         (TypeError, "SIBLoss: window_size must be an int, got float", {"window_size": 31.0}),
@@ -449,8 +453,9 @@ def test_an_explicit_backend_on_another_device_is_refused(monkeypatch):
 
 def test_auto_falls_back_and_says_so_once(monkeypatch):
     monkeypatch.setitem(_backends.MISSING, "cpu", "it was not built")
+    monkeypatch.setitem(_backends.MISSING, "emulated", "only here")  # the tests' own backend on the CPU
     monkeypatch.setattr(_backends, "_warned", set())
-    with pytest.warns(UserWarning, match=r"sib_fast: 'auto' runs the reference on cpu tensors.*: it was not built\."):
+    with pytest.warns(UserWarning, match=r"sib_fast: 'auto' runs the reference on cpu tensors.*: cpu: it was not built"):
         assert _backends.resolve("op", "auto", CPU) == "reference"
     assert _backends.resolve("op", "auto", CPU) == "reference"  # a second warning would be an error in this suite
     monkeypatch.setattr(_backends, "_warned", set())
@@ -462,7 +467,7 @@ def test_auto_takes_the_kernel_and_the_reference_where_there_is_none(monkeypatch
     monkeypatch.setitem(_backends.MISSING, "cpu", None)
     assert _backends.resolve("op", "auto", CPU) == "cpu"
     assert _backends.resolve("op", "reference", CPU) == "reference"
-    assert _backends.automatic(META) == "reference"
+    assert _backends.automatic(META, ["cpu", "cuda"]) == "reference"
     assert sib_fast.why_not("reference") is None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +20,11 @@ class DensityMask:
     slope: float = 10.0
     quantiles: tuple[float, float, float, float] = (0.05, 0.95, 0.8, 0.8)
     backend: str = "auto"
+
+    def scaled(self, image_size: Sequence[int], map_size: Sequence[int]) -> DensityMask:
+        """The same mask for a feature map: the window covers the same share of it (nearest odd number, at least 1)."""
+        factor = math.sqrt(math.prod(map_size) / math.prod(image_size))
+        return replace(self, window_size=2 * max(0, round((self.window_size * factor - 1) / 2)) + 1)
 
     def __call__(self, vjp: Tensor) -> Tensor:
         return foreground_mask(

@@ -70,11 +70,18 @@ def collate(annotations: Sequence[Tensor | None], height: int, width: int) -> Gi
     return GivenMask(values, annotated)
 
 
-def resolve_given(op: str, mask: Tensor | GivenMask, vjp: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Checks a given mask against the VJP. Returns (values [N, 1, H, W] in the VJP's dtype, annotated [N] or None)."""
+def resolve_given(
+    op: str, mask: Tensor | GivenMask, vjp: Tensor, image_size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Checks a given mask against the VJP. Returns (values [N, 1, H, W] in the VJP's dtype, annotated [N] or None).
+
+    image_size: where the VJP is one of a feature map; a mask of the image's size is then averaged down to it.
+    """
     values, annotated = mask if isinstance(mask, GivenMask) else (mask, None)
     _checks.require_tensor(op, "mask", values)
     images, _, height, width = vjp.shape
+    if image_size is not None and tuple(values.shape) == (images, 1, *image_size):
+        values = torch.nn.functional.adaptive_avg_pool2d(values.to(vjp.dtype), (height, width))
     _checks.require_same_shape(op, "mask", values, "x", (images, 1, height, width))
     if values.dtype != torch.bool:
         _checks.require_floating(op, "mask", values)

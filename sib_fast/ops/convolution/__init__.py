@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sib_fast._needs import needed
 from sib_fast.ops.convolution import reference
 
 _OP = "convolution"
@@ -82,7 +83,7 @@ def _setup_forward(ctx, inputs, output):
 
 def _autograd_of_forward(ctx, grad_y):
     x, weight = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
+    needs = (needed(ctx, 0), needed(ctx, 1), ctx.has_bias and needed(ctx, 2))
     grads = _OPS.backward(grad_y, x, weight, *ctx.geometry, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
 

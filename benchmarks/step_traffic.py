@@ -1,0 +1,214 @@
+"""Bytes, ops, flops and live memory of a training step, counted without running it: any torchvision model, no GPU.
+
+    python -m benchmarks.step_traffic resnet50 --images 16
+    python -m benchmarks.step_traffic resnet18 resnet50 --json benchmarks/results/accounting/step_traffic.json
+
+The step runs on fake tensors, so nothing is computed, and every op that PyTorch dispatches is counted where it is dispatched:
+
+bytes   sizes of its tensor arguments and results. A view, an uninitialised allocation and a question about a tensor count
+        nothing. One op counts once, whatever it is made of inside, PyTorch's batch norm and ours alike: a model of traffic for
+        comparing steps, not a measurement.
+flops   PyTorch's own formulae (torch.utils.flop_counter: convolutions and matrix products, 2 flops a multiply-add).
+peak    most bytes of tensors alive at once, parameters, gradients and input included; PyTorch's caching is not.
+
+Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+
+import sib_fast
+from benchmarks.provenance import ROOT, provenance, write_json
+from sib_fast.lab.naive import naive_sib_loss
+
+STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
+VARIANTS = ("plain", "naive", "ours", "ours_prepared")
+MODELS = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_b_16")
+# They read and write nothing. _unsafe_view and _reshape_alias are views that PyTorch does not mark as such.
+_FREE = ("prim.device", "aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.sym_")
+_ALLOCATIONS = ("aten.empty", "aten.new_empty")
+
+
+def _convolution_forward(x, weight, bias, stride, padding, dilation, groups, *, out_val) -> int:
+    return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape))
+
+
+def _convolution_backward(grad_y, x, weight, *rest, out_val) -> int:
+    need_x, need_weight, _ = rest[-3:]
+    return (need_x + need_weight) * conv_flop_count(list(x.shape), list(weight.shape), list(grad_y.shape))
+
+
+# Ops of ours with convolutions or matrix products inside. Every op of the package must be here or in _NO_PRODUCTS.
+_OUR_FLOPS = {"sib_fast_convolution.forward": _convolution_forward, "sib_fast_convolution.backward": _convolution_backward}
+
+
+def _gram_flops(func: Any, args: tuple) -> int:
+    """The head's region statistics: symmetric Gram products of [N, D] rows, at their full 2N²D each (SPEC 8)."""
+    maps = [a for a in args if isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] > 1]
+    return 2 * 2 * maps[0].shape[0] * maps[0].numel() if maps and "region_statistics" in str(func) else 0
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what is dispatched inside it. bytes, ops, flops: Counters by op name; peak: bytes alive at once since the start."""
+
+    def __init__(self, alive: list[Tensor]) -> None:
+        super().__init__()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.ops: collections.Counter[str] = collections.Counter()
+        self.flops: collections.Counter[str] = collections.Counter()
+        self.peak = self._alive = 0
+        self._known: dict[int, weakref.finalize] = {}
+        for tensor in alive:
+            self._hold(tensor)
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        known = self._known.get(storage._cdata)
+        if known is not None and known.alive:
+            return
+        size = storage.nbytes()
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        self._known[storage._cdata] = weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self._alive -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for result in results:
+            self._hold(result)
+        name = str(func._overloadpacket)
+        if func.is_view or name.startswith((*_FREE, *_ALLOCATIONS)):
+            return out
+        arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.bytes[name] += sum(t.numel() * t.element_size() for t in (*arguments, *results))
+        self.ops[name] += 1
+        self.flops[name] += self._flops_of(func, name, args, kwargs or {}, out)
+        return out
+
+    @staticmethod
+    def _flops_of(func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
+        if name in _OUR_FLOPS:
+            return _OUR_FLOPS[name](*args, **kwargs, out_val=out)
+        if name.startswith("sib_fast"):
+            return _gram_flops(func, args)
+        formula = flop_registry.get(func._overloadpacket)
+        return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
+def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
+    """One training step without the optimiser; the model is prepared here where the variant says so."""
+    if variant == "ours_prepared":
+        sib_fast.prepare(model)
+    if variant == "plain":
+        return lambda: nn.functional.cross_entropy(model(x), target).backward()
+    if variant == "naive":
+
+        def naive() -> None:
+            leaf = x.clone().requires_grad_()
+            naive_sib_loss(model(leaf), target, leaf).backward()
+
+        return naive
+    criterion = sib_fast.SIBLoss().attach(model)
+    return lambda: criterion(model(x), target).backward()
+
+
+def count(name: str, variant: str, images: int, size: int) -> Traffic:
+    """The traffic of one step of a torchvision model, in training mode, on fake CPU tensors."""
+    import torchvision.models
+
+    # Attention that can be differentiated twice, for every variant but plain, which may take the fast one.
+    attention = sdpa_kernel([SDPBackend.MATH] if variant != "plain" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    with FakeTensorMode(), attention:
+        model = getattr(torchvision.models, name)()
+        x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
+        step = step_of(variant, model, x, target)
+        with Traffic([x, target, *model.parameters(), *model.buffers()]) as traffic:
+            step()
+    return traffic
+
+
+def measure(name: str, images: int, size: int, variants: tuple[str, ...] = VARIANTS, top: int = 12) -> dict[str, Any]:
+    counted = {variant: count(name, variant, images, size) for variant in variants}
+    rows = {}
+    for variant, traffic in counted.items():
+        totals = {
+            "gigabytes": round(traffic.bytes.total() / 1e9, 3),
+            "ops": traffic.ops.total(),
+            "gigaflops": round(traffic.flops.total() / 1e9, 2),
+            "peak_gigabytes": round(traffic.peak / 1e9, 3),
+        }
+        plain = counted["plain"]
+        totals["to_plain"] = {
+            "bytes": round(traffic.bytes.total() / plain.bytes.total(), 3),
+            "ops": round(traffic.ops.total() / plain.ops.total(), 2),
+            "flops": round(traffic.flops.total() / plain.flops.total(), 3),
+            "peak": round(traffic.peak / plain.peak, 3),
+        }
+        totals["top_gigabytes"] = {op: [round(b / 1e9, 3), traffic.ops[op]] for op, b in traffic.bytes.most_common(top)}
+        rows[variant] = totals
+    return {"model": name, "shape": [images, 3, size, size], "variants": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a model and variant, relative to the plain step."""
+    lines = [
+        "| model | step | bytes | ops | flops | peak memory | GB moved | ops counted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        for variant, t in row["variants"].items():
+            ratio = t["to_plain"]
+            lines.append(
+                f"| {row['model']} | {variant} | {ratio['bytes']:.2f}× | {ratio['ops']:.1f}× | {ratio['flops']:.2f}× | "
+                f"{ratio['peak']:.2f}× | {t['gigabytes']:.1f} | {t['ops']} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--top", type=int, default=12, help="ops listed by bytes, for each variant")
+    parser.add_argument("--json", type=Path, help="where to store the rows, with their provenance")
+    args = parser.parse_args(argv)
+    variants = tuple(v for v in VARIANTS if v == "plain" or v in args.variants)
+    rows = [measure(name, args.images, args.size, variants, args.top) for name in args.models]
+    if args.json:
+        keep = ("torch", "sib_fast", "commit", "date")
+        write_json(args.json, {**{k: v for k, v in provenance().items() if k in keep}, "rows": rows})
+    print(table(rows))
+    for row in rows:
+        last = variants[-1]
+        print(f"\n{row['model']} {row['shape']}, {last}, most bytes by op:")
+        for op, (gigabytes, times) in row["variants"][last]["top_gigabytes"].items():
+            print(f"  {gigabytes:9.3f} GB  {times:5} × {op}")
+
+
+if __name__ == "__main__":
+    main()
+
+
+def stored_table(path: Path = STORED) -> str:
+    """The table of the stored rows: what docs/step.md shows."""
+    return table(json.loads(path.read_text())["rows"])

@@ -1,0 +1,83 @@
+"""Hugging Face: a mix-in for `transformers.Trainer`. Its `compute_loss_func` is not given the input, so it cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from sib_fast import SIBLoss, prepare
+from sib_fast.integrations._terms import TermAverage
+
+_OP = "SIBTrainer"
+
+
+class SIBTrainerMixin:
+    """Gives a `transformers.Trainer` the S-IB loss: put it before the Trainer in the bases.
+
+    The model's own loss is not used: labels are kept from it, its logits go to the criterion. The loss is a per-batch mean,
+    and the Trainer is told so, so that gradient accumulation divides it. Evaluation, which runs without gradients, sees the
+    base loss. Terms are averaged between log lines and logged as "sib/<term>".
+
+    Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N] or probabilities [N, K].
+    Args:    criterion: a SIBLoss, default SIBLoss(). fast: give the network the package's layers (`sib_fast.prepare`).
+    Errors:  TypeError if criterion is no SIBLoss; ValueError for a model that was loaded with fused attention, for
+             compute_loss_func, label_smoothing_factor (put it into the criterion's base loss) and torch_compile.
+    """
+
+    # The loss is a mean over the batch: without this the Trainer may take it for one that is summed over the accumulation.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, criterion: SIBLoss | None = None, fast: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        criterion = SIBLoss() if criterion is None else criterion
+        if not isinstance(criterion, SIBLoss):
+            raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
+        if self.compute_loss_func is not None:
+            raise ValueError(f"{_OP}: compute_loss_func must be None, got a function: the criterion computes the loss")
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"{_OP}: label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: give the criterion "
+                "base_loss=nn.CrossEntropyLoss(label_smoothing=...)"
+            )
+        if self.args.torch_compile:
+            raise ValueError(f"{_OP}: torch_compile must be False, got True: a compiled model has no second derivative")
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        if attention not in (None, "eager"):
+            raise ValueError(
+                f"{_OP}: the model's attention must be 'eager', got {attention!r}: fused attention has no second derivative. "
+                "Load it with from_pretrained(..., attn_implementation='eager'), or model.set_attn_implementation('eager')"
+            )
+        # Older Trainers have no loss_is_scaled_for_ga; they ask whether the model takes num_items_in_batch instead.
+        self.model_accepts_loss_kwargs = False
+        self.criterion = criterion if criterion.attached else criterion.attach(prepare(self.model) if fast else self.model)
+        self._terms = TermAverage()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        if "labels" not in inputs:
+            raise ValueError(
+                f"{_OP}: inputs must hold 'labels', got {sorted(inputs)}: rename the column, or set remove_unused_columns=False"
+            )
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        loss = self.criterion(logits, labels)
+        if model.training:
+            self._terms.update(self.criterion)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # a line of training, not of evaluation
+            logs = {**logs, **self._terms.read("sib/")}
+        super().log(logs, *args, **kwargs)
+
+
+class SIBTrainer(SIBTrainerMixin, Trainer):
+    """`transformers.Trainer` with the S-IB loss. See `SIBTrainerMixin`."""

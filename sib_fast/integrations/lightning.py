@@ -1,0 +1,66 @@
+"""Lightning: a callback that attaches the criterion, logs its terms and refuses what would break it in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from sib_fast import SIBLoss, prepare
+
+_OP = "SIBCallback"
+
+
+class SIBCallback(Callback):
+    """Attaches a SIBLoss of a LightningModule to its network for `fit`, and logs the terms by the module's own logger.
+
+    The module's `training_step` stays `loss = self.criterion(self.model(x), target)`.
+
+    Args:    criterion, model: names of the two attributes on the LightningModule. prefix: of the logged names. fast: give
+             the network the package's layers (`sib_fast.prepare`).
+    Errors:  TypeError if the attributes are no SIBLoss and no module; RuntimeError for DDPStrategy(static_graph=True), which
+             Lightning's own advice may suggest and with which DDP stops synchronising in silence, and as `SIBLoss.attach`.
+    """
+
+    def __init__(self, criterion: str = "criterion", model: str = "model", *, prefix: str = "sib/", fast: bool = True) -> None:
+        self._names = (criterion, model)
+        self.prefix = prefix
+        self.fast = fast
+
+    def _parts(self, module: lightning.LightningModule) -> tuple[SIBLoss, nn.Module]:
+        criterion, model = (getattr(module, name, None) for name in self._names)
+        for name, value, wanted in zip(self._names, (criterion, model), (SIBLoss, nn.Module), strict=True):
+            if not isinstance(value, wanted):
+                raise TypeError(
+                    f"{_OP}: {type(module).__name__}.{name} must be a {wanted.__name__}, got {type(value).__name__}: name the "
+                    "attributes, SIBCallback(criterion=..., model=...)"
+                )
+        return criterion, model
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        criterion, model = self._parts(pl_module)
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+            raise RuntimeError(
+                f"{_OP}: DDPStrategy(static_graph=True) must not be used: with a gradient taken before backward it stops "
+                "synchronising gradients in silence. Leave static_graph at False, whatever Lightning's log line advises"
+            )
+        if self.fast:
+            prepare(model)
+        if not criterion.attached:
+            criterion.attach(model)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._parts(pl_module)[0].remove()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        terms = {f"{self.prefix}{name}": value for name, value in self._parts(pl_module)[0].terms.items()}
+        pl_module.log_dict(terms, batch_size=1)

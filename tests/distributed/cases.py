@@ -1,0 +1,175 @@
+"""What runs on every rank: each case returns numbers, or raises. Started by test_processes.py, once per number of processes."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sib_fast import SIBLoss
+from sib_fast.distributed import global_region_statistics
+from sib_fast.testing.networks import conv_net, image_batch
+
+WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
+IMAGES = 6
+
+
+def network() -> nn.Module:
+    # Group norm: with batch norm, ranks see their own batch's statistics and cannot equal one process.
+    return conv_net(norm="group").double()
+
+
+def batch_of(rank: int) -> tuple[Tensor, Tensor]:
+    x, target = image_batch(images=IMAGES, seed=10 + rank)
+    return x.double(), target
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): p.grad.clone() for name, p in net.named_parameters()}
+
+
+def _ddp(rank: int, world: int, *, accumulate: int = 1, criterion: SIBLoss | None = None, **options) -> dict[str, Tensor]:
+    net = network()
+    model = DistributedDataParallel(net, **options)
+    criterion = (criterion or SIBLoss(**WEIGHTS)).attach(model)
+    for step in range(accumulate):
+        x, target = batch_of(rank + world * step)
+        if step < accumulate - 1:
+            with model.no_sync():
+                (criterion(model(x), target) / accumulate).backward()
+        else:
+            (criterion(model(x), target) / accumulate).backward()
+    return gradients(net)
+
+
+def ddp(rank, world):
+    return _ddp(rank, world)
+
+
+def ddp_find_unused(rank, world):
+    return _ddp(rank, world, find_unused_parameters=True)
+
+
+def ddp_bucket_view(rank, world):
+    return _ddp(rank, world, gradient_as_bucket_view=True)
+
+
+def ddp_no_sync(rank, world):
+    return _ddp(rank, world, accumulate=2)
+
+
+def ddp_static_graph(rank, world):
+    SIBLoss(**WEIGHTS).attach(DistributedDataParallel(network(), static_graph=True))
+
+
+def ddp_static_graph_explicit(rank, world):
+    model = DistributedDataParallel(network(), static_graph=True)
+    x, target = batch_of(rank)
+    x.requires_grad_()
+    SIBLoss(**WEIGHTS)(model(x), target, x)
+
+
+def ddp_gather(rank, world):
+    return _ddp(rank, world, criterion=SIBLoss(**WEIGHTS, gather=True))
+
+
+def ddp_gather_background_hsic(rank, world):
+    options = {**WEIGHTS, "background": "hsic", "lambda_bg": 2.0, "estimator": "cka"}
+    return _ddp(rank, world, criterion=SIBLoss(**options, gather=True))
+
+
+def gather_terms(rank, world):
+    net = network()
+    criterion = SIBLoss(**WEIGHTS, gather=True).attach(net)
+    x, target = batch_of(rank)
+    criterion(net(x), target)
+    return {name: criterion.terms[name] for name in ("foreground", "background")}
+
+
+def global_statistics(rank, world):
+    generator = torch.Generator().manual_seed(rank)
+    vjp, x = (torch.randn(3, 2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(3, 1, 5, 7, generator=generator, dtype=torch.float64)
+    vjp = vjp.contiguous(memory_format=torch.channels_last)
+    out = global_region_statistics(vjp, x, mask, background_grams=True)
+    return {**out._asdict(), "inputs": torch.cat([vjp, x, mask], dim=1)}
+
+
+def unequal_batches(rank, world):
+    vjp = torch.randn(3 + (rank == 0), 2, 5, 7)
+    global_region_statistics(vjp, vjp, torch.rand(len(vjp), 1, 5, 7))
+
+
+def _fsdp(rank, world, allow: bool):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from sib_fast.integrations.fsdp import allow_double_backward
+
+    net = network()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (net[0], net[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    if allow:
+        allow_double_backward(net, optimiser)
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    for step in range(3):
+        x, target = batch_of(rank + world * step)
+        criterion(net(x), target).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return {name: value.full_tensor() for name, value in net.state_dict().items()}
+
+
+def fsdp(rank, world):
+    return _fsdp(rank, world, allow=True)
+
+
+def fsdp_without_the_helper(rank, world):
+    return _fsdp(rank, world, allow=False)
+
+
+def three_steps_by_ddp(rank, world):
+    net = network()
+    model = DistributedDataParallel(net)
+    criterion = SIBLoss(**WEIGHTS).attach(model)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        x, target = batch_of(rank + world * step)
+        criterion(model(x), target).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return copy.deepcopy(net.state_dict())
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        ddp, ddp_find_unused, ddp_bucket_view, ddp_no_sync, ddp_static_graph, ddp_static_graph_explicit, ddp_gather,
+        ddp_gather_background_hsic, gather_terms, global_statistics, fsdp, three_steps_by_ddp,
+        fsdp_without_the_helper, unequal_batches,
+    )
+}  # fmt: skip
+
+
+def run_all(rank: int, world: int, folder: str, names: tuple[str, ...]) -> None:
+    """Runs the cases; what each returned or raised goes to <folder>/<rank>.pt. A store each: a case may break its group."""
+    torch.set_num_threads(1)
+    results: dict[str, object] = {}
+    for name in names:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
+        try:
+            results[name] = CASES[name](rank, world)
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")

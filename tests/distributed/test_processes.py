@@ -1,0 +1,136 @@
+"""Several processes (gloo): DDP in its settings, the global batch, FSDP2; each against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sib_fast import SIBLoss, region_statistics
+from tests.distributed.cases import CASES, WEIGHTS, batch_of, gradients, network, run_all
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+FOUR = ("ddp", "ddp_gather", "global_statistics")  # what could depend on the number of processes
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """One start of the processes for all cases: what every rank returned, or the words of what it raised."""
+    world = request.param
+    folder = tmp_path_factory.mktemp(f"{world}_processes")
+    mp.spawn(run_all, (world, str(folder), tuple(CASES) if world == 2 else FOUR), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def results(ranks, name):
+    if name not in ranks[0]:
+        pytest.skip("run with two processes only")
+    out = [rank[name] for rank in ranks]
+    assert not any(isinstance(o, str) for o in out), out
+    return out
+
+
+def refusals(ranks, name):
+    if name not in ranks[0]:
+        pytest.skip("run with two processes only")
+    assert all(isinstance(rank[name], str) for rank in ranks)
+    return [rank[name] for rank in ranks]
+
+
+def explicit(images: list[tuple], criterion: SIBLoss) -> tuple[dict, SIBLoss]:
+    """Parameter gradients of one process on the images given, in the explicit form."""
+    net = network()
+    x, target = (torch.cat(parts) for parts in zip(*images, strict=True))
+    x.requires_grad_()
+    criterion(net(x), target, x).backward()
+    return gradients(net), criterion
+
+
+def assert_equal_on_all_ranks(got, wanted):
+    for rank in got:
+        for name, value in wanted.items():
+            error = (rank[name] - value).norm() / value.norm()
+            assert error <= 1e-9, f"{name}: {error:.1e}"
+
+
+def mean_of(parts):
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_find_unused", "ddp_bucket_view"])
+def test_ddp_averages_the_explicit_gradients(ranks, name):
+    wanted = mean_of([explicit([batch_of(rank)], SIBLoss(**WEIGHTS))[0] for rank in range(len(ranks))])
+    assert_equal_on_all_ranks(results(ranks, name), wanted)
+
+
+def test_accumulation_under_no_sync(ranks):
+    got = results(ranks, "ddp_no_sync")
+    wanted = mean_of([explicit([batch_of(part)], SIBLoss(**WEIGHTS))[0] for part in range(2 * len(ranks))])
+    assert_equal_on_all_ranks(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["ddp_static_graph", "ddp_static_graph_explicit"])
+def test_static_graph_is_refused(ranks, name):
+    for words in refusals(ranks, name):
+        assert "DistributedDataParallel(static_graph=True) must not be used" in words
+
+
+def test_gather_equals_one_process_with_the_whole_batch(ranks):
+    whole = [batch_of(rank) for rank in range(len(ranks))]
+    wanted, _ = explicit(whole, SIBLoss(**WEIGHTS))
+    assert_equal_on_all_ranks(results(ranks, "ddp_gather"), wanted)
+    # and it matters: without it the gradient is another one
+    apart = results(ranks, "ddp")[0]
+    name = "0.weight"
+    assert (apart[name] - wanted[name]).norm() > 1e-3 * wanted[name].norm()
+
+
+def test_gather_with_background_hsic_and_cka(ranks):
+    got = results(ranks, "ddp_gather_background_hsic")
+    options = {**WEIGHTS, "background": "hsic", "lambda_bg": 2.0, "estimator": "cka"}
+    assert_equal_on_all_ranks(got, explicit([batch_of(rank) for rank in range(len(ranks))], SIBLoss(**options))[0])
+
+
+def test_terms_are_those_of_the_whole_batch(ranks):
+    got = results(ranks, "gather_terms")
+    _, criterion = explicit([batch_of(rank) for rank in range(len(ranks))], SIBLoss(**WEIGHTS))
+    for rank in got:
+        for name, value in rank.items():
+            torch.testing.assert_close(value, criterion.terms[name], rtol=1e-9, atol=0)
+
+
+def test_statistics_of_the_global_batch(ranks):
+    got = results(ranks, "global_statistics")
+    inputs = torch.cat([rank["inputs"] for rank in got])
+    wanted = region_statistics(inputs[:, :2], inputs[:, 2:4], inputs[:, 4:], background_grams=True)
+    for rank in got:
+        for name, value in wanted._asdict().items():
+            torch.testing.assert_close(rank[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_batches_of_different_sizes_are_refused(ranks):
+    for words in refusals(ranks, "unequal_batches"):
+        assert "every rank must hold the same number of images" in words
+        assert "drop_last=True" in words
+
+
+def test_fsdp2_by_the_helper_equals_ddp(ranks):
+    wanted = results(ranks, "three_steps_by_ddp")[0]
+    got = results(ranks, "fsdp")
+    assert_equal_on_all_ranks(got, wanted)
+    start = network().state_dict()
+    assert all((wanted[name] - start[name]).norm() > 1e-5 for name in wanted)
+
+
+def test_fsdp2_without_the_helper_is_refused(ranks):
+    for words in refusals(ranks, "fsdp_without_the_helper"):
+        assert "sib_fast.integrations.fsdp.allow_double_backward(model, optimizer)" in words
+
+
+def test_a_process_group_is_needed():
+    from sib_fast.distributed import global_region_statistics
+
+    vjp = torch.randn(2, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="a process group must be initialised"):
+        global_region_statistics(vjp, vjp, torch.rand(2, 1, 4, 4))

@@ -1,0 +1,139 @@
+"""Hugging Face: transformers.Trainer and Accelerate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="extra [huggingface]", exc_type=ImportError)
+accelerate = pytest.importorskip("accelerate", reason="extra [huggingface]", exc_type=ImportError)
+
+from sib_fast import SIBLoss, prepare  # noqa: E402
+from sib_fast.integrations.huggingface import SIBTrainer  # noqa: E402
+from sib_fast.testing.networks import conv_net  # noqa: E402
+from tests.integrations.steps import WEIGHTS, assert_same_parameters, batches_of, explicit_steps  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Classifier(transformers.PreTrainedModel):
+    """A network in Hugging Face's dress: pixel_values and labels in, a dictionary out."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = conv_net()
+        self.post_init()
+
+    def _init_weights(self, module):
+        """conv_net has made them."""
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        out = {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), **out} if labels is not None else out
+
+
+def rows_of(batches):
+    return [{"pixel_values": x[i], "labels": int(target[i])} for x, target in batches for i in range(len(x))]
+
+
+class InOrder(SIBTrainer):
+    """Batches as they come, so that the explicit form can follow."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer_of(tmp_path, model, rows, criterion=None, **options):
+    arguments = transformers.TrainingArguments(
+        **{
+            "output_dir": str(tmp_path), "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "max_steps": 2,
+            "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1,
+            "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+            **options,
+        }
+    )  # fmt: skip
+    return InOrder(model, arguments, train_dataset=rows, eval_dataset=rows, criterion=criterion or SIBLoss(**WEIGHTS))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_trainer_trains_as_the_explicit_form_does(accumulate, tmp_path):
+    model, batches = Classifier(transformers.PretrainedConfig()), batches_of(2 * accumulate)
+    trainer = trainer_of(tmp_path, model, rows_of(batches), gradient_accumulation_steps=accumulate)
+    trainer.train()
+    assert_same_parameters(model.body, explicit_steps(batches, lr=0.1, every=accumulate))
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    assert {"sib/loss", "sib/base", "sib/foreground", "sib/background", "sib/mask_area"} <= lines[0].keys()
+    # The Trainer's own figure is the mean loss of the step, whatever the accumulation; a line's terms are that step's alone.
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["sib/loss"], abs=1e-3)
+
+
+def test_evaluation_between_steps_leaves_the_logged_terms_alone(tmp_path):
+    def lines(**options):
+        trainer = trainer_of(tmp_path, Classifier(transformers.PretrainedConfig()), rows_of(batches_of(2)), **options)
+        trainer.train()
+        return [{k: v for k, v in line.items() if k.startswith("sib/")} for line in trainer.state.log_history if "loss" in line]
+
+    assert lines() == lines(eval_strategy="steps", eval_steps=1)
+
+
+def test_evaluation_sees_the_base_loss(tmp_path):
+    model, batches = Classifier(transformers.PretrainedConfig()), batches_of(1)
+    metrics = trainer_of(tmp_path, model, rows_of(batches)).evaluate()
+    model.eval()
+    with torch.no_grad():
+        wanted = nn.functional.cross_entropy(model.body(batches[0][0]), batches[0][1]).item()
+    assert metrics["eval_loss"] == pytest.approx(wanted, rel=1e-6)
+    assert not any(name.startswith("sib/") for name in metrics)
+
+
+def small_vit(attention):
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, image_size=32, patch_size=8,
+        num_labels=5, attn_implementation=attention,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+def test_a_vision_transformer(tmp_path):
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 5} for i in range(12)]
+    with pytest.raises(ValueError, match="SIBTrainer: the model's attention must be 'eager', got 'sdpa'"):
+        trainer_of(tmp_path, small_vit("sdpa"), rows)
+    trainer = trainer_of(tmp_path, small_vit("eager"), rows)
+    trainer.train()
+    assert trainer.criterion.terms["foreground"] > 0
+
+
+def test_what_would_fail_is_refused_in_words(tmp_path):
+    model, rows = Classifier(transformers.PretrainedConfig()), rows_of(batches_of(1))
+    with pytest.raises(TypeError, match="SIBTrainer: criterion must be a SIBLoss, got CrossEntropyLoss"):
+        trainer_of(tmp_path, model, rows, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
+        trainer_of(tmp_path, model, rows, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="SIBTrainer: inputs must hold 'labels'"):
+        trainer_of(tmp_path, model, rows).compute_loss(model, {"pixel_values": torch.zeros(1, 3, 8, 8)})
+
+
+def test_accelerate():
+    """No integration is needed: attach before `prepare`, or after it."""
+    batches = batches_of(3)
+    for attach_first in (True, False):
+        net, accelerator = prepare(conv_net()), accelerate.Accelerator(cpu=True)
+        criterion = SIBLoss(**WEIGHTS)
+        optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+        if attach_first:
+            criterion.attach(net)
+        model, optimiser = accelerator.prepare(net, optimiser)
+        if not attach_first:
+            criterion.attach(model)
+        for x, target in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(criterion(model(x), target))
+                optimiser.step()
+                optimiser.zero_grad()
+        assert_same_parameters(accelerator.unwrap_model(model), explicit_steps(batches, lr=0.1))

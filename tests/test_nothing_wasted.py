@@ -1,0 +1,176 @@
+"""No gradient that nobody reads, and nothing alive longer than a loss needs it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sib_fast import SIBLoss, _needs, prepare
+from sib_fast.testing.counting import OpLog
+from sib_fast.testing.networks import conv_net, image_batch, parameter_gradients
+
+WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
+
+
+def captured_leaf(net: nn.Module) -> list[Tensor]:
+    seen: list[Tensor] = []
+    net[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    return seen
+
+
+class Normalised(nn.Sequential):
+    """conv_net behind a normalisation of its input. Shapes: [N, 3, H, W] -> [N, 5]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - 0.4) / torch.full((1, 3, 1, 1), 0.3))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_no_gradient_of_a_prepared_convolution_is_computed_that_nobody_reads(normalise):
+    x, target = image_batch()
+    net = prepare(conv_net())
+    if normalise:
+        net = Normalised(*net)
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    with OpLog() as log:
+        criterion(net(x), target).backward()
+    # The VJP needs the input gradients of both convolutions; the final backward that of the second alone, and per convolution
+    # one weight gradient of the forward and one of the VJP.
+    needs = [rest[-3:-1] for name, rest in log.calls if name == "sib_fast_convolution.backward.default"]
+    assert needs.count((True, False)) == 2
+    assert needs.count((True, True)) == 1
+    assert needs.count((False, True)) == 3
+    shapes = [shapes for name, shapes in log.ops if name == "sib_fast_convolution.backward.default"]
+    stem = [need for need, shape in zip(needs, shapes, strict=True) if shape[1][1] == 3]
+    assert sorted(stem) == [(False, True), (False, True), (True, False)]
+
+
+def test_the_parameters_gradients_are_those_of_the_step_that_wastes(monkeypatch):
+    x, target = image_batch()
+    x = x.double()
+    results = []
+    for mark in (_needs.mark_vjp_leaf, lambda leaf: leaf):
+        monkeypatch.setattr(_needs, "mark_vjp_leaf", mark)
+        net = prepare(conv_net().double())
+        criterion = SIBLoss(**WEIGHTS).attach(net)
+        criterion(net(x), target).backward()
+        results.append([p.grad for p in net.parameters()])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_hidden_leaf_keeps_no_gradient(prepared):
+    x, target = image_batch()
+    net = prepare(conv_net()) if prepared else conv_net()
+    seen = captured_leaf(net)
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    criterion(net(x), target).backward()
+    assert seen[0].requires_grad
+    assert seen[0].grad is None
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_input_of_the_users_gets_its_gradient(prepared):
+    x, target = image_batch()
+    net = prepare(conv_net()) if prepared else conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    x.requires_grad_()
+    criterion(net(x), target).backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_the_vjp_can_be_taken_again_after_the_loss():
+    # The mark is read only while a VJP is taken: a second loss on the same forward takes another one.
+    x, target = image_batch()
+    net, plain = prepare(conv_net(norm="group")), conv_net(norm="group")
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    logits = net(x)
+    criterion(logits, target)
+    leaf = x.clone().requires_grad_()
+    exact = SIBLoss(**WEIGHTS)(plain(leaf), target, leaf)
+    again = criterion(logits, target)
+    wanted = parameter_gradients(exact, plain)
+    for name, got in parameter_gradients(again, net).items():
+        torch.testing.assert_close(got, wanted[name], msg=name)
+
+
+def test_the_captured_input_lives_as_long_as_its_graph():
+    x, target = image_batch()
+    x = x + 0
+    alive = weakref.ref(x.untyped_storage())
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    logits = net(x)
+    del x
+    gc.collect()
+    assert alive() is not None
+    loss = criterion(logits, target)
+    loss.backward()
+    del logits, loss
+    assert alive() is None  # no garbage collection needed: there is no cycle
+
+
+def test_a_forward_whose_graph_is_gone_says_so():
+    x, target = image_batch()
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    net(x)
+    with pytest.raises(RuntimeError, match="SIBLoss: logits must be computed by the attached model's latest forward pass"):
+        criterion(conv_net()(x), target)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_after_backward_only_the_results_are_alive(prepared):
+    x, target = image_batch(height=24, width=24)
+    net = prepare(conv_net()) if prepared else conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    criterion(net(x), target).backward()
+    with OpLog() as log:
+        logits = net(x)
+        loss = criterion(logits, target)
+        map_bytes = x[:, :1].numel() * 4
+        during = len(log.alive(map_bytes))
+        loss.backward()
+    # The smallest map of the step is the mask; parameters and their gradients are smaller.
+    assert max(p.numel() for p in net.parameters()) * 4 < map_bytes
+    held = [storage for storage in log.alive(map_bytes) if storage.data_ptr() != x.untyped_storage().data_ptr()]
+    assert during > 10
+    assert held == []
+    assert loss.requires_grad
+    assert logits.requires_grad
+
+
+class Checkpointed(nn.Module):
+    """conv_net, its first half recomputed in every backward. Shapes: [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.body = conv_net(norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[4:](checkpoint(self.body[:4], x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_activation_checkpointing_has_the_same_gradients(norm, prepared):
+    x, target = image_batch()
+    x = x.double()
+    net, plain = Checkpointed(norm).double(), conv_net(norm=norm).double()
+    if prepared:
+        prepare(net)
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    loss = criterion(net(x), target)
+    leaf = x.clone().requires_grad_()
+    exact = SIBLoss(**WEIGHTS)(plain(leaf), target, leaf)
+    wanted = parameter_gradients(exact, plain)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=0)
+    scale = max(w.norm() for w in wanted.values())
+    for name, got in parameter_gradients(loss, net.body).items():
+        assert (got - wanted[name]).norm() <= 1e-11 * scale, name

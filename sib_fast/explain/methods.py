@@ -1,0 +1,233 @@
+"""Eight explanation methods behind one call. The methods are Captum's and pytorch-grad-cam's; what is here is the dress."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from sib_fast import _checks
+from sib_fast.nn import restore
+
+_OP = "explain"
+# The paper's list of six methods is not public. We report these six; `input_x_gradient` and `layer_cam` are on offer too.
+REPORTED = ("saliency", "integrated_gradients", "smoothgrad", "guided_backprop", "grad_cam", "grad_cam_plusplus")
+
+
+def explain(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | int | None = None,
+    method: str = "saliency",
+    *,
+    layer: str | nn.Module | None = None,
+    **options: Any,
+) -> Tensor:
+    """Where the network's evidence for a class lies, by one of `METHODS`: one non-negative map per image.
+
+    The model is not touched: a copy of it is explained, in eval mode, with the package's layers replaced by the PyTorch layers
+    they stand for (guided backpropagation looks for nn.ReLU by its type) and in-place activations out of place. Works
+    under no_grad and inference_mode, before and after `SIBLoss.attach`, and on models under DDP.
+
+    Shapes:  x [N, C, H, W] floating point -> float32 [N, 1, H, W], detached, on x's device.
+    Scale:   saliency, smoothgrad, guided_backprop: greatest |gradient| over channels of the class's logit;
+             input_x_gradient, integrated_gradients: |sum over channels|; the CAMs: as defined by their papers, resized to the
+             image bilinearly. Not normalised: scales differ between methods, images and networks.
+    Args:    target: class indices int64 [N], one index for all, or None for the predicted class. layer: for the CAMs, a module or
+             its name; default `find_layer`. options: the method's own. integrated_gradients: n_steps=32, baselines=0 (the value
+             that stands for "nothing", 0 is the mean image of normalised data), internal_batch_size. smoothgrad:
+             n_samples=16, noise=0.15 (standard deviation in units of the range of each image), seed=0.
+    Errors:  TypeError, ValueError for bad arguments; ImportError that names the extra.
+    Source:  Simonyan 2013; Shrikumar 2016; Sundararajan 2017; Smilkov 2017; Springenberg 2014; Selvaraju 2017;
+             Chattopadhay 2018; Jiang 2021.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+    _checks.require_map(_OP, "x", x)
+    _checks.require_choice(_OP, "method", method, tuple(METHODS))
+    is_cam = method in _CAMS
+    if layer is not None and not is_cam:
+        raise ValueError(f"{_OP}: layer must be None for method {method!r}, got {layer!r}: only CAMs look at a layer")
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes of the libraries on hooks that they set and remove themselves
+        name = _name_of(model, layer)
+        plain = _plain_copy(model)
+        x = x.detach().clone()
+        labels = _labels(plain, x, target)
+        if is_cam:
+            module = find_layer(plain, x[:1]) if name is None else plain.get_submodule(name)
+            attribution = METHODS[method](plain, x, labels, module, **options)
+        else:
+            attribution = METHODS[method](plain, x, labels, **options)
+    return attribution.detach().to(torch.float32)
+
+
+def find_layer(model: nn.Module, x: Tensor) -> nn.Module:
+    """The module whose output is the last feature map before pooling: what CAMs are taken at unless a layer is named.
+
+    Found by running the model on x [1, C, H, W]: the last module to finish with an output [N, C', H', W'], H'·W' > 1.
+
+    Errors:  ValueError if there is none, or if tokens come after it (transformers have no feature map to weight).
+    """
+    found: list[tuple[nn.Module, bool]] = []
+
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not isinstance(module, _POOLING):
+            if output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+                found.append((module, True))
+            elif output.ndim == 3:
+                found.append((module, False))
+
+    inner = _inner(model)
+    handles = [module.register_forward_hook(record) for module in inner.modules() if module is not inner]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found or not found[-1][1]:
+        what = "no module returns [N, C, H, W]" if not found else "tokens follow its last feature map"
+        raise ValueError(
+            f"{_OP}: layer must be given for this network, got None and {what}: pass layer=<a module or its name> whose "
+            "output is [N, C, H, W], or use a gradient method"
+        )
+    return found[-1][0]
+
+
+# VGG pools to a fixed size: another sampling of the map before it.
+_POOLING = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+
+
+def _name_of(model: nn.Module, layer: str | nn.Module | None) -> str | None:
+    """The layer's name in the model: the copy has a module of that name."""
+    if layer is None:
+        return None
+    modules = dict(_inner(model).named_modules())
+    for name, module in modules.items():
+        if name and (name == layer or module is layer):
+            return name
+    got = repr(layer) if isinstance(layer, str) else type(layer).__name__
+    raise ValueError(f"{_OP}: layer must be one of the model's modules or a name in model.named_modules(), got {got}")
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    plain = restore(copy.deepcopy(_inner(model))).eval()
+    for module in plain.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+    return plain
+
+
+def _labels(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
+    with torch.no_grad():
+        logits = model(x)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{_OP}: model must return logits [N, classes], got {got}")
+    if target is None:
+        return logits.argmax(dim=1)
+    if isinstance(target, int):
+        target = torch.full((x.shape[0],), target)
+    _checks.require_tensor(_OP, "target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{_OP}: target must be int64 class indices, got {target.dtype}")
+    _checks.require_same_shape(_OP, "target", target, "x", x.shape[:1])
+    if target.min() < 0 or target.max() >= logits.shape[1]:
+        raise ValueError(f"{_OP}: target must lie in [0, {logits.shape[1]}), got {int(target.min())} … {int(target.max())}")
+    return target.to(x.device)
+
+
+def _captum() -> Any:
+    try:
+        import captum.attr
+    except ImportError as error:
+        raise ImportError(f"{_OP}: captum must be installed: pip install 'sib_fast[explain]'") from error
+    return captum.attr
+
+
+def _greatest(gradient: Tensor) -> Tensor:
+    return gradient.abs().amax(dim=1, keepdim=True)
+
+
+def _saliency(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return _greatest(_captum().Saliency(model).attribute(x, target=labels, abs=False))
+
+
+def _input_x_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return _captum().InputXGradient(model).attribute(x, target=labels).sum(dim=1, keepdim=True).abs()
+
+
+def _integrated_gradients(
+    model: nn.Module, x: Tensor, labels: Tensor, n_steps: int = 32, baselines: Any = 0, internal_batch_size: int | None = None
+) -> Tensor:
+    method = _captum().IntegratedGradients(model)
+    maps = method.attribute(x, baselines, target=labels, n_steps=n_steps, internal_batch_size=internal_batch_size or len(x) * 8)
+    return maps.sum(dim=1, keepdim=True).abs()
+
+
+def _smoothgrad(model: nn.Module, x: Tensor, labels: Tensor, n_samples: int = 16, noise: float = 0.15, seed: int = 0) -> Tensor:
+    captum = _captum()
+    spread = noise * (x.amax(dim=(1, 2, 3)) - x.amin(dim=(1, 2, 3)))
+    maps = torch.zeros_like(x)
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tunnel = captum.NoiseTunnel(captum.Saliency(model))
+        # Captum takes one deviation for the batch; ours is relative to each image.
+        for i in range(len(x)):
+            maps[i : i + 1] = tunnel.attribute(
+                x[i : i + 1],
+                nt_type="smoothgrad",
+                nt_samples=n_samples,
+                stdevs=float(spread[i]),
+                target=labels[i : i + 1],
+                abs=False,
+            )
+    return _greatest(maps)
+
+
+def _guided_backprop(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return _greatest(_captum().GuidedBackprop(model).attribute(x, target=labels))
+
+
+def _cam(name: str) -> Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]:
+    def compute(model: nn.Module, x: Tensor, labels: Tensor, layer: nn.Module) -> Tensor:
+        try:
+            import pytorch_grad_cam
+            from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+        except ImportError as error:
+            raise ImportError(f"{_OP}: grad-cam must be installed: pip install 'sib_fast[explain]'") from error
+        targets = [ClassifierOutputTarget(int(label)) for label in labels]
+        with getattr(pytorch_grad_cam, name)(model=model, target_layers=[layer]) as cam:
+            # Not cam(x, targets): that shifts and stretches every map to [0, 1] by its own range, which moves the zero.
+            outputs = cam.activations_and_grads(x)
+            sum(target(output) for target, output in zip(targets, outputs, strict=True)).backward()
+            recorded = cam.activations_and_grads
+            activations, gradients = (parts[0].detach().cpu().numpy() for parts in (recorded.activations, recorded.gradients))
+            maps = torch.as_tensor(cam.get_cam_image(x, layer, targets, activations, gradients, False), device=x.device)
+        return F.interpolate(maps.relu()[:, None], x.shape[2:], mode="bilinear", align_corners=False)
+
+    return compute
+
+
+_CAMS = ("grad_cam", "grad_cam_plusplus", "layer_cam")
+METHODS: dict[str, Callable] = {
+    "saliency": _saliency,
+    "input_x_gradient": _input_x_gradient,
+    "integrated_gradients": _integrated_gradients,
+    "smoothgrad": _smoothgrad,
+    "guided_backprop": _guided_backprop,
+    "grad_cam": _cam("GradCAM"),
+    "grad_cam_plusplus": _cam("GradCAMPlusPlus"),
+    "layer_cam": _cam("LayerCAM"),
+}

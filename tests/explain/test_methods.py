@@ -1,0 +1,227 @@
+"""explain: each method against its formula in plain torch, and the promise that the model is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("captum", reason="extra [explain]", exc_type=ImportError)
+pytest.importorskip("pytorch_grad_cam", reason="extra [explain]", exc_type=ImportError)
+
+import sib_fast
+from sib_fast.explain import METHODS, REPORTED, explain, find_layer
+from sib_fast.testing.networks import image_batch
+
+
+class Net(nn.Module):
+    """Convolutions with batch norm and in-place ReLU, and a head: what the methods know how to hook. [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
+        self.head = nn.Linear(12, 5)
+        self.stem[1].running_mean.normal_(std=0.1)
+        self.body[1].running_var.uniform_(0.5, 1.5)
+
+    def features(self, x):
+        return self.body(self.stem(x))
+
+    def forward(self, x):
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+
+def problem():
+    x, target = image_batch(images=4, height=16, width=14)
+    return Net(), x, target
+
+
+def gradient(net, x, target):
+    """∂ logit of the class / ∂x, in eval mode."""
+    net = copy.deepcopy(net).eval()
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(net(x).gather(1, target[:, None]).sum(), x)[0]
+
+
+def cam_parts(net, x, target):
+    net = copy.deepcopy(net).eval()
+    features = net.features(x)
+    logits = net.head(features.mean(dim=(2, 3)))
+    (grads,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), features)
+    return features.detach(), grads
+
+
+def upsampled(cam, x):
+    return F.interpolate(cam.relu(), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def by_formula(method, net, x, target):
+    if method == "saliency":
+        return gradient(net, x, target).abs().amax(1, keepdim=True)
+    if method == "input_x_gradient":
+        return (gradient(net, x, target) * x).sum(1, keepdim=True).abs()
+    if method == "integrated_gradients":
+        nodes, weights = (torch.tensor(v, dtype=torch.float32) for v in _gauss_legendre(32))
+        total = sum(w * gradient(net, a * x, target) for a, w in zip(nodes, weights, strict=True))
+        return (total * x).sum(1, keepdim=True).abs()
+    if method == "guided_backprop":
+        net = copy.deepcopy(net).eval()
+        relu, gate = net.body[2], net.stem[2]
+        relu.inplace = gate.inplace = False
+        for module in (relu, gate):
+            module.register_full_backward_hook(lambda m, grads, out: (grads[0].relu(),))
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(net(leaf).gather(1, target[:, None]).sum(), leaf)[0].abs().amax(1, keepdim=True)
+    a, g = cam_parts(net, x, target)
+    if method == "grad_cam":
+        return upsampled((g.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True), x)
+    if method == "layer_cam":
+        return upsampled((g.relu() * a).sum(1, keepdim=True), x)
+    if method == "grad_cam_plusplus":
+        alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6)
+        alpha = torch.where(g != 0, alpha, 0.0)
+        return upsampled(((g.relu() * alpha).sum((2, 3), keepdim=True) * a).sum(1, keepdim=True), x)
+    raise AssertionError(method)
+
+
+def _gauss_legendre(steps):
+    import numpy
+
+    nodes, weights = numpy.polynomial.legendre.leggauss(steps)
+    return (nodes + 1) / 2, weights / 2
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "smoothgrad"])
+def test_equals_the_formula(method):
+    net, x, target = problem()
+    got, want = explain(net, x, target, method), by_formula(method, net, x, target)
+    assert got.shape == (4, 1, 16, 14)
+    assert got.dtype == torch.float32
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5 * want.abs().max().item())
+
+
+def test_smoothgrad_averages_gradients_of_noisy_images():
+    net, x, target = problem()
+    exact = explain(net, x, target, "saliency")
+    torch.testing.assert_close(explain(net, x, target, "smoothgrad", noise=1e-7), exact, rtol=1e-3, atol=1e-5)
+    noisy = explain(net, x, target, "smoothgrad", n_samples=64)
+    state = torch.random.get_rng_state()
+    assert torch.equal(explain(net, x, target, "smoothgrad", n_samples=64), noisy)  # seeded
+    assert torch.equal(torch.random.get_rng_state(), state)  # and the caller's generator is left alone
+    want = torch.zeros_like(x)
+    generator = torch.Generator().manual_seed(7)
+    spread = 0.15 * (x.amax((1, 2, 3)) - x.amin((1, 2, 3)))[:, None, None, None]
+    for _ in range(512):
+        want += gradient(net, x + spread * torch.randn(x.shape, generator=generator), target) / 512
+    want = want.abs().amax(1, keepdim=True)
+    assert (noisy - want).norm() < 0.3 * want.norm()
+    assert (noisy - want).norm() < 0.7 * (exact - want).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prepared_network_is_explained_as_the_plain_one(method):
+    net, x, target = problem()
+    want = explain(net, x, target, method)
+    prepared = sib_fast.prepare(copy.deepcopy(net))
+    classes = [type(module) for module in prepared.modules()]
+    assert torch.equal(explain(prepared, x, target, method), want)
+    assert [type(module) for module in prepared.modules()] == classes
+
+
+def test_guided_backprop_is_guided():
+    net, x, target = problem()
+    assert (explain(net, x, target, "guided_backprop") - explain(net, x, target, "saliency")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_is_left_alone(method):
+    net, x, target = problem()
+    net.train()
+    criterion = sib_fast.SIBLoss(window_size=5).attach(net)
+    criterion(net(x), target).backward()
+    state, grads = copy.deepcopy(net.state_dict()), [p.grad.clone() for p in net.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()]
+    before = x.clone()
+    with torch.inference_mode():
+        explain(net, x, None, method)
+    assert net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), grads, strict=True))
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()] == hooks
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+
+
+def test_targets():
+    net, x, _ = problem()
+    logits = copy.deepcopy(net).eval()(x)
+    predicted = explain(net, x)
+    assert torch.equal(predicted, explain(net, x, logits.argmax(1)))
+    assert torch.equal(explain(net, x, 3), explain(net, x, torch.full((4,), 3)))
+    assert not torch.equal(explain(net, x, 3), explain(net, x, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_does_not_depend_on_its_batch(method):
+    net, x, target = problem()
+    whole = explain(net, x, target, method)
+    alone = explain(net, x[:1], target[:1], method)
+    torch.testing.assert_close(alone, whole[:1], rtol=1e-4, atol=1e-5 * whole.max().item())
+
+
+def test_layers_by_name_and_by_module():
+    net, x, target = problem()
+    by_name = explain(net, x, target, "grad_cam", layer="stem")
+    assert torch.equal(by_name, explain(net, x, target, "grad_cam", layer=net.stem))
+    assert not torch.equal(by_name, explain(net, x, target, "grad_cam"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("resnet18", "layer4"), ("vgg11", "features"), ("mobilenet_v2", "features"), ("densenet121", "features"),
+     ("efficientnet_b0", "features"), ("convnext_tiny", "features"), ("mobilenet_v3_small", "features")],
+)  # fmt: skip
+def test_the_layer_of_torchvision_models(name, layer):
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    net = getattr(models, name)(weights=None, num_classes=5).eval()
+    assert find_layer(net, torch.randn(1, 3, 64, 64)) is net.get_submodule(layer)
+
+
+def test_a_transformer_has_no_layer_of_its_own():
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    net = models.VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=5)
+    nn.init.normal_(net.heads.head.weight)  # zero by default
+    with pytest.raises(ValueError, match="layer must be given for this network, got None and tokens follow its last feature map"):
+        explain(net, torch.randn(1, 3, 32, 32), 0, "grad_cam")
+    assert explain(net, torch.randn(1, 3, 32, 32), 0, "saliency").max() > 0
+
+
+def test_bad_input():
+    net, x, target = problem()
+    for error, words, call in (
+        (TypeError, "model must be a torch.nn.Module, got function", lambda: explain(lambda v: v, x)),
+        (ValueError, "method must be one of 'saliency', .*, got 'lime'", lambda: explain(net, x, target, "lime")),
+        (ValueError, "layer must be None for method 'saliency'", lambda: explain(net, x, target, layer="stem")),
+        (
+            ValueError,
+            "layer must be one of the model's modules .*, got 'nine'",
+            lambda: explain(net, x, 0, "grad_cam", layer="nine"),
+        ),
+        (ValueError, r"target must lie in \[0, 5\), got 5 … 5", lambda: explain(net, x, 5)),
+        (TypeError, r"target must be int64 class indices, got torch\.float32", lambda: explain(net, x, target.float())),
+        (ValueError, "target must have shape", lambda: explain(net, x, target[:2])),
+        (ValueError, r"model must return logits \[N, classes\], got \[4, 8, 16, 14\]", lambda: explain(net.stem, x, 0)),
+    ):
+        with pytest.raises(error, match=f"explain: {words}"):
+            call()
+
+
+def test_the_six_that_we_report_are_methods():
+    assert len(REPORTED) == 6
+    assert set(REPORTED) <= set(METHODS)

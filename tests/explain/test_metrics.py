@@ -1,0 +1,191 @@
+"""Localisation metrics against loops over pixels, closed forms, and their edges; controls against what they must see."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchmetrics", reason="extra [explain]", exc_type=ImportError)
+
+from sib_fast.explain import metrics
+from sib_fast.explain.metrics import localisation
+
+
+def problem(images=7, height=9, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(images, 1, height, width, generator=generator)
+    mask = torch.rand(images, 1, height, width, generator=generator) > 0.6
+    return maps, mask
+
+
+def by_loop(name, a, m):
+    """One image, from the definition, in numpy and plain Python. a [H, W], m [H, W] bool."""
+    a = np.maximum(a, 0).ravel().astype(float)
+    m = m.ravel()
+    if name == "energy":
+        return sum(v for v, inside in zip(a, m, strict=True) if inside) / sum(a)
+    if name == "energy_gain":
+        return (a[m].sum() / a.sum()) / (m.sum() / m.size)
+    if name == "rank_accuracy":
+        top = np.argsort(-a, kind="stable")[: m.sum()]
+        return sum(m[i] for i in top) / m.sum()
+    if name == "pointing_game":
+        return float(m[int(np.argmax(a))])
+    if name == "iou":
+        shown = (a - a.min()) / (a.max() - a.min()) >= 0.5
+        return (shown & m).sum() / (shown | m).sum()
+    if name == "log_background":
+        return math.log10(a[~m].mean() / a[m].mean())
+    if name == "background_variance":
+        return np.var(np.where(m, 0.0, a), ddof=1) / np.var(a, ddof=1)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", list(localisation()))
+def test_against_the_definition(name):
+    maps, mask = problem()
+    metric = localisation()[name]
+    want = [by_loop(name, a.numpy(), m.numpy()) for a, m in zip(maps[:, 0], mask[:, 0], strict=True)]
+    torch.testing.assert_close(metric.scores(maps, mask), torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    for part in (slice(0, 3), slice(3, 7)):
+        metric.update(maps[part], mask[part])
+    torch.testing.assert_close(metric.compute(), torch.tensor(np.mean(want), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert metric.undefined == 0
+
+
+def test_perfect_uniform_and_inverted_maps():
+    _, mask = problem()
+    collection = localisation()
+    share = mask.double().mean((1, 2, 3)).mean().item()
+    collection.update(mask.float(), mask)
+    best = {name: value.item() for name, value in collection.compute().items()}
+    assert best["energy"] == best["rank_accuracy"] == best["pointing_game"] == best["iou"] == 1
+    assert best["log_background"] == -6
+    assert best["background_variance"] == 0
+    collection.reset()
+    collection.update(torch.full_like(mask, 0.3, dtype=torch.float32), mask)
+    even = {name: value.item() for name, value in collection.compute().items()}
+    assert even["energy"] == pytest.approx(share)
+    assert even["rank_accuracy"] == pytest.approx(share)  # all tied: the seats are shared out
+    assert even["pointing_game"] == pytest.approx(share)
+    assert even["energy_gain"] == pytest.approx(1)
+    assert even["log_background"] == pytest.approx(0, abs=1e-12)
+    assert math.isnan(even["background_variance"])
+    collection.reset()
+    collection.update((~mask).float(), mask)
+    worst = {name: value.item() for name, value in collection.compute().items()}
+    assert worst["energy"] == worst["pointing_game"] == worst["iou"] == 0
+    assert worst["background_variance"] == 1
+    assert math.isnan(worst["log_background"])  # no relevance inside: the ratio is not defined
+
+
+def test_the_order_of_tied_pixels_does_not_matter():
+    maps, mask = problem()
+    coarse = (maps * 2).round()
+    shuffle = torch.randperm(72, generator=torch.Generator().manual_seed(1))
+    for name, metric in localisation().items():
+        there = metric.scores(coarse, mask)
+        back = metric.scores(coarse.flatten(2)[..., shuffle].view_as(coarse), mask.flatten(2)[..., shuffle].view_as(mask))
+        torch.testing.assert_close(there, back, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
+
+
+def test_undefined_images_are_left_out_and_counted():
+    maps, mask = problem()
+    collection, alone = localisation(), localisation()
+    alone.update(maps, mask)
+    empty = torch.zeros_like(mask[:1])
+    collection.update(torch.cat([maps, maps[:1], -maps[:1].abs()]), torch.cat([mask, empty, mask[:1]]))
+    for name, metric in collection.items():
+        if name == "background_variance":
+            assert metric.undefined == 1  # an empty mask is all background; a zero map has no variance
+            continue
+        assert metric.undefined == 2, name
+        assert metric.images == 9
+        torch.testing.assert_close(metric.compute(), alone[name].compute(), rtol=0, atol=0)
+
+
+def test_nothing_defined_is_nan_and_not_zero():
+    collection = localisation()
+    collection.update(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
+    assert all(value.isnan() for value in collection.compute().values())
+
+
+def test_soft_masks_and_bad_input():
+    maps, mask = problem()
+    metric = metrics.EnergyPointingGame()
+    assert torch.equal(metric.scores(maps, mask.float() * 0.6), metric.scores(maps, mask))
+    for error, words, arguments in (
+        (ValueError, r"maps must have shape \[7, 1, 9, 8\]", (maps.expand(7, 3, 9, 8), mask)),
+        (ValueError, r"mask must have shape", (maps, mask[:, :, :4])),
+        (ValueError, r"maps must be finite, got NaN or Inf", (maps / 0, mask)),
+        (TypeError, r"maps must be floating point|maps must be", (mask, mask)),
+    ):
+        with pytest.raises(error, match=f"EnergyPointingGame: {words}"):
+            metric.update(*arguments)
+    with pytest.raises(ValueError, match=r"IoU: threshold must lie in \(0, 1\), got 1"):
+        metrics.IoU(1)
+    with pytest.raises(ValueError, match="BackgroundSuppression: floor must be positive, got 0"):
+        metrics.BackgroundSuppression(0)
+
+
+# ---- controls -----------------------------------------------------------------------------------------------------------
+
+
+class OnePixel(nn.Module):
+    """Knows a class by pixel (2, 3) alone. [N, 1, 6, 6] -> [N, 2]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Linear(1, 2)
+        with torch.no_grad():
+            self.gain.weight.copy_(torch.tensor([[4.0], [-4.0]]))
+            self.gain.bias.zero_()
+
+    def forward(self, x):
+        return self.gain(x[:, :, 2, 3])
+
+
+def test_insertion_and_deletion_in_closed_form():
+    from sib_fast.explain.controls import insertion_deletion
+
+    net, x, target = OnePixel(), torch.ones(1, 1, 6, 6), torch.tensor([0])
+    right, wrong = torch.zeros(2, 1, 1, 6, 6)
+    right[0, 0, 2, 3] = 1
+    wrong += 1
+    wrong[0, 0, 2, 3] = 0
+    p, half, n = torch.sigmoid(torch.tensor(8.0)).item(), 0.5, 36
+    inserted, deleted = insertion_deletion(net, x, target, right, steps=n)
+    # shown first: from the first step on it is p; blanked first: from the first step on it is 1/2
+    assert inserted.item() == pytest.approx((half + p) / 2 / n + p * (n - 1) / n)
+    assert deleted.item() == pytest.approx((half + p) / 2 / n + half * (n - 1) / n)
+    inserted, deleted = insertion_deletion(net, x, target, wrong, steps=n)
+    assert inserted.item() == pytest.approx((half + p) / 2 / n + half * (n - 1) / n)
+    assert deleted.item() == pytest.approx((half + p) / 2 / n + p * (n - 1) / n)
+    assert net.training
+    with pytest.raises(ValueError, match=r"steps must lie in \[1, 36\], got 37"):
+        insertion_deletion(net, x, target, right, steps=37)
+
+
+def test_randomisation_sees_whether_the_network_matters():
+    from sib_fast.explain import controls
+    from sib_fast.testing.networks import conv_net, image_batch
+
+    pytest.importorskip("captum", exc_type=ImportError)
+    x, target = image_batch(images=8, height=24, width=24)
+    depends = controls.randomisation(conv_net(), x, target)
+    assert depends.abs().mean() < 0.5
+    copied = controls._spearman(x.abs().sum(1).flatten(1), (x.abs().sum(1) ** 3).flatten(1))
+    torch.testing.assert_close(copied, torch.ones(8, dtype=torch.float64))
+
+
+def test_rank_correlation_is_scipys():
+    stats = pytest.importorskip("scipy.stats", exc_type=ImportError)
+    from sib_fast.explain.controls import _spearman
+
+    a, b = (torch.randn(5, 30, generator=torch.Generator().manual_seed(s)).mul(3).round() for s in (0, 1))
+    want = [stats.spearmanr(p.numpy(), q.numpy()).statistic for p, q in zip(a, b, strict=True)]
+    torch.testing.assert_close(_spearman(a, b), torch.tensor(want))

@@ -44,6 +44,16 @@ def _named(name: str, **options) -> Callable[[], nn.Module]:
     return make
 
 
+def _vgg() -> nn.Module:
+    from torchvision.models.vgg import VGG, cfgs, make_layers
+
+    with torch.device("meta"):  # its own classifier has 120 million weights, a gigabyte in float64
+        model = VGG(nn.Identity(), init_weights=False)
+    model.features = make_layers(cfgs["A"], batch_norm=True)
+    model.classifier = nn.Sequential(nn.Linear(512 * 49, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 7))
+    return model
+
+
 def _convnext() -> nn.Module:
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
@@ -77,7 +87,7 @@ def _efficientnet() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (_named("resnet18"), 64),
     "resnet50": (_named("resnet50"), 64),
-    "vgg11_bn": (_named("vgg11_bn"), 64),
+    "vgg11_bn": (_vgg, 64),
     "densenet121": (_named("densenet121"), 64),
     "mobilenet_v2": (_named("mobilenet_v2"), 64),
     "mobilenet_v3_small": (_named("mobilenet_v3_small"), 64),

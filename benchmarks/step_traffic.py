@@ -38,7 +38,16 @@ from sib_fast.lab.naive import naive_sib_loss
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
 VARIANTS = ("plain", "naive", "ours", "ours_prepared")
-MODELS = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_b_16")
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "densenet121",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vit_b_16",
+)
 # They read and write nothing. _unsafe_view and _reshape_alias are views that PyTorch does not mark as such.
 _FREE = ("prim.device", "aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.sym_")
 _ALLOCATIONS = ("aten.empty", "aten.new_empty")

@@ -89,14 +89,17 @@ class Setting:
     layout: str = "contiguous"
     compile_mode: str = "default"
 
+    def autocast(self) -> torch.autocast:
+        """For the forward pass and the loss; backward runs outside."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
     @contextlib.contextmanager
-    def mode(self) -> Iterator[None]:
-        """The precision's switches, put back afterwards."""
+    def products(self) -> Iterator[None]:
+        """Whether float32 products use TF32, for a whole step; put back afterwards."""
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         try:
-            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                yield
+            yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
@@ -150,9 +153,10 @@ def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, setting: 
     def once() -> None:
         model.zero_grad(set_to_none=True)
         fused = contextlib.nullcontext() if variant.startswith("plain") else sdpa_kernel(SDPBackend.MATH)
-        with setting.mode(), fused:
-            value = loss(x, target)
-        value.backward()
+        with setting.products():
+            with setting.autocast(), fused:
+                value = loss(x, target)
+            value.backward()
 
     if variant != "lazy":
         return once
@@ -230,7 +234,7 @@ def vjp(setting: Setting) -> Tensor:
     """The energy's VJP of the prepared model under this setting's precision and layout. Shapes: float64 [N, C, H, W]."""
     model, (x, _) = sib_fast.prepare(setting.make_model()), setting.make_batch()
     x.requires_grad_()
-    with setting.mode(), sdpa_kernel(SDPBackend.MATH):
+    with setting.products(), setting.autocast(), sdpa_kernel(SDPBackend.MATH):
         return sib_fast.vjp_map(model(x), x, create_graph=False).double()
 
 

@@ -35,6 +35,8 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 import sib_fast
 from benchmarks.provenance import ROOT, provenance, write_json
 from sib_fast.lab.naive import naive_sib_loss
+from sib_fast.nn.prepare import SWAPS
+from sib_fast.testing.models import differentiable_twice
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
 VARIANTS = ("plain", "naive", "ours", "ours_prepared")
@@ -147,6 +149,8 @@ def count(name: str, variant: str, images: int, size: int) -> Traffic:
     attention = sdpa_kernel([SDPBackend.MATH] if variant != "plain" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     with FakeTensorMode(), attention:
         model = getattr(torchvision.models, name)()
+        if variant != "plain" and not (variant == "ours_prepared" and nn.Hardsigmoid in SWAPS):
+            differentiable_twice(model)  # PyTorch's Hardsigmoid is not
         x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
         step = step_of(variant, model, x, target)
         with Traffic([x, target, *model.parameters(), *model.buffers()]) as traffic:

@@ -63,8 +63,8 @@ def test_a_row_has_every_figure(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "peak_bytes", lambda setting, variant: {"plain": 100, "ours": 150}.get(variant, 200))
     out = tmp_path / "step.json"
     step.main(
-        ["--out", str(out), "--models", "tiny", "--images", "6", "--size", "40", "--rounds", "2", "--threads", "1", "--skip-tests",
-         "--precisions", "float32", "tf32", "bf16", "--layouts", "contiguous", "channels_last", "--profile"]
+        ["--out", str(out), "--models", "tiny", "--images", "6", "--size", "40", "--rounds", "2", "--threads", "1",
+         "--skip-tests", "--precisions", "float32", "tf32", "bf16", "--layouts", "contiguous", "channels_last", "--profile"]
     )  # fmt: skip
     rows = json.loads(out.read_text())["rows"]
     assert [(row["precision"], row["layout"]) for row in rows] == [
@@ -97,10 +97,16 @@ def test_the_memory_meter_sees_the_graph_of_a_second_derivative():
 
 @pytest.mark.parametrize(
     ("name", "group"),
-    [("aten::convolution_backward", "convolution"), ("sib_fast::_batch_norm_backward", "normalisation"), ("aten::copy_", "copies and fills"),
-     ("sib_fast::_region_statistics", "head"), ("aten::threshold_backward", "activation"), ("aten::addmm", "products and attention"),
-     ("Optimizer", "other")],
-)  # fmt: skip
+    [
+        ("aten::convolution_backward", "convolution"),
+        ("sib_fast::_batch_norm_backward", "normalisation"),
+        ("aten::copy_", "copies and fills"),
+        ("sib_fast::_region_statistics", "head"),
+        ("aten::threshold_backward", "activation"),
+        ("aten::addmm", "products and attention"),
+        ("Optimizer", "other"),
+    ],
+)
 def test_groups_of_the_profile(name, group):
     assert step.group_of(name) == group
 

@@ -270,6 +270,18 @@ def test_validation_and_steps_between_run_the_plain_function():
     assert "foreground" in step(x, target).terms
 
 
+def test_each_of_the_two_functions_compiles_once():
+    from torch._dynamo.utils import counters
+
+    net = conv_net().double()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    step = compile_step(net, criterion, backend="aot_eager")
+    counters.clear()
+    for _ in range(5):
+        step(*batch()).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_given_mask():
     net, criterion = conv_net(norm="group").double(), SIBLoss(**WEIGHTS)
     x, target = batch()

@@ -162,3 +162,13 @@ def test_resnet18s_traffic_does_not_grow():
 
 
 BYTES_BOUND, PEAK_BOUND = 4.9, 2.1
+
+
+def test_the_table_in_the_docs_is_the_stored_one():
+    from benchmarks.provenance import ROOT
+    from benchmarks.step_traffic import stored_table
+
+    text = (ROOT / "docs" / "step.md").read_text()
+    shown = text.split("<!-- step_traffic -->")[1].split("<!-- /step_traffic -->")[0].strip()
+    assert shown == stored_table()
+    assert shown.count("ours_prepared") >= 6

@@ -1,7 +1,7 @@
 """Bytes, ops, flops and live memory of a training step, counted without running it: any torchvision model, no GPU.
 
     python -m benchmarks.step_traffic resnet50 --images 16
-    python -m benchmarks.step_traffic resnet18 resnet50 --json benchmarks/results/accounting/step_traffic.json
+    python -m benchmarks.step_traffic --docs            # every model, stored, and the table of docs/step.md renewed
 
 The step runs on fake tensors, so nothing is computed, and every op that PyTorch dispatches is counted where it is dispatched:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +40,7 @@ from sib_fast.nn.prepare import SWAPS
 from sib_fast.testing.models import differentiable_twice
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
+DOCS, MARKS = ROOT / "docs" / "step.md", ("<!-- step_traffic -->", "<!-- /step_traffic -->")
 VARIANTS = ("plain", "naive", "ours", "ours_prepared")
 MODELS = (
     "resnet18",
@@ -147,8 +149,11 @@ def count(name: str, variant: str, images: int, size: int) -> Traffic:
 
     # Attention that can be differentiated twice, for every variant but plain, which may take the fast one.
     attention = sdpa_kernel([SDPBackend.MATH] if variant != "plain" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    with FakeTensorMode(), attention:
-        model = getattr(torchvision.models, name)()
+    real = getattr(torchvision.models, name)()  # some initialisations read values, which fake tensors do not have
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(real)
+    with mode, attention:
         if variant != "plain" and not (variant == "ours_prepared" and nn.Hardsigmoid in SWAPS):
             differentiable_twice(model)  # PyTorch's Hardsigmoid is not
         x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
@@ -196,6 +201,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stored_table() -> str:
+    """The table of the stored rows: what docs/step.md shows."""
+    return table(json.loads(STORED.read_text())["rows"])
+
+
+def write_docs() -> None:
+    """Puts the stored table into docs/step.md, between its two marks."""
+    before, rest = DOCS.read_text().split(MARKS[0])
+    DOCS.write_text(f"{before}{MARKS[0]}\n{stored_table()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS))
@@ -204,12 +220,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--top", type=int, default=12, help="ops listed by bytes, for each variant")
     parser.add_argument("--json", type=Path, help="where to store the rows, with their provenance")
+    parser.add_argument("--docs", action="store_true", help="store the rows where docs/step.md's table comes from, and renew it")
     args = parser.parse_args(argv)
     variants = tuple(v for v in VARIANTS if v == "plain" or v in args.variants)
     rows = [measure(name, args.images, args.size, variants, args.top) for name in args.models]
-    if args.json:
-        keep = ("torch", "sib_fast", "commit", "date")
-        write_json(args.json, {**{k: v for k, v in provenance().items() if k in keep}, "rows": rows})
+    keep = ("torch", "sib_fast", "commit", "date")
+    for path in filter(None, (args.json, STORED if args.docs else None)):
+        write_json(path, {**{k: v for k, v in provenance().items() if k in keep}, "rows": rows})
+    if args.docs:
+        write_docs()
     print(table(rows))
     for row in rows:
         last = variants[-1]
@@ -220,8 +239,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def stored_table(path: Path = STORED) -> str:
-    """The table of the stored rows: what docs/step.md shows."""
-    return table(json.loads(path.read_text())["rows"])

@@ -165,10 +165,8 @@ BYTES_BOUND, PEAK_BOUND = 4.9, 2.1
 
 
 def test_the_table_in_the_docs_is_the_stored_one():
-    from benchmarks.provenance import ROOT
-    from benchmarks.step_traffic import stored_table
+    from benchmarks.step_traffic import DOCS, MARKS, stored_table
 
-    text = (ROOT / "docs" / "step.md").read_text()
-    shown = text.split("<!-- step_traffic -->")[1].split("<!-- /step_traffic -->")[0].strip()
+    shown = DOCS.read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip()
     assert shown == stored_table()
-    assert shown.count("ours_prepared") >= 6
+    assert shown.count("ours_prepared") >= 4

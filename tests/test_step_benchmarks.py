@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import sib_fast
 from benchmarks import step
 from sib_fast.testing.networks import conv_net, parameter_gradients
 
@@ -144,6 +145,21 @@ def test_bytes_ops_flops_and_peak_of_a_step_counted_by_hand():
     assert traffic.flops.total() == 2 * (2 * 27 * 1600)  # forward and weight gradient
     # Alive at once: x, w, conv's result, relu's, the seed and the gradient behind the ReLU, as ReLU keeps its result only.
     assert x_bytes + w_bytes + 3 * y_bytes <= traffic.peak <= x_bytes + 2 * w_bytes + 4 * y_bytes
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_flops_of_a_grouped_convolution_counted_by_hand(prepared):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.step_traffic import Traffic
+
+    with FakeTensorMode():
+        layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        layer = sib_fast.prepare(layer) if prepared else layer
+        x = torch.randn(2, 8, 10, 10, requires_grad=True)
+        with Traffic([]) as traffic:
+            layer(x).sum().backward()
+    assert traffic.flops.total() == 3 * 2 * 9 * 1600  # forward, input gradient, weight gradient: nine taps each
 
 
 def test_resnet18s_traffic_does_not_grow():

@@ -119,7 +119,9 @@ def test_fused_attention_is_found_in_the_graph():
 
 
 def test_an_op_without_a_second_derivative_is_found():
-    report = inspect(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid()), image_batch()[0])
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid())
+    report = inspect(model, image_batch()[0])
+    assert [type(module) for module in model] == [nn.Conv2d, nn.Hardsigmoid]  # it was a copy that was prepared
     assert report.twice_differentiable is False
     assert report.twice_differentiable_prepared is (nn.Hardsigmoid in SWAPS)
     assert any("hardsigmoid_backward" in entry.why for entry in report.of("obstacle"))

@@ -103,6 +103,8 @@ PLACES = {
     nn.BatchNorm2d: lambda: nn.BatchNorm2d(6),
     nn.BatchNorm3d: lambda: Volume(nn.BatchNorm3d(6)),
     nn.Conv2d: lambda: conv(groups=2),
+    nn.Conv1d: lambda: Rows(nn.Conv1d(6, 6, 3, padding=1)),
+    nn.Conv3d: lambda: Volume(nn.Conv3d(6, 6, (1, 3, 3), padding=(0, 1, 1))),
     nn.GroupNorm: lambda: nn.GroupNorm(2, 6),
     nn.LayerNorm: lambda: Tokens(nn.LayerNorm(6)),
     nn.MaxPool2d: lambda: nn.MaxPool2d(3, 2, 1),

@@ -1,77 +1,352 @@
-"""The training step on the CPU: plain, naive S-IB, ours, ours with `prepare`, interleaved in one run.
+"""The training step: plain, naive S-IB, ours, each eager and compiled, interleaved in one run.
 
     python -m benchmarks.step --out benchmarks/results/<device>/step.json
+    python -m benchmarks.step --device cuda --images 128 --out benchmarks/results/<gpu>/step.json
 
-A step is forward, loss and backward (no optimiser), torchvision models with random weights, 16×3×224×224 float32 by default.
+A step is zero_grad, forward, loss and backward (no optimiser), random weights and data, in training mode.
+
+variants    plain, naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare), lazy (prepared,
+            every=4: the mean of four steps), plain_compiled, naive_compiled (the whole naive step in one torch.compile region),
+            ours_compiled (prepared, sib_fast.compile_step). On the CPU the compiled ones run on request only: minutes to build.
+precision   float32, tf32 (CUDA: tensor cores for float32 products), bf16 (autocast)
+layout      contiguous, channels_last (model and images)
+
+Reported: median seconds, images a second, the median of the ratios to plain within a round, peak memory (CUDA: the allocator's;
+CPU: resident high-water mark of a fresh process), the cosine of the VJP to the float32 one, and with --profile where ours'
+time goes. Attention runs PyTorch's math kernel in every variant but plain, which may take a fused one.
 """
 
 from __future__ import annotations
 
+import argparse
+import collections
+import contextlib
 import copy
+import gc
+import itertools
+import json
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision.models
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sib_fast
-from benchmarks.provenance import command_line, report
+from benchmarks.provenance import ROOT, command_line, report
 from sib_fast.lab.naive import naive_sib_loss
 
-
-def steps_of(model: nn.Module, images: int, size: int) -> dict[str, Callable[[], None]]:
-    """One function a variant; each has its own copy of the model."""
-    x, target = torch.randn(images, 3, size, size), torch.randint(0, 10, (images,))
-    nets = {variant: copy.deepcopy(model) for variant in ("plain", "naive", "ours", "ours_prepared")}
-    sib_fast.prepare(nets["ours_prepared"])
-    criteria = {variant: sib_fast.SIBLoss().attach(nets[variant]) for variant in ("ours", "ours_prepared")}
-
-    def plain() -> None:
-        nn.functional.cross_entropy(nets["plain"](x), target).backward()
-
-    def naive() -> None:
-        leaf = x.clone().requires_grad_()
-        naive_sib_loss(nets["naive"](leaf), target, leaf).backward()
-
-    def attached(variant: str) -> Callable[[], None]:
-        return lambda: criteria[variant](nets[variant](x), target).backward()
-
-    return {"plain": plain, "naive": naive, "ours": attached("ours"), "ours_prepared": attached("ours_prepared")}
+EAGER = ("plain", "naive", "ours", "ours_prepared", "lazy")
+COMPILED = ("plain_compiled", "naive_compiled", "ours_compiled")
+PRECISIONS = ("float32", "tf32", "bf16")
+LAYOUTS = ("contiguous", "channels_last")
+LAZY_EVERY = 4
 
 
-def measure(name: str, images: int, size: int, rounds: int) -> dict:
-    torch.manual_seed(0)
-    steps = steps_of(getattr(torchvision.models, name)(num_classes=10), images, size)
-    times: dict[str, list[float]] = {variant: [] for variant in steps}
-    for round_ in range(rounds + 1):
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import torchvision.models
+
+        return getattr(torchvision.models, name)()
+
+    return make
+
+
+def _vit_s() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+    # torchvision starts the head at zero, which would make the VJP zero.
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": _torchvision("resnet18"),
+    "resnet50": _torchvision("resnet50"),
+    "convnext_tiny": _torchvision("convnext_tiny"),
+    "vit_s": _vit_s,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the table. Shapes: images [images, 3, size, size]."""
+
+    model: str
+    images: int
+    size: int
+    device: str
+    precision: str = "float32"
+    layout: str = "contiguous"
+    compile_mode: str = "default"
+
+    def autocast(self) -> torch.autocast:
+        """For the forward pass and the loss; backward runs outside."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """Whether float32 products use TF32, for a whole step; put back afterwards."""
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+    def make_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = MODELS[self.model]().to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.layout == "channels_last" else model
+
+    def make_batch(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.images, 3, self.size, self.size, generator=generator).to(self.device)
+        target = torch.randint(0, 7, (self.images,), generator=generator).to(self.device)
+        return (x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x), target
+
+
+def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Callable[[Tensor, Tensor], Tensor]:
+    """loss(x, target) of one variant on this model, which it prepares where the variant says so."""
+    if variant in ("ours_prepared", "lazy", "ours_compiled"):
+        sib_fast.prepare(model)
+    if variant == "plain":
+        return lambda x, target: F.cross_entropy(model(x), target)
+    if variant == "plain_compiled":
+        compiled = torch.compile(model, mode=compile_mode)
+        return lambda x, target: F.cross_entropy(compiled(x), target)
+
+    def naive(x: Tensor, target: Tensor) -> Tensor:
+        return naive_sib_loss(model(x), target, x)
+
+    if variant == "naive":
+        return lambda x, target: naive(x.clone().requires_grad_(), target)
+    if variant == "naive_compiled":
+        compiled_naive = torch.compile(naive, fullgraph=True, mode=compile_mode)
+
+        def run(x: Tensor, target: Tensor) -> Tensor:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                return compiled_naive(x.clone().requires_grad_(), target)
+
+        return run
+    criterion = sib_fast.SIBLoss(every=LAZY_EVERY if variant == "lazy" else 1)
+    if variant == "ours_compiled":
+        step = sib_fast.compile_step(model, criterion, mode=compile_mode)
+        return lambda x, target: step(x, target).loss
+    criterion.attach(model)
+    return lambda x, target: criterion(model(x), target)
+
+
+def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, setting: Setting) -> Callable[[], None]:
+    """One training step, ready to be called again and again; of "lazy" so many that the terms applied once."""
+    loss = loss_of(variant, model, setting.compile_mode)
+
+    def once() -> None:
+        model.zero_grad(set_to_none=True)
+        fused = contextlib.nullcontext() if variant.startswith("plain") else sdpa_kernel(SDPBackend.MATH)
+        with setting.products():
+            with setting.autocast(), fused:
+                value = loss(x, target)
+            value.backward()
+
+    if variant != "lazy":
+        return once
+    return lambda: [once() for _ in range(LAZY_EVERY)] and None
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(setting: Setting, variants: tuple[str, ...], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step, variants in turn, so that a drifting clock meets all of them. Each has a model of its own."""
+    model, (x, target) = setting.make_model(), setting.make_batch()
+    steps = {variant: step_of(variant, copy.deepcopy(model), x, target, setting) for variant in variants}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    warmups = 3 if setting.device == "cuda" else 1
+    for round_ in range(rounds + warmups):
         for variant, step in steps.items():
+            synchronise(setting.device)
             start = time.perf_counter()
             step()
-            if round_ > 0:  # the first is the warm-up
-                times[variant].append(time.perf_counter() - start)
-    row = {
-        "model": name,
-        "shape": [images, 3, size, size],
+            synchronise(setting.device)
+            if round_ >= warmups:
+                times[variant].append((time.perf_counter() - start) / (LAZY_EVERY if variant == "lazy" else 1))
+    return times
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+
+def _status(field: str) -> int:
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE).group(1))
+
+
+def peak_bytes_here(setting: Setting, variant: str) -> int:
+    """Most memory of two steps, model, gradients and batch included, beyond what the process held before."""
+    # Libraries and thread pools first, on another model.
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+    small, x = small.to(setting.device), torch.randn(2, 3, 64, 64, device=setting.device)
+    step_of(variant.removesuffix("_compiled"), small, x, torch.zeros(2, dtype=torch.int64, device=setting.device), setting)()
+    del small, x
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status("VmRSS")
+    step = step_of(variant, setting.make_model(), *setting.make_batch(), setting)
+    step()
+    if variant.endswith("_compiled") and setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # without what compiling took
+    step()
+    return (torch.cuda.max_memory_allocated() if setting.device == "cuda" else _status("VmHWM")) - before
+
+
+def peak_bytes(setting: Setting, variant: str) -> int:
+    """peak_bytes_here in a fresh process: freed memory of earlier steps would be used again, unseen."""
+    code = (
+        "import torch; from benchmarks.step import *; "
+        f"torch.set_num_threads({torch.get_num_threads()}); print(peak_bytes_here(Setting(**{asdict(setting)!r}), {variant!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"peak memory of {variant}: {result.stderr[-2000:]}")
+    return int(result.stdout.split()[-1])
+
+
+# ---- numbers and where the time goes ------------------------------------------------------------------------------------
+
+
+def vjp(setting: Setting) -> Tensor:
+    """The energy's VJP of the prepared model under this setting's precision and layout. Shapes: float64 [N, C, H, W]."""
+    model, (x, _) = sib_fast.prepare(setting.make_model()), setting.make_batch()
+    x.requires_grad_()
+    with setting.products(), setting.autocast(), sdpa_kernel(SDPBackend.MATH):
+        return sib_fast.vjp_map(model(x), x, create_graph=False).double()
+
+
+def cosine_to_float32(setting: Setting) -> float:
+    """Cosine of the whole batch's VJP to that of float32, same weights and layout."""
+    exact = vjp(Setting(**{**asdict(setting), "precision": "float32"}))
+    return float(F.cosine_similarity(vjp(setting).flatten(), exact.flatten(), dim=0))
+
+
+# The first group whose pattern is found in the op's or kernel's name.
+GROUPS = {
+    "head": "foreground_mask|region_statistics|finalise|hsic",
+    "convolution": "conv|cudnn|wgrad|dgrad|fprop|implicit",
+    "normalisation": "batch_norm|layer_norm|group_norm|bn_|LayerNorm",
+    "products and attention": r"mm$|mm_|addmm|matmul|gemm|cutlass|softmax|attention|linear",
+    "pooling": "pool",
+    "copies and fills": "copy|clone|fill|zero|Memset|Memcpy|cat",
+    "activation": "relu|threshold|silu|gelu|hardswish|hardsigmoid|sigmoid",
+    "compiled": "triton_|Compiled|inductor",
+    "elementwise": "add|mul|div|sub|elementwise|sum|reduce|mean|neg|pow",
+}
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), "other")
+
+
+def profile(setting: Setting, variant: str) -> dict[str, float]:
+    """Share of the time of one step by group of ops: device time on CUDA, otherwise the CPU's own time of each op."""
+    from torch.profiler import ProfilerActivity
+
+    step = step_of(variant, setting.make_model(), *setting.make_batch(), setting)
+    step()
+    cuda = setting.device == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        step()
+        synchronise(setting.device)
+    seconds: collections.Counter[str] = collections.Counter()
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        on_device = str(event.device_type).endswith("CUDA")
+        if spent > 0 and on_device == cuda:
+            seconds[group_of(event.key)] += spent
+    return {group: round(spent / seconds.total(), 4) for group, spent in seconds.most_common()}
+
+
+def measure(setting: Setting, variants: tuple[str, ...], rounds: int, memory: bool, profiled: bool) -> dict[str, Any]:
+    times = interleaved(setting, variants, rounds)
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+    medians = {variant: statistics.median(t) for variant, t in times.items()}
+    ratios = {v: [a / b for a, b in zip(t, times["plain"], strict=True)] for v, t in times.items()}
+    row: dict[str, Any] = {
+        **asdict(setting),
+        "shape": [setting.images, 3, setting.size, setting.size],
         "rounds": rounds,
-        "median_s": {variant: round(statistics.median(t), 4) for variant, t in times.items()},
+        "device_name": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
+        "median_s": {variant: round(seconds, 5) for variant, seconds in medians.items()},
+        "images_per_s": {variant: round(setting.images / seconds, 1) for variant, seconds in medians.items()},
+        "ratio_to_plain": {variant: round(statistics.median(r), 3) for variant, r in ratios.items()},
+        "ratio_range": {variant: [round(min(r), 3), round(max(r), 3)] for variant, r in ratios.items()},
+        "vjp_cosine_to_float32": round(cosine_to_float32(setting), 6),
     }
-    row["ratio_to_plain"] = {
-        variant: round(statistics.median(a / b for a, b in zip(t, times["plain"], strict=True)), 3)
-        for variant, t in times.items()
-    }
+    if memory:
+        peaks = {variant: peak_bytes(setting, variant) for variant in variants}
+        row["peak_mib"] = {variant: round(peak / 2**20, 1) for variant, peak in peaks.items()}
+        row["peak_to_plain"] = {variant: round(peak / peaks["plain"], 3) for variant, peak in peaks.items()}
+    if profiled:
+        ours = [variant for variant in ("plain", "ours_prepared", "ours_compiled") if variant in variants]
+        row["profile"] = {variant: profile(setting, variant) for variant in ours}
     return row
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__, rounds=5)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18", "resnet50"])
+    parser.add_argument(
+        "--variants", nargs="+", choices=(*EAGER, *COMPILED), help="default: all on CUDA, the eager ones on a CPU"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["float32"])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["contiguous"])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
-    args = parser.parse_args()
-    for row in report(args, lambda: [measure(name, args.images, args.size, args.rounds) for name in args.models]):
-        print(row["model"], row["shape"], row["median_s"], row["ratio_to_plain"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile-mode", default="default", help="torch.compile's mode, for example reduce-overhead")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    return parser
+
+
+def cells(args: argparse.Namespace) -> list[Setting]:
+    """The settings that were asked for; tf32 exists on CUDA only."""
+    grid = itertools.product(args.models, args.precisions, args.layouts)
+    return [
+        Setting(model, args.images, args.size, args.device, precision, layout, args.compile_mode)
+        for model, precision, layout in grid
+        if precision != "tf32" or args.device == "cuda"
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    chosen = args.variants or (*EAGER, *(COMPILED if args.device == "cuda" else ()))
+    variants = tuple(v for v in (*EAGER, *COMPILED) if v == "plain" or v in chosen)
+
+    def run() -> list[dict[str, Any]]:
+        return [measure(setting, variants, args.rounds, not args.no_memory, args.profile) for setting in cells(args)]
+
+    for row in report(args, run):
+        print(json.dumps({k: row[k] for k in ("model", "shape", "precision", "layout", "median_s", "ratio_to_plain")}))
+        print("   ", json.dumps({k: row[k] for k in ("peak_to_plain", "vjp_cosine_to_float32", "profile") if k in row}))
 
 
 if __name__ == "__main__":

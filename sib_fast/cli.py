@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from sib_fast import doctor
 from sib_fast._version import __version__
 from sib_fast.lab import train
+from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
+from sib_fast.nn.inspect import main as inspect_main
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,6 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(main=train.main)
     command = commands.add_parser("doctor", help="what was built, which backends are usable here, and why not")
     command.set_defaults(main=lambda _: doctor.main())
+    what = "what `prepare` would change in a model, and what of it cannot be differentiated twice"
+    command = commands.add_parser("inspect", help=what, description=what)
+    add_inspect_arguments(command)
+    command.set_defaults(main=inspect_main)
     return parser
 
 

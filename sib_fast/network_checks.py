@@ -8,15 +8,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 _STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) must not be used: with a gradient taken before backward it stops "
     "synchronising gradients in silence. Leave static_graph at False"
+)
+_DATA_PARALLEL = (
+    "DataParallel must not be used: its replicas run their own forward passes, out of a hook's reach. Use DistributedDataParallel"
 )
 _SYNC_BATCH_NORM = (
     "SyncBatchNorm must not be used: PyTorch has no second derivative for it (pytorch#61222). Use BatchNorm, or a "
@@ -62,24 +68,44 @@ _NODES = (
 )
 
 
+def obstacle_in(module: nn.Module) -> str | None:
+    """What is wrong with this one module, its children aside. Looks at types only."""
+    if isinstance(module, DistributedDataParallel) and module.static_graph:
+        return _STATIC_GRAPH
+    if isinstance(module, nn.DataParallel):
+        return _DATA_PARALLEL
+    if type(module) is nn.SyncBatchNorm:
+        return _SYNC_BATCH_NORM
+    # OptimizedModule, or nn.Module.compile() in place; both keep the compiled call under this name.
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return _COMPILED
+    return None
+
+
 def check_module(op: str, model: nn.Module) -> None:
     """Raises RuntimeError if the module tree shows a known obstacle. Looks at types only."""
-    if isinstance(model, DistributedDataParallel) and model.static_graph:
-        raise RuntimeError(f"{op}: {_STATIC_GRAPH}")
-    if isinstance(model, nn.DataParallel):
-        raise RuntimeError(
-            f"{op}: DataParallel must not be used: its replicas run their own forward passes, out of a hook's reach. Use "
-            "DistributedDataParallel"
-        )
     for name, module in model.named_modules():
         if hasattr(module, "set_reshard_after_backward") and not getattr(model, "_sib_fast_double_backward", False):
             raise RuntimeError(f"{op}: {_FSDP}")
-        where = f" (module {name!r})" if name else ""
-        if isinstance(module, nn.SyncBatchNorm):
-            raise RuntimeError(f"{op}: {_SYNC_BATCH_NORM}{where}")
-        # OptimizedModule, or nn.Module.compile() in place; both keep the compiled call under this name.
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise RuntimeError(f"{op}: {_COMPILED}{where}")
+        message = obstacle_in(module)
+        if message is not None:
+            raise RuntimeError(f"{op}: {message}" + (f" (module {name!r})" if name else ""))
+
+
+def obstacles_in_graph(root: Node | None) -> Iterator[tuple[str, str]]:
+    """Autograd nodes known not to be differentiable twice: (name, what to say), a name once."""
+    seen = set()
+    for node in nodes_of(root):
+        name = node.name()
+        if name not in seen:
+            for prefix, message in _NODES:
+                if name.startswith(prefix):
+                    seen.add(name)
+                    yield name, message
+        if name.startswith("_DDPSink"):
+            ddp = getattr(node, "ddp_weakref", lambda: None)()
+            if ddp is not None and ddp.static_graph:
+                yield name, _STATIC_GRAPH
 
 
 def check_graph(op: str, root: Node | None) -> None:
@@ -87,15 +113,9 @@ def check_graph(op: str, root: Node | None) -> None:
 
     Costs about two microseconds a node in Python (0.6 ms on a ResNet-50), so callers walk once per network, not every step.
     """
-    for node in nodes_of(root):
-        name = node.name()
-        for prefix, message in _NODES:
-            if name.startswith(prefix):
-                raise RuntimeError(f"{op}: {message} (found {name} in the graph of the logits)")
-        if name.startswith("_DDPSink"):
-            ddp = getattr(node, "ddp_weakref", lambda: None)()
-            if ddp is not None and ddp.static_graph:
-                raise RuntimeError(f"{op}: {_STATIC_GRAPH}")
+    for name, message in obstacles_in_graph(root):
+        where = "" if message is _STATIC_GRAPH else f" (found {name} in the graph of the logits)"
+        raise RuntimeError(f"{op}: {message}{where}")
 
 
 def nodes_of(root: Node | None) -> Iterator[Node]:
@@ -117,18 +137,24 @@ def custom_functions(root: Node | None) -> list[str]:
     return sorted(name.removesuffix("Backward") for name in names if not name.startswith("GeneratedBackwardFor_"))
 
 
-def forward_on_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output, with its graph, on tensors without data: nothing is computed, no buffer and no random state changes.
+def forward_on_fake_tensors(model: nn.Module, x: Tensor, train: bool = False) -> tuple[Tensor, Tensor, AbstractContextManager]:
+    """The model's output with its graph, its input, and the mode to go on in: tensors without data, so nothing is computed.
 
-    On a copy, so that nothing the model keeps of a forward pass stays in it. Shapes: x [N, C, H, W] -> what the model returns.
+    On a copy (in training mode, if asked): no buffer and no random state changes, and nothing that a model keeps of a forward
+    pass stays in it. Shapes: x as the model takes it -> the first floating-point tensor of what it returns.
     """
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         twin = copy.deepcopy(model)
-    with mode:
-        return twin(mode.from_tensor(x.detach()).requires_grad_())
+    if train:
+        twin.train()
+    with mode, torch.enable_grad():
+        leaf = mode.from_tensor(x.detach())
+        leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
+        output = next(o for o in tree_leaves(twin(leaf)) if isinstance(o, Tensor) and o.is_floating_point())
+    return output, leaf, mode
 
 
 def check_before_compiling(op: str, model: nn.Module, x: Tensor) -> None:
@@ -137,7 +163,7 @@ def check_before_compiling(op: str, model: nn.Module, x: Tensor) -> None:
     What `check_graph` knows, and custom autograd.Functions: eager PyTorch differentiates them, a compiled region drops them.
     """
     try:
-        root = forward_on_fake_tensors(model, x).grad_fn
+        root = forward_on_fake_tensors(model, x)[0].grad_fn
     except Exception as error:
         warnings.warn(
             f"{op}: could not look for custom autograd.Functions, whose second derivative a compiled step drops in silence: the "

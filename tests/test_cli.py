@@ -45,3 +45,10 @@ def test_train_without_the_lab_extra_says_what_to_install(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 2, result.stderr
     assert "sib_fast[lab]" in result.stderr
+
+
+def test_inspect(capsys):
+    assert cli.main(["inspect", "sib_fast.testing.networks:conv_net", "--shape", "2", "3", "8", "8"]) == 0
+    assert "after sib_fast.prepare(model): yes" in capsys.readouterr().out
+    assert cli.main(["inspect", "sib_fast.testing.networks:AttentionNet", "--shape", "2", "3", "8", "8"]) == 1
+    assert "obstacle" in capsys.readouterr().out

@@ -64,6 +64,32 @@ def test_the_parameters_gradients_are_those_of_the_step_that_wastes(monkeypatch)
         assert torch.equal(got, wanted)
 
 
+class Scaled(nn.Module):
+    """conv_net behind a learned gain and offset of its input. Shapes: [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv_net()
+        self.gain, self.offset = nn.Parameter(torch.full((1, 3, 1, 1), 0.7)), nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * self.gain + self.offset)
+
+
+def test_what_is_learned_before_a_prepared_stem_gets_its_gradient():
+    x, target = image_batch()
+    results = []
+    for change in (lambda net: net, prepare):
+        net = change(Scaled().double())
+        criterion = SIBLoss(**WEIGHTS).attach(net)
+        criterion(net(x.double()), target).backward()
+        results.append({name: p.grad for name, p in net.named_parameters()})
+    for name, wanted in results[0].items():
+        assert (results[1][name] - wanted).norm() <= 1e-11 * max(w.norm() for w in results[0].values()), name
+    assert results[0]["gain"].norm() > 0
+    assert results[0]["offset"].norm() > 0
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_the_hidden_leaf_keeps_no_gradient(prepared):
     x, target = image_batch()

@@ -103,6 +103,8 @@ PLACES = {
     nn.BatchNorm2d: lambda: nn.BatchNorm2d(6),
     nn.BatchNorm3d: lambda: Volume(nn.BatchNorm3d(6)),
     nn.Conv2d: lambda: conv(groups=2),
+    nn.Conv1d: lambda: Rows(nn.Conv1d(6, 6, 3, padding=1)),
+    nn.Conv3d: lambda: Volume(nn.Conv3d(6, 6, (1, 3, 3), padding=(0, 1, 1))),
     nn.GroupNorm: lambda: nn.GroupNorm(2, 6),
     nn.LayerNorm: lambda: Tokens(nn.LayerNorm(6)),
     nn.MaxPool2d: lambda: nn.MaxPool2d(3, 2, 1),
@@ -268,6 +270,18 @@ def test_validation_and_steps_between_run_the_plain_function():
     net.train()
     assert "foreground" not in step(x, target).terms  # validation did not count
     assert "foreground" in step(x, target).terms
+
+
+def test_each_of_the_two_functions_compiles_once():
+    from torch._dynamo.utils import counters
+
+    net = conv_net().double()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    step = compile_step(net, criterion, backend="aot_eager")
+    counters.clear()
+    for _ in range(5):
+        step(*batch()).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_given_mask():

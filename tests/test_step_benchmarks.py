@@ -1,0 +1,190 @@
+"""The step's benchmarks: the variants are the same step, the counters count, the memory meter sees memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sib_fast
+from benchmarks import step
+from sib_fast.testing.networks import conv_net, parameter_gradients
+
+NO_TORCHVISION = "torchvision does not import with this torch"
+
+
+@pytest.fixture
+def setting(monkeypatch) -> step.Setting:
+    monkeypatch.setitem(step.MODELS, "tiny", lambda: conv_net(classes=7))
+    return step.Setting("tiny", images=6, size=40, device="cpu")
+
+
+@pytest.mark.parametrize("layout", step.LAYOUTS)
+@pytest.mark.parametrize("variant", ["ours", "ours_prepared"])
+def test_every_variant_computes_the_naive_steps_gradients(setting, variant, layout):
+    setting = step.Setting(**{**vars(setting), "layout": layout})
+    model, (x, target) = setting.make_model().double(), setting.make_batch()
+    results = []
+    for name in ("naive", variant):
+        net = copy.deepcopy(model)
+        results.append(parameter_gradients(step.loss_of(name, net)(x.double(), target), net))
+    scale = max(grad.norm() for grad in results[0].values())
+    for name, want in results[0].items():
+        assert (results[1][name] - want).norm() <= 1e-9 * scale, name
+
+
+def test_compiled_variants_compute_the_naive_steps_gradients(setting, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
+    model, (x, target) = setting.make_model().double(), setting.make_batch()
+    results = []
+    for name in ("naive", "naive_compiled", "ours_compiled"):
+        net = copy.deepcopy(model)
+        results.append(parameter_gradients(step.loss_of(name, net)(x.double(), target), net))
+    scale = max(grad.norm() for grad in results[0].values())
+    for result in results[1:]:
+        for name, want in results[0].items():
+            assert (result[name] - want).norm() <= 1e-9 * scale, name
+
+
+def test_a_lazy_measurement_holds_one_applying_step_in_four(setting, monkeypatch):
+    net, (x, target) = setting.make_model(), setting.make_batch()
+    forwards, vjps, vjp_map = [], [], sib_fast.vjp_map
+    net.register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr("sib_fast.loss.vjp_map", lambda *args, **options: (vjps.append(1), vjp_map(*args, **options))[1])
+    run = step.step_of("lazy", net, x, target, setting)
+    run(), run()
+    assert len(forwards) == 2 * step.LAZY_EVERY
+    assert len(vjps) == 2
+
+
+def test_a_row_has_every_figure(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "peak_bytes", lambda setting, variant: {"plain": 100, "ours": 150}.get(variant, 200))
+    out = tmp_path / "step.json"
+    step.main(
+        ["--out", str(out), "--models", "tiny", "--images", "6", "--size", "40", "--rounds", "2", "--threads", "1",
+         "--skip-tests", "--precisions", "float32", "tf32", "bf16", "--layouts", "contiguous", "channels_last", "--profile"]
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["precision"], row["layout"]) for row in rows] == [
+        ("float32", "contiguous"), ("float32", "channels_last"), ("bf16", "contiguous"), ("bf16", "channels_last")
+    ]  # fmt: skip
+    for row in rows:
+        assert set(row["median_s"]) == set(step.EAGER) == set(row["ratio_to_plain"]) == set(row["images_per_s"])
+        assert row["ratio_to_plain"]["plain"] == 1
+        assert row["peak_to_plain"]["ours"] == 1.5
+        assert sum(row["profile"]["ours_prepared"].values()) == pytest.approx(1, abs=1e-2)
+        assert row["profile"]["ours_prepared"]["convolution"] > 0
+    exact, _, low, _ = (row["vjp_cosine_to_float32"] for row in rows)
+    assert exact == 1
+    assert 0.9 < low < 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_memory_meter_sees_the_graph_of_a_second_derivative():
+    setting = step.Setting("resnet18", images=2, size=96, device="cpu")
+    pytest.importorskip("torchvision.models", reason=NO_TORCHVISION, exc_type=ImportError)
+    try:
+        plain, naive = (step.peak_bytes(setting, variant) for variant in ("plain", "naive"))
+    except RuntimeError as error:
+        if "PermissionError" in str(error):
+            pytest.skip("/proc/self/clear_refs is not writable here")
+        raise
+    weights = sum(p.numel() for p in setting.make_model().parameters()) * 4
+    assert 2 * weights < plain < naive < 20 * weights
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("aten::convolution_backward", "convolution"),
+        ("sib_fast::_batch_norm_backward", "normalisation"),
+        ("aten::copy_", "copies and fills"),
+        ("sib_fast::_region_statistics", "head"),
+        ("aten::threshold_backward", "activation"),
+        ("aten::addmm", "products and attention"),
+        ("Optimizer", "other"),
+    ],
+)
+def test_groups_of_the_profile(name, group):
+    assert step.group_of(name) == group
+
+
+# ---- what is counted ----------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """One convolution and one ReLU: few enough ops to count by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x)).view(x.shape[0], -1)
+
+
+def test_bytes_ops_flops_and_peak_of_a_step_counted_by_hand():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.step_traffic import Traffic
+
+    with FakeTensorMode():
+        model, x = Counted(), torch.randn(2, 3, 10, 10)
+        with Traffic([x, *model.parameters()]) as traffic:
+            y = model(x)
+            y.backward(torch.empty_like(y))
+    x_bytes, w_bytes, y_bytes = 4 * 600, 4 * 216, 4 * 1600
+    assert traffic.ops == {"aten.convolution": 1, "aten.relu": 1, "aten.threshold_backward": 1, "aten.convolution_backward": 1}
+    assert traffic.bytes["aten.convolution"] == x_bytes + w_bytes + y_bytes
+    assert traffic.bytes["aten.relu"] == 2 * y_bytes
+    assert traffic.bytes["aten.threshold_backward"] == 3 * y_bytes
+    assert traffic.bytes["aten.convolution_backward"] == y_bytes + x_bytes + 2 * w_bytes  # the gradient of x is not asked for
+    assert traffic.flops.total() == 2 * (2 * 27 * 1600)  # forward and weight gradient
+    # Alive at once: x, w, conv's result, relu's, the seed and the gradient behind the ReLU, as ReLU keeps its result only.
+    assert x_bytes + w_bytes + 3 * y_bytes <= traffic.peak <= x_bytes + 2 * w_bytes + 4 * y_bytes
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_flops_of_a_grouped_convolution_counted_by_hand(prepared):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.step_traffic import Traffic
+
+    with FakeTensorMode():
+        layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        layer = sib_fast.prepare(layer) if prepared else layer
+        x = torch.randn(2, 8, 10, 10, requires_grad=True)
+        with Traffic([]) as traffic:
+            layer(x).sum().backward()
+    assert traffic.flops.total() == 3 * 2 * 9 * 1600  # forward, input gradient, weight gradient: nine taps each
+
+
+def test_resnet18s_traffic_does_not_grow():
+    """Counted now, not read from a file. The bounds are today's figures and a little: lower them when the step gets better."""
+    pytest.importorskip("torchvision.models", reason=NO_TORCHVISION, exc_type=ImportError)
+    from benchmarks.step_traffic import measure
+
+    variants = measure("resnet18", images=16, size=224)["variants"]
+    # The counting itself: what issue 4 counted with another counter (ResNet-50: 7.4×, 408 and 5,468 ops).
+    assert variants["plain"]["ops"] == 163
+    assert 7.5 < variants["naive"]["to_plain"]["bytes"] < 8.0
+    ours = variants["ours_prepared"]["to_plain"]
+    assert ours["bytes"] < BYTES_BOUND
+    assert ours["flops"] < 2.03
+    assert ours["peak"] < PEAK_BOUND
+
+
+BYTES_BOUND, PEAK_BOUND = 4.9, 2.1
+
+
+def test_the_table_in_the_docs_is_the_stored_one():
+    from benchmarks.step_traffic import DOCS, MARKS, stored_table
+
+    shown = DOCS.read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    assert shown == stored_table()
+    assert shown.count("ours_prepared") >= 4

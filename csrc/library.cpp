@@ -28,15 +28,17 @@ STABLE_TORCH_LIBRARY(sib_fast, m) {
       "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, "
       "Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor "
       "grad_vjp, Tensor grad_x, Tensor grad_mask)");
-  // x acc [N,C,S] contiguous, weight, bias [C] -> y [N,C,S]; float64 [C] mean, biased variance, 1/sqrt(variance + eps)
+  // x [N,C,*], contiguous or channels last; weight, bias acc [C] -> y as x; float64 [C] mean, biased variance,
+  // 1/sqrt(variance + eps)
   m.def(
       "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "
       "Tensor invstd)");
-  // -> grad_x ([0] unless need_x), grad_weight [C], grad_bias [C]
+  // grad_y as x, in its layout too -> grad_x as x ([0] unless need_x), acc grad_weight [C], grad_bias [C]
   m.def(
       "_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool need_x) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x ([0] unless needed) and of weight [C]
+  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x, as x ([0] unless needed), and of
+  // weight, acc [C]
   m.def(
       "_batch_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor invstd, bool need_grad_y, bool need_x) -> (Tensor to_grad_y, Tensor to_x, Tensor "

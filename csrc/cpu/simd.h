@@ -125,6 +125,26 @@ inline float widen(Float16 v) {
 #endif
 }
 
+// Rounding to nearest even, branch-free; NaN stays NaN.
+inline uint16_t narrow_bfloat16(float v) {
+  const uint32_t bits = bits_to<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+inline uint16_t narrow_float16(float v) {
+#if defined(__FLT16_MANT_DIG__)
+  return bits_to<uint16_t>(static_cast<_Float16>(v));
+#else
+  const uint32_t bits = bits_to<uint32_t>(v), sign = (bits >> 16) & 0x8000u, body = bits & 0x7fffffffu;
+  // Subnormal halves: adding 1/2 makes float's own rounding that of the half's last place.
+  const uint32_t small = bits_to<uint32_t>(bits_to<float>(body) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (body - 0x38000000u + 0x0fffu + ((body >> 13) & 1u)) >> 13;
+  const uint32_t finite = body < 0x38800000u ? small : normal;
+  const uint32_t any = body > 0x7f800000u ? 0x7e00u : body >= 0x477ff000u ? 0x7c00u : finite;
+  return static_cast<uint16_t>(sign | any);
+#endif
+}
+
 // exp(x) by Cody and Waite's reduction and a Taylor polynomial on |r| <= ln(2)/2: truncation error 5e-9 relative for
 // float (degree 7), 2e-18 for double (degree 13), both below half an ulp. Branch-free, so that loops vectorise; the
 // argument is clamped where the result would leave the normal range. NaN passes through.

@@ -17,15 +17,6 @@
 namespace sib_fast::cpu {
 namespace {
 
-inline float get(float v) { return v; }
-inline double get(double v) { return v; }
-inline float get(BFloat16Bits v) { return widen(BFloat16{v.bits}); }
-inline float get(Float16Bits v) { return widen(Float16{v.bits}); }
-inline void put(float* at, float v) { *at = v; }
-inline void put(double* at, double v) { *at = v; }
-inline void put(BFloat16Bits* at, float v) { at->bits = narrow_bfloat16(v); }
-inline void put(Float16Bits* at, float v) { at->bits = narrow_float16(v); }
-
 // Calls visit(i, c) for every element i of the part, c its channel counted from the part's first.
 template <class Visit>
 inline void for_elements(const BatchNormPart& part, Visit visit) {

@@ -5,26 +5,9 @@
 
 #include <cstdint>
 
-namespace sib_fast::cpu {
+#include "cpu/element_bits.h"
 
-// Element types of activations: double, float, and the two halves as their bits. Compute<E> is what passes calculate
-// in.
-struct BFloat16Bits {
-  uint16_t bits;
-};
-struct Float16Bits {
-  uint16_t bits;
-};
-template <class E>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class E>
-using Compute = typename ComputeOf<E>::type;
+namespace sib_fast::cpu {
 
 // A part of the activations. Channels first, [images, channels, spatial]: channel `begin`, which is `images` runs of
 // `spatial` elements, and `end` is begin + 1. Channels last, [images·spatial, channels]: rows begin … end with all

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/element_bits.h"
+
 #ifndef SIB_FAST_CAPABILITY
 #error "compiled by CMakeLists.txt, once per instruction set"
 #endif
@@ -144,6 +146,16 @@ inline uint16_t narrow_float16(float v) {
   return static_cast<uint16_t>(sign | any);
 #endif
 }
+
+// An element as what a pass calculates in, and back.
+inline float get(float v) { return v; }
+inline double get(double v) { return v; }
+inline float get(BFloat16Bits v) { return widen(BFloat16{v.bits}); }
+inline float get(Float16Bits v) { return widen(Float16{v.bits}); }
+inline void put(float* at, float v) { *at = v; }
+inline void put(double* at, double v) { *at = v; }
+inline void put(BFloat16Bits* at, float v) { at->bits = narrow_bfloat16(v); }
+inline void put(Float16Bits* at, float v) { at->bits = narrow_float16(v); }
 
 // exp(x) by Cody and Waite's reduction and a Taylor polynomial on |r| <= ln(2)/2: truncation error 5e-9 relative for
 // float (degree 7), 2e-18 for double (degree 13), both below half an ulp. Branch-free, so that loops vectorise; the

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from sib_fast.nn import activation
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from sib_fast.nn.convolution import Conv2d
 
@@ -14,6 +15,19 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.Conv2d: Conv2d,
+    nn.ELU: activation.ELU,
+    nn.GELU: activation.GELU,
+    nn.Hardsigmoid: activation.Hardsigmoid,
+    nn.Hardswish: activation.Hardswish,
+    nn.Hardtanh: activation.Hardtanh,
+    nn.LeakyReLU: activation.LeakyReLU,
+    nn.Mish: activation.Mish,
+    nn.ReLU: activation.ReLU,
+    nn.ReLU6: activation.ReLU6,
+    nn.Sigmoid: activation.Sigmoid,
+    nn.SiLU: activation.SiLU,
+    nn.Softplus: activation.Softplus,
+    nn.Tanh: activation.Tanh,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 

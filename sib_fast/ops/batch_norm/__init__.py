@@ -74,9 +74,12 @@ def _setup_forward(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, variance, invstd)
     ctx.save_for_backward(x, weight, mean, invstd)
     ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_y, *_):
+    if grad_y is None:
+        return None, None, None, None
     x, weight, mean, invstd = ctx.saved_tensors
     need_x = ctx.needs_input_grad[0]
     grad_x, grad_weight, grad_bias = torch.ops.sib_fast._batch_norm_backward(

@@ -78,9 +78,12 @@ def _setup_forward(ctx, inputs, output):
     x, weight, bias, *geometry = inputs
     ctx.save_for_backward(x, weight)
     ctx.geometry, ctx.has_bias = geometry, bias is not None
+    ctx.set_materialize_grads(False)
 
 
 def _autograd_of_forward(ctx, grad_y):
+    if grad_y is None:
+        return None, None, None, None, None, None, None
     x, weight = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
     grads = _OPS.backward(grad_y, x, weight, *ctx.geometry, *needs)

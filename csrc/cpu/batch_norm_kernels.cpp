@@ -17,145 +17,188 @@
 namespace sib_fast::cpu {
 namespace {
 
-// Calls visit(i, c) for every element i of the part, c its channel counted from the part's first.
-template <class Visit>
-inline void for_elements(const BatchNormPart& part, Visit visit) {
+// Values of the channel that an element is in: k(j) is the j-th. Channels first they are a few numbers, held in
+// registers; channels last they are read beside the elements.
+template <class T, int count>
+struct OfChannel {
+  T value[count];
+  T operator()(int j) const { return value[j]; }
+};
+template <class T>
+struct OfColumn {
+  const T* first;
+  int64_t stride, column;
+  T operator()(int j) const { return first[j * stride + column]; }
+};
+
+// Calls visit(i, values of its channel) for every element i of the part.
+template <int count, class T, class Visit>
+inline void for_elements(const BatchNormPart& part, const T* k, Visit visit) {
   if (part.channels_last) {
+    const int64_t channels = part.channels;
     for (int64_t row = part.begin; row < part.end; ++row) {
-      const int64_t at = row * part.channels;
+      const int64_t at = row * channels;
 #pragma omp simd
-      for (int64_t c = 0; c < part.channels; ++c) visit(at + c, c);
+      for (int64_t c = 0; c < channels; ++c) visit(at + c, OfColumn<T>{k, channels, c});
     }
-  } else {
-    for (int64_t n = 0; n < part.images; ++n) {
-      const int64_t at = (n * part.channels + part.begin) * part.spatial;
+    return;
+  }
+  OfChannel<T, count> of;
+  for (int j = 0; j < count; ++j) of.value[j] = k[j];
+  const int64_t spatial = part.spatial;
+  for (int64_t n = 0; n < part.images; ++n) {
+    const int64_t at = (n * part.channels + part.begin) * spatial;
 #pragma omp simd
-      for (int64_t i = 0; i < part.spatial; ++i) visit(at + i, 0);
-    }
+    for (int64_t i = at; i < at + spatial; ++i) visit(i, of);
   }
 }
 
-// Adds term(i, c)[k] into sums[k·stride + c]. Channels first, a run has sums of its own before it joins the channel's.
-template <int count, class Terms>
-inline void add_terms(const BatchNormPart& part, double* sums, Terms terms) {
-  static_assert(count == 2 || count == 5, "the kernels' sums");
-  const int64_t stride = part.channels_last ? part.channels : 1;
-  for (int64_t k = 0; k < count * stride; ++k) sums[k] = 0;
+struct Two {
+  double a, b;
+};
+struct Five {
+  double a, b, d, e, f;
+};
+
+// sums[k·stride + c] = Σ of the k-th of terms(i, centre of its channel). Channels first, a run has sums of its own
+// before it joins the channel's.
+template <class Terms>
+inline void sum_two(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
   if (part.channels_last) {
+    const int64_t channels = part.channels;
+    double *a = sums, *b = sums + channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
     for (int64_t row = part.begin; row < part.end; ++row) {
-      const int64_t at = row * part.channels;
+      const int64_t at = row * channels;
 #pragma omp simd
-      for (int64_t c = 0; c < part.channels; ++c) {
-        double t[5];
-        terms(at + c, c, t);
-        for (int k = 0; k < count; ++k) sums[k * stride + c] += t[k];
+      for (int64_t c = 0; c < channels; ++c) {
+        const Two t = terms(at + c, centre[c]);
+        a[c] += t.a;
+        b[c] += t.b;
       }
     }
     return;
   }
+  const int64_t spatial = part.spatial;
+  const double middle = centre[0];
+  double a = 0, b = 0;
   for (int64_t n = 0; n < part.images; ++n) {
-    const int64_t at = (n * part.channels + part.begin) * part.spatial;
-    double a = 0, b = 0, d = 0, e = 0, f = 0;
-    if constexpr (count == 2) {
-#pragma omp simd reduction(+ : a, b)
-      for (int64_t i = 0; i < part.spatial; ++i) {
-        double t[5];
-        terms(at + i, 0, t);
-        a += t[0];
-        b += t[1];
-      }
-    } else {
-#pragma omp simd reduction(+ : a, b, d, e, f)
-      for (int64_t i = 0; i < part.spatial; ++i) {
-        double t[5];
-        terms(at + i, 0, t);
-        a += t[0];
-        b += t[1];
-        d += t[2];
-        e += t[3];
-        f += t[4];
+    const int64_t at = (n * part.channels + part.begin) * spatial;
+    double run_a = 0, run_b = 0;
+#pragma omp simd reduction(+ : run_a, run_b)
+    for (int64_t i = at; i < at + spatial; ++i) {
+      const Two t = terms(i, middle);
+      run_a += t.a;
+      run_b += t.b;
+    }
+    a += run_a;
+    b += run_b;
+  }
+  sums[0] = a;
+  sums[1] = b;
+}
+template <class Terms>
+inline void sum_five(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
+  if (part.channels_last) {
+    const int64_t channels = part.channels;
+    double *a = sums, *b = a + channels, *d = b + channels, *e = d + channels, *f = e + channels;
+    for (int64_t c = 0; c < 5 * channels; ++c) sums[c] = 0;
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const int64_t at = row * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        const Five t = terms(at + c, centre[c]);
+        a[c] += t.a;
+        b[c] += t.b;
+        d[c] += t.d;
+        e[c] += t.e;
+        f[c] += t.f;
       }
     }
-    const double run[5] = {a, b, d, e, f};
-    for (int k = 0; k < count; ++k) sums[k] += run[k];
+    return;
   }
+  const int64_t spatial = part.spatial;
+  const double middle = centre[0];
+  Five all = {0, 0, 0, 0, 0};
+  for (int64_t n = 0; n < part.images; ++n) {
+    const int64_t at = (n * part.channels + part.begin) * spatial;
+    double run_a = 0, run_b = 0, run_d = 0, run_e = 0, run_f = 0;
+#pragma omp simd reduction(+ : run_a, run_b, run_d, run_e, run_f)
+    for (int64_t i = at; i < at + spatial; ++i) {
+      const Five t = terms(i, middle);
+      run_a += t.a;
+      run_b += t.b;
+      run_d += t.d;
+      run_e += t.e;
+      run_f += t.f;
+    }
+    all.a += run_a;
+    all.b += run_b;
+    all.d += run_d;
+    all.e += run_e;
+    all.f += run_f;
+  }
+  sums[0] = all.a;
+  sums[1] = all.b;
+  sums[2] = all.d;
+  sums[3] = all.e;
+  sums[4] = all.f;
 }
 
 template <class E>
 void sums_x(const BatchNormPart& part, const E* x, const double* pivot, double* sums) {
-  add_terms<2>(part, sums, [=](int64_t i, int64_t c, double* t) {
-    const double d = static_cast<double>(get(x[i])) - pivot[c];
-    t[0] = d;
-    t[1] = d * d;
+  sum_two(part, pivot, sums, [=](int64_t i, double centre) {
+    const double d = static_cast<double>(get(x[i])) - centre;
+    return Two{d, d * d};
   });
 }
 
 template <class E>
 void sums_gy(const BatchNormPart& part, const E* gy, const E* x, const double* mean, double* sums) {
-  add_terms<2>(part, sums, [=](int64_t i, int64_t c, double* t) {
+  sum_two(part, mean, sums, [=](int64_t i, double centre) {
     const double g = static_cast<double>(get(gy[i]));
-    t[0] = g;
-    t[1] = g * (static_cast<double>(get(x[i])) - mean[c]);
+    return Two{g, g * (static_cast<double>(get(x[i])) - centre)};
   });
 }
 
 template <class E>
 void sums_u(const BatchNormPart& part, const E* u, const E* gy, const E* x, const double* mean, double* sums) {
-  add_terms<5>(part, sums, [=](int64_t i, int64_t c, double* t) {
+  sum_five(part, mean, sums, [=](int64_t i, double centre) {
     const double v = static_cast<double>(get(u[i])), g = static_cast<double>(get(gy[i]));
-    const double d = static_cast<double>(get(x[i])) - mean[c];
-    t[0] = v;
-    t[1] = v * d;
-    t[2] = v * g;
-    t[3] = g;
-    t[4] = g * d;
+    const double d = static_cast<double>(get(x[i])) - centre;
+    return Five{v, v * d, v * g, g, g * d};
   });
-}
-
-template <class T>
-struct Coefficients {
-  const T* k;
-  int64_t stride;
-  T operator()(int which, int64_t c) const { return k[which * stride + c]; }
-};
-template <class T>
-inline Coefficients<T> coefficients(const BatchNormPart& part, const T* k) {
-  return {k, part.channels_last ? part.channels : 1};
 }
 
 template <class E>
 void write_y(const BatchNormPart& part, const E* x, const Compute<E>* k, E* y) {
-  const auto of = coefficients(part, k);
-  for_elements(part, [=](int64_t i, int64_t c) { put(y + i, (get(x[i]) - of(0, c)) * of(1, c) + of(2, c)); });
+  for_elements<kForwardCoefficients>(
+      part, k, [=](int64_t i, const auto& of) { put(y + i, (get(x[i]) - of(0)) * of(1) + of(2)); });
 }
 
 template <class E>
 void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const Compute<E>* k, E* grad_x) {
-  const auto of = coefficients(part, k);
-  for_elements(part, [=](int64_t i, int64_t c) {
-    put(grad_x + i, of(1, c) * ((get(gy[i]) - of(2, c)) - (get(x[i]) - of(0, c)) * of(3, c)));
+  for_elements<kBackwardCoefficients>(part, k, [=](int64_t i, const auto& of) {
+    put(grad_x + i, of(1) * ((get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3)));
   });
 }
 
 template <class E>
 void write_second(const BatchNormPart& part, const E* u, const E* gy, const E* x, const Compute<E>* k, E* to_grad_y,
                   E* to_x) {
-  const auto of = coefficients(part, k);
-  const auto y_at = [=](int64_t i, int64_t c) {
-    return of(1, c) * get(u[i]) + of(2, c) * (get(x[i]) - of(0, c)) + of(3, c);
-  };
-  const auto x_at = [=](int64_t i, int64_t c) {
-    return of(4, c) * get(u[i]) + of(5, c) * get(gy[i]) + of(6, c) * (get(x[i]) - of(0, c)) + of(7, c);
+  const auto y_at = [=](int64_t i, const auto& of) { return of(1) * get(u[i]) + of(2) * (get(x[i]) - of(0)) + of(3); };
+  const auto x_at = [=](int64_t i, const auto& of) {
+    return of(4) * get(u[i]) + of(5) * get(gy[i]) + of(6) * (get(x[i]) - of(0)) + of(7);
   };
   if (to_grad_y && to_x) {
-    for_elements(part, [=](int64_t i, int64_t c) {
-      put(to_grad_y + i, y_at(i, c));
-      put(to_x + i, x_at(i, c));
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) {
+      put(to_grad_y + i, y_at(i, of));
+      put(to_x + i, x_at(i, of));
     });
   } else if (to_grad_y) {
-    for_elements(part, [=](int64_t i, int64_t c) { put(to_grad_y + i, y_at(i, c)); });
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) { put(to_grad_y + i, y_at(i, of)); });
   } else if (to_x) {
-    for_elements(part, [=](int64_t i, int64_t c) { put(to_x + i, x_at(i, c)); });
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) { put(to_x + i, x_at(i, of)); });
   }
 }
 

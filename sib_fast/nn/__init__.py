@@ -16,7 +16,7 @@ from sib_fast.nn.activation import (
     Tanh,
 )
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from sib_fast.nn.convolution import Conv2d
+from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
 from sib_fast.nn.prepare import prepare, restore
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",

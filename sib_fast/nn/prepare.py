@@ -8,13 +8,15 @@ from torch import nn
 
 from sib_fast.nn import activation
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from sib_fast.nn.convolution import Conv2d
+from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
     nn.ELU: activation.ELU,
     nn.GELU: activation.GELU,
     nn.Hardsigmoid: activation.Hardsigmoid,

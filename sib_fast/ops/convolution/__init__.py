@@ -2,8 +2,11 @@
 
 PyTorch computes the weight's part of the double backward as a forward convolution with a kernel as large as the map, and
 one group at a time. The same number comes out of the kernel that every backward pass uses, with the cotangent of grad_input
-in the place of the input (SPEC 10). No arithmetic of our own: ops, each registered with its gradient, so that a compiled
-step keeps the second derivative.
+in the place of the input (SPEC 10). No kernel of our own: ops, each registered with its gradient, so that a compiled step
+keeps the second derivative.
+
+Two more savings, both at a network's first layer, whose input gradient a plain step never computes: `mark_unread`, and the
+input gradient of a strided convolution of few channels by phases.
 """
 
 from __future__ import annotations
@@ -43,7 +46,23 @@ def convolution(
     return _OPS.forward(x, weight, bias, stride, padding, dilation, groups)
 
 
+def mark_unread(leaf: Tensor) -> None:
+    """Says that nobody reads the `.grad` of this leaf: a backward pass without create_graph does not compute it.
+
+    For the hidden leaf that a VJP is taken at. The VJP itself keeps its graph, hence is computed: a gradient asked for without
+    create_graph would be missing. Layers that do not come through `convolution` know nothing of it.
+
+    Errors:  ValueError if the tensor is not a leaf.
+    """
+    if not leaf.is_leaf:
+        raise ValueError(f"{_OP}: leaf must be a leaf of the graph, got the result of {leaf.grad_fn.name()}")
+    leaf._sib_fast_unread = True  # an attribute lives as long as the tensor, and a copy does not have it
+
+
 def _forward(x, weight, bias, stride, padding, dilation, groups):
+    if torch.is_autocast_enabled(x.device.type):  # it would cast here what the caller has decided already
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.convolution(x, weight, bias, stride, padding, dilation, groups)
     return reference.convolution(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -64,8 +83,56 @@ def _gradients(grad_y, x, weight, stride, padding, dilation, groups, needs):
     )
 
 
+def _by_phases(x, weight, stride, dilation, groups) -> bool:
+    """Where oneDNN's strided input gradient was found slower, benchmarks/convolution_choice.py: 7×7 of stride 2 and 4×4 of
+    stride 4 at 3 channels, 2.5 and 3 times; from 3×3 down, and at 64 channels, it was as fast or faster."""
+    few = weight.shape[1] <= 4 and min(weight.shape[2:]) >= 4
+    return x.device.type == "cpu" and x.ndim == 4 and groups == 1 and few and min(stride) >= 2 and max(dilation) == 1
+
+
+def _taps(kernel: int, stride: int, padding: int) -> tuple[list[tuple[int, int, int]], int, int]:
+    """Along one dimension, grad_x[stride·a + r] = Σ grad_y[a + offset]·weight[k]: (r, offset, k) for every k; lowest, highest
+    offset."""
+    taps = []
+    for k in range(kernel):
+        r = (k - padding) % stride
+        taps.append((r, (r + padding - k) // stride, k))
+    offsets = [offset for _, offset, _ in taps]
+    return taps, min(offsets), max(offsets)
+
+
+def _input_gradient_by_phases(grad_y, x, weight, stride, padding):
+    """Every stride-th pixel of grad_x is an ordinary convolution of grad_y with every stride-th tap of the kernel, flipped: one
+    convolution of stride 1 with stride² times the channels, then an interleaving."""
+    outputs, inputs = weight.shape[:2]
+    (rows, low_h, high_h), (columns, low_w, high_w) = (_taps(weight.shape[d + 2], stride[d], padding[d]) for d in range(2))
+    kernel = weight.new_zeros((inputs, *stride, outputs, high_h - low_h + 1, high_w - low_w + 1))
+    for r, offset, k in rows:
+        for q, across, m in columns:
+            kernel[:, r, q, :, offset - low_h, across - low_w] = weight[:, :, k, m].t()
+    # Padding on both sides for every window that touches grad_y; what it makes too many is cut off below.
+    reach = [max(high_h - low_h, -low_h, high_h), max(high_w - low_w, -low_w, high_w)]
+    out = reference.convolution(grad_y, kernel.flatten(0, 2), None, [1, 1], reach, [1, 1], 1)
+    height, width = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    missing = [
+        max(0, start + size - have)
+        for start, size, have in zip((reach[0] + low_h, reach[1] + low_w), (height, width), out.shape[2:], strict=True)
+    ]
+    if max(missing) > 0:  # pixels beyond the last window have no gradient
+        out = torch.nn.functional.pad(out, [0, missing[1], 0, missing[0]])
+    out = out[:, :, reach[0] + low_h :, reach[1] + low_w :][:, :, :height, :width]
+    out = out.unflatten(1, (inputs, *stride)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    return torch.empty_like(x).copy_(out[:, :, : x.shape[2], : x.shape[3]])
+
+
 def _backward(grad_y, x, weight, stride, padding, dilation, groups, need_x, need_weight, need_bias):
-    grads = _gradients(grad_y, x, weight, stride, padding, dilation, groups, [need_x, need_weight, need_bias])
+    phases = need_x and _by_phases(x, weight, stride, dilation, groups)
+    grads = [None, None, None]
+    if (need_x and not phases) or need_weight or need_bias:
+        needs = [need_x and not phases, need_weight, need_bias]
+        grads = list(_gradients(grad_y, x, weight, stride, padding, dilation, groups, needs))
+    if phases:
+        grads[0] = _input_gradient_by_phases(grad_y, x, weight, stride, padding)
     return tuple(grad if grad is not None else x.new_empty((0,)) for grad in grads)
 
 
@@ -77,7 +144,7 @@ for _name, _function in (("forward", _forward), ("backward", _backward)):
 def _setup_forward(ctx, inputs, output):
     x, weight, bias, *geometry = inputs
     ctx.save_for_backward(x, weight)
-    ctx.geometry, ctx.has_bias = geometry, bias is not None
+    ctx.geometry, ctx.has_bias, ctx.unread = geometry, bias is not None, getattr(x, "_sib_fast_unread", False)
     ctx.set_materialize_grads(False)
 
 
@@ -85,7 +152,8 @@ def _autograd_of_forward(ctx, grad_y):
     if grad_y is None:
         return None, None, None, None, None, None, None
     x, weight = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
+    need_x = ctx.needs_input_grad[0] and not (ctx.unread and not torch.is_grad_enabled())
+    needs = (need_x, ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
     grads = _OPS.backward(grad_y, x, weight, *ctx.geometry, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
 

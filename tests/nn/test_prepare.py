@@ -48,6 +48,7 @@ def test_layers_are_torchs_in_value_statistics_and_state(layer, options):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_convolution_is_torchs_in_value_and_both_derivatives(options):
     plain = nn.Conv2d(4, 8, **{"kernel_size": 3, **options}).double()
     fast = sib_fast.prepare(copy.deepcopy(plain))

@@ -17,11 +17,13 @@ from sib_fast.nn.activation import (
 )
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
+from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 from sib_fast.nn.prepare import prepare, restore
 
 __all__ = [
     "ELU",
     "GELU",
+    "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -32,6 +34,7 @@ __all__ = [
     "Hardswish",
     "Hardtanh",
     "LeakyReLU",
+    "MaxPool2d",
     "Mish",
     "ReLU",
     "ReLU6",

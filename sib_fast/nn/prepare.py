@@ -9,6 +9,7 @@ from torch import nn
 from sib_fast.nn import activation
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
+from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -17,6 +18,8 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.MaxPool2d: MaxPool2d,
+    nn.AvgPool2d: AvgPool2d,
     nn.ELU: activation.ELU,
     nn.GELU: activation.GELU,
     nn.Hardsigmoid: activation.Hardsigmoid,

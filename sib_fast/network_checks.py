@@ -14,8 +14,8 @@ _STATIC_GRAPH = (
     "synchronising gradients in silence. Leave static_graph at False"
 )
 _SYNC_BATCH_NORM = (
-    "SyncBatchNorm must not be used: PyTorch has no second derivative for it (pytorch#61222). Use BatchNorm, or a "
-    "normalisation that does not depend on the batch, such as GroupNorm"
+    "SyncBatchNorm must not be used: PyTorch has no second derivative for it (pytorch#61222). Call sib_fast.prepare(model) "
+    "first, whose SyncBatchNorm has one, or use a normalisation that does not depend on other processes, such as GroupNorm"
 )
 _COMPILED = (
     "a module under torch.compile must not be used: compiled code has no second derivative in PyTorch. Leave the model uncompiled"
@@ -59,7 +59,7 @@ def check_module(op: str, model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         where = f" (module {name!r})" if name else ""
-        if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.SyncBatchNorm) and not getattr(module, "differentiable_twice", False):
             raise RuntimeError(f"{op}: {_SYNC_BATCH_NORM}{where}")
         # OptimizedModule, or nn.Module.compile() in place; both keep the compiled call under this name.
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:

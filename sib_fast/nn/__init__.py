@@ -15,7 +15,7 @@ from sib_fast.nn.activation import (
     Softplus,
     Tanh,
 )
-from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
 from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 from sib_fast.nn.prepare import prepare, restore
@@ -41,6 +41,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Softplus",
+    "SyncBatchNorm",
     "Tanh",
     "prepare",
     "restore",

@@ -105,6 +105,22 @@ def test_input_gradient_by_phases_is_the_input_gradient():
     assert count > 300
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_large_depthwise_weight_gradient_in_channels_last(layout, monkeypatch):
+    """The same number from either layout, in float64 to rounding, in the weight's own layout; taken by the rule."""
+    x = torch.randn(2, 6, 15, 14, dtype=torch.float64).contiguous(memory_format=layout)
+    weight, geometry = torch.randn(6, 1, 5, 5, dtype=torch.float64), ([1, 1], [2, 2], [1, 1], 6)
+    grad_y = torch.randn_like(x)
+    calls, way = [], convolution_op._weight_gradient_in_channels_last
+    monkeypatch.setattr(convolution_op, "_weight_gradient_in_channels_last", lambda *a: calls.append(1) or way(*a))
+    got = torch.ops.sib_fast_convolution.backward(grad_y, x, weight, *geometry, True, True, True)
+    want = torch.ops.aten.convolution_backward(grad_y, x, weight, [6], *geometry[:3], False, [0, 0], 6, [True, True, True])
+    assert calls == [1]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert got[1].is_contiguous()
+
+
 @pytest.mark.parametrize("case", ["stem", "patches"])
 def test_phases_serve_the_first_layer_in_float32_and_in_its_layout(case, monkeypatch):
     shape_x, shape_w, geometry = CASES[case]
@@ -127,6 +143,10 @@ def test_opcheck():
     geometry = ([1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(op.forward.default, (x, w, b, *geometry))
     torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), x, w, *geometry, True, True, False))
+    wide, kernel = torch.randn(2, 4, 14, 14), torch.randn(4, 1, 5, 5)
+    torch.library.opcheck(
+        op.backward.default, (torch.randn_like(wide), wide, kernel, [1, 1], [2, 2], [1, 1], 4, True, True, False)
+    )
     stem, weight, geometry = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 5, 5), ([2, 2], [2, 2], [1, 1], 1)
     torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), stem, weight, *geometry, True, False, False))
 

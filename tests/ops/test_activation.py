@@ -110,6 +110,17 @@ def test_halves_are_rounded_once(kind, parameters, dtype, kernel):
     assert torch.equal(got[1], wide[1].to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_to_half_is_to_nearest_even(dtype, kernel):
+    """u·gy of 200,000 pairs, subnormal and overflowing ones and a hundred ties among them; and every half there is."""
+    exponents = torch.exp2(torch.randint(-18, 10, (200_000,)).float())
+    pairs = ((torch.randn(200_000) * exponents).to(dtype), torch.randn(200_000).to(dtype))
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for u, g in (pairs, (every, torch.ones_like(every))):
+        got = torch.ops.sib_fast_activation.double_backward(u, g, torch.zeros_like(u), "sigmoid", [], False, True)[1]
+        torch.testing.assert_close(got, (u.float() * g.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
 def test_gradcheck_and_gradgradcheck(kind, parameters, kernel):
     x = inputs((3, 7)).requires_grad_()

@@ -25,8 +25,8 @@ _DATA_PARALLEL = (
     "DataParallel must not be used: its replicas run their own forward passes, out of a hook's reach. Use DistributedDataParallel"
 )
 _SYNC_BATCH_NORM = (
-    "SyncBatchNorm must not be used: PyTorch has no second derivative for it (pytorch#61222). Use BatchNorm, or a "
-    "normalisation that does not depend on the batch, such as GroupNorm"
+    "SyncBatchNorm must not be used: PyTorch has no second derivative for it (pytorch#61222). Call sib_fast.prepare(model) "
+    "first, whose SyncBatchNorm has one, or use a normalisation that does not depend on other processes, such as GroupNorm"
 )
 _COMPILED = (
     "a module under torch.compile must not be used: compiled code has no second derivative in PyTorch. Leave the model uncompiled"

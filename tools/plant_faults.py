@@ -19,6 +19,9 @@ MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground
 STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
 STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
+BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/cpu/activation_kernels.cpp", "csrc/cpu/activation_cpu.cpp"
+ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
+POOL_OP = "sib_fast/ops/pooling/__init__.py"
 
 # (what, file, text, replacement). The text must occur exactly once.
 FAULTS = [
@@ -53,12 +56,39 @@ FAULTS = [
     ("long float sums", STATS, "constexpr int64_t kMaxRow = 1024;", "constexpr int64_t kMaxRow = 1048576;"),
     ("grad_mask not cleared", STATS, "std::memset(grads.grad_mask + n * pixels_all + from, 0, (to - from) * sizeof(T));", ""),
     ("channels_last gradient transposed", STATS, "const T* from = fastest ? in + first * block.channels + c : in + c * block.pixels + first;", "const T* from = in + c * block.pixels + first;"),
-    ("batch norm: variance unbiased", BN, "const double variance = squares / count;", "const double variance = squares / (count - 1);"),
-    ("batch norm: B forgotten", BN, "(grad_y[at + i] - mean_g) - (x[at + i] - m) * slope)", "(grad_y[at + i] - mean_g))"),
-    ("batch norm: kappa without B·T", BN, "const double kappa = V - A * U - B * Tx;", "const double kappa = V - A * U;"),
-    ("batch norm: u_gamma out of omega", BN, "omega_g = u_gamma - gamma * invstd * Tx;", "omega_g = -gamma * invstd * Tx;"),
-    ("batch norm: u_beta forgotten", BN, "static_cast<T>(u_beta - gamma * invstd * U)", "static_cast<T>(-gamma * invstd * U)"),
-    ("batch norm: kappa out of x", BN, "-(invstd * omega_dot + gamma * invstd * invstd * kappa) * invstd", "-(invstd * omega_dot) * invstd"),
+    ("batch norm: variance unbiased", BN_HOST, "square = sums[1] / count - shift * shift", "square = (sums[1] - count * shift * shift) / (count - 1)"),
+    ("batch norm: pivot not added back", BN_HOST, "m[c] += shift;", ""),
+    ("batch norm: B forgotten", BN, "(get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3)", "get(gy[i]) - of(2)"),
+    ("batch norm: kappa without B·T", BN_HOST, "const double kappa = V - A * U - B * Tx;", "const double kappa = V - A * U;"),
+    ("batch norm: u_gamma out of omega", BN_HOST, "omega_g = u_gamma(c) - scale * Tx;", "omega_g = -scale * Tx;"),
+    ("batch norm: u_beta forgotten", BN_HOST, "static_cast<T>(u_beta(c) - scale * U)", "static_cast<T>(-scale * U)"),
+    ("batch norm: kappa out of x", BN_HOST, "-(invstd_c * omega_dot + scale * invstd_c * kappa) * invstd_c", "-(invstd_c * omega_dot) * invstd_c"),
+    ("batch norm: a chunk of rows lost", BN_HOST, "for (int64_t i = 0; i < chunks; ++i) {\n      for (int s", "for (int64_t i = 0; i + 1 < chunks; ++i) {\n      for (int s"),
+    ("batch norm: last row of a chunk not written", BN, "for (int64_t row = part.begin; row < part.end; ++row) {\n      const int64_t at = row * channels;\n#pragma omp simd\n      for (int64_t c = 0; c < channels; ++c) visit", "for (int64_t row = part.begin; row + 1 < part.end; ++row) {\n      const int64_t at = row * channels;\n#pragma omp simd\n      for (int64_t c = 0; c < channels; ++c) visit"),
+    ("batch norm: channels last read as channels first", BN_HOST, "s.channels_last = !first || s.spatial == 1;", "s.channels_last = s.spatial == 1;"),
+    ("batch norm: a cotangent's layout not looked at", BN_HOST, 'SIB_CHECK(kOp, lies(t, shape.channels_last), name, " must have the layout of x");', ""),
+    ("bfloat16 truncated", SIMD, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
+    ("float16 subnormals rounded off", SIMD, "body < 0x38800000u ? small : normal", "body < 0x38800000u ? 0 : normal"),
+    ("float16 ties away from even", SIMD, "body - 0x38000000u + 0x0fffu + ((body >> 13) & 1u)", "body - 0x38000000u + 0x1000u"),
+    ("activation: last element of a task lost", ACT_HOST, "s + from, to - from, y ?", "s + from, to - from - 1, y ?"),
+    ("activation: u left out of to_saved", ACT, "put(to_saved + i, v * g * second);", "put(to_saved + i, g * second);"),
+    ("activation: silu's f'' by half", ACT, "second = slope * (T(2) + x * (rest - s));\n  }\n};\ntemplate <class T>\nstruct Gelu", "second = slope * (T(1) + x * (rest - s));\n  }\n};\ntemplate <class T>\nstruct Gelu"),
+    ("activation: hardswish past its kinks", ACT, "(x > T(-3)) & (x < T(3)) ? T(1) / T(3) : T(0)", "T(1) / T(3)"),
+    ("activation: gelu's sign", ACT, "* (T(2) - x * x);", "* (x * x - T(2));"),
+    ("activation: gelu_tanh without the cubic's second derivative", ACT, "(rest - s) * z1 * z1 + z2)", "(rest - s) * z1 * z1)"),
+    ("activation: mish overflows", ACT, "exp_lane(x > T(20) ? T(20) : x)", "exp_lane(x)"),
+    ("activation: 1 - s cancels", ACT, "rest = e * s;", "rest = T(1) - s;"),
+    ("activation: softplus without beta", ACT, "T(0) : beta * s * rest", "T(0) : s * rest"),
+    ("activation: f'' left out", ACT_OP, "return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None", "return to_grad_y if need_grad_y else None, None, None, None"),
+    ("activation: zeros instead of nothing", ACT_OP, "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, None, None, None", "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, torch.zeros_like(saved), None, None"),
+    ("activation: in place keeps x as it is after", ACT_OP, "None if KINDS[kind].saves_result else x.clone()", "None if KINDS[kind].saves_result else x.detach()"),
+    ("activation: in place not marked", ACT_OP, "        ctx.mark_dirty(x)\n", ""),
+    ("convolution: a phase too far", CONV_OP, "taps.append((r, (r + padding - k) // stride, k))", "taps.append((r, (r + padding - k) // stride + (k == kernel - 1), k))"),
+    ("convolution: phases need_x of the rest", CONV_OP, "needs, grads = [need_x and not phases, need_weight and not channels_last, need_bias]", "needs, grads = [need_x and not phases, need_weight and not channels_last and not phases, need_bias]"),
+    ("convolution: the VJP is not computed either", CONV_OP, "not (ctx.unread and not torch.is_grad_enabled())", "not ctx.unread"),
+    ("convolution: u in the place of grad_y", CONV_OP, "_OPS.backward(grad_y, u, weight, *ctx.geometry, False, True, False)", "_OPS.backward(u, grad_y, weight, *ctx.geometry, False, True, False) if u.shape == grad_y.shape else _OPS.backward(grad_y, 2 * u, weight, *ctx.geometry, False, True, False)"),
+    ("pooling: u not gathered", POOL_OP, "indices.flatten(2))", "indices.flatten(2).flip(2))"),
+    ("pooling: the mean's u by its backward", POOL_OP, "_OPS.average(u, *ctx.geometry) if wanted", "2 * _OPS.average(u, *ctx.geometry) if wanted"),
     ("second derivative a silent zero", MASK_OP, "def backward(ctx, *_):\n        raise NotImplementedError(", "def backward(ctx, *_):\n        return (None,) * 8\n        raise NotImplementedError("),
     ("saved mask scaled in place", MASK_OP, "        mask, mean_map, levels, ranks = ctx.saved_tensors\n", "        mask, mean_map, levels, ranks = ctx.saved_tensors\n        with torch.no_grad():\n            mask.detach().mul_(0.9)\n"),
 ]  # fmt: skip

@@ -43,19 +43,26 @@ void define_schemas(Library& m) {
       "_hsic_objective_backward(Tensor? grad_loss, Tensor? grad_foreground, Tensor? grad_background, Tensor gram_vjp, "
       "Tensor gram_x, Tensor rows, Tensor totals, float lambda_fg, float lambda_bg, int objective, bool need_vjp, bool "
       "need_x, bool need_variance) -> (Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance)");
-  // x acc [N,C,S] contiguous, weight, bias [C] -> y [N,C,S]; float64 [C] mean, biased variance, 1/sqrt(variance + eps)
+  // x [N,C,*], contiguous or channels last; weight, bias acc [C] -> y as x; float64 [C] mean, biased variance,
+  // 1/sqrt(variance + eps)
   m.def(
       "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "
       "Tensor invstd)");
-  // -> grad_x ([0] unless need_x), grad_weight [C], grad_bias [C]
+  // grad_y as x, in its layout too -> grad_x as x ([0] unless need_x), acc grad_weight [C], grad_bias [C]
   m.def(
       "_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool need_x) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x ([0] unless needed) and of weight [C]
+  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x, as x ([0] unless needed), and of
+  // weight, acc [C]
   m.def(
       "_batch_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor invstd, bool need_grad_y, bool need_x) -> (Tensor to_grad_y, Tensor to_x, Tensor "
       "to_weight)");
+  // u, grad_y, saved of one shape and layout; kind: activation_kernels.h -> u·f', u·grad_y·∂f'/∂saved ([0] unless
+  // needed)
+  m.def(
+      "_activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int kind, float a, float b, bool "
+      "need_grad_y, bool need_saved) -> (Tensor to_grad_y, Tensor to_saved)");
   // x float32, any shape -> 2·x + 1: proves that the CUDA library loads, launches on the current stream and returns.
   m.def("_device_check(Tensor x) -> Tensor");
 }

@@ -1,14 +1,13 @@
-// Batch norm in training mode on the CPU, up to its second derivative (SPEC 10), one channel per task.
+// Batch norm in training mode on the CPU, up to its second derivative (SPEC 10): the passes over activations.
 //
 //   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      grad_x = gamma·invstd·(gy - A - x̂·B),  A = ⟨gy⟩, B = ⟨gy·x̂⟩
-//   given u, u_gamma, u_beta:   U = ⟨u⟩, T = ⟨u·x̂⟩, V = ⟨u·gy⟩, kappa = V - A·U - B·T
-//   to gy     gamma·invstd·(u - U - x̂·T) + u_gamma·x̂ + u_beta
-//   to gamma  invstd·n·kappa
-//   to x      invstd·(omega - ⟨omega⟩ - x̂·⟨omega·x̂⟩) - gamma·invstd²·kappa·x̂
-//             omega = -gamma·invstd·(gy·T + B·u) + u_gamma·gy
+//   given u, u_gamma, u_beta:   to gy and to x are affine in (u, gy, x - mean); the coefficients are
+//   batch_norm_cpu.cpp's
 //
 // Passes    one that sums, one that writes: 8 traversals of an activation for the second derivative.
-// Order     a channel is done by one thread, image by image: equal inputs give equal bits at any thread count.
+// Layouts   channels first: a channel is `images` runs of `spatial`; channels last: a row holds every channel.
+// Precision halves are widened to float where they are read and rounded once where they are written; sums in double.
+// Order     a part is done by one thread in memory order: equal inputs give equal bits at any thread count.
 // Twins     ops/batch_norm/reference.py is the truth.
 
 #include "cpu/batch_norm_kernels.h"
@@ -18,139 +17,204 @@
 namespace sib_fast::cpu {
 namespace {
 
-// Calls visit(first element of a run) for every image's run of the channel.
-template <class Visit>
-inline void for_runs(const BatchNormShape& shape, int64_t channel, Visit visit) {
-  for (int64_t n = 0; n < shape.images; ++n) visit((n * shape.channels + channel) * shape.spatial);
+// Values of the channel that an element is in: k(j) is the j-th. Channels first they are a few numbers, held in
+// registers; channels last they are read beside the elements.
+template <class T, int count>
+struct OfChannel {
+  T value[count];
+  T operator()(int j) const { return value[j]; }
+};
+template <class T>
+struct OfColumn {
+  const T* first;
+  int64_t stride, column;
+  T operator()(int j) const { return first[j * stride + column]; }
+};
+
+// Calls visit(i, values of its channel) for every element i of the part.
+template <int count, class T, class Visit>
+inline void for_elements(const BatchNormPart& part, const T* k, Visit visit) {
+  if (part.channels_last) {
+    const int64_t channels = part.channels;
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const int64_t at = row * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) visit(at + c, OfColumn<T>{k, channels, c});
+    }
+    return;
+  }
+  OfChannel<T, count> of;
+  for (int j = 0; j < count; ++j) of.value[j] = k[j];
+  const int64_t spatial = part.spatial;
+  for (int64_t n = 0; n < part.images; ++n) {
+    const int64_t at = (n * part.channels + part.begin) * spatial;
+#pragma omp simd
+    for (int64_t i = at; i < at + spatial; ++i) visit(i, of);
+  }
 }
 
-template <class T>
-ChannelStatistics statistics(const BatchNormShape& shape, const T* x, int64_t channel, double eps) {
-  const double count = static_cast<double>(shape.images * shape.spatial);
-  double sum = 0;
-  for_runs(shape, channel, [&](int64_t at) {
-    double run = 0;
-#pragma omp simd reduction(+ : run)
-    for (int64_t i = 0; i < shape.spatial; ++i) run += static_cast<double>(x[at + i]);
-    sum += run;
-  });
-  const double mean = sum / count;
-  double squares = 0;
-  for_runs(shape, channel, [&](int64_t at) {
-    double run = 0;
-#pragma omp simd reduction(+ : run)
-    for (int64_t i = 0; i < shape.spatial; ++i) {
-      const double d = static_cast<double>(x[at + i]) - mean;
-      run += d * d;
-    }
-    squares += run;
-  });
-  const double variance = squares / count;
-  return {mean, variance, 1.0 / __builtin_sqrt(variance + eps)};
-}
+struct Two {
+  double a, b;
+};
+struct Five {
+  double a, b, d, e, f;
+};
 
-template <class T>
-void normalise(const BatchNormShape& shape, const T* x, int64_t channel, double mean, double invstd, double gamma,
-               double beta, T* y) {
-  const T m = static_cast<T>(mean), scale = static_cast<T>(gamma * invstd), shift = static_cast<T>(beta);
-  for_runs(shape, channel, [&](int64_t at) {
+// sums[k·stride + c] = Σ of the k-th of terms(i, centre of its channel). Channels first, a run has sums of its own
+// before it joins the channel's.
+template <class Terms>
+inline void sum_two(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
+  if (part.channels_last) {
+    const int64_t channels = part.channels;
+    double *a = sums, *b = sums + channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const int64_t at = row * channels;
 #pragma omp simd
-    for (int64_t i = 0; i < shape.spatial; ++i) y[at + i] = (x[at + i] - m) * scale + shift;
-  });
-}
-
-template <class T>
-void backward(const BatchNormShape& shape, const T* grad_y, const T* x, int64_t channel, double mean, double invstd,
-              double gamma, T* grad_x, double* sums) {
-  const double count = static_cast<double>(shape.images * shape.spatial);
-  double sum = 0, dot = 0;
-  for_runs(shape, channel, [&](int64_t at) {
-    double run = 0, run_dot = 0;
-#pragma omp simd reduction(+ : run, run_dot)
-    for (int64_t i = 0; i < shape.spatial; ++i) {
-      const double g = static_cast<double>(grad_y[at + i]);
-      run += g;
-      run_dot += g * (static_cast<double>(x[at + i]) - mean);
-    }
-    sum += run;
-    dot += run_dot;
-  });
-  sums[0] = sum;
-  sums[1] = dot * invstd;
-  if (!grad_x) return;
-  const T scale = static_cast<T>(gamma * invstd), mean_g = static_cast<T>(sum / count), m = static_cast<T>(mean);
-  const T slope = static_cast<T>(dot / count * invstd * invstd);  // B·invstd, so that x̂ need not be formed
-  for_runs(shape, channel, [&](int64_t at) {
-#pragma omp simd
-    for (int64_t i = 0; i < shape.spatial; ++i) {
-      grad_x[at + i] = scale * ((grad_y[at + i] - mean_g) - (x[at + i] - m) * slope);
-    }
-  });
-}
-
-template <class T>
-void double_backward(const BatchNormShape& shape, const T* u, double u_gamma, double u_beta, const T* grad_y,
-                     const T* x, int64_t channel, double mean, double invstd, double gamma, T* to_grad_y, T* to_x,
-                     double* to_gamma) {
-  const double count = static_cast<double>(shape.images * shape.spatial);
-  double sum_u = 0, sum_ux = 0, sum_ug = 0, sum_g = 0, sum_gx = 0;
-  for_runs(shape, channel, [&](int64_t at) {
-    double run_u = 0, run_ux = 0, run_ug = 0, run_g = 0, run_gx = 0;
-#pragma omp simd reduction(+ : run_u, run_ux, run_ug, run_g, run_gx)
-    for (int64_t i = 0; i < shape.spatial; ++i) {
-      const double v = static_cast<double>(u[at + i]), g = static_cast<double>(grad_y[at + i]);
-      const double d = static_cast<double>(x[at + i]) - mean;
-      run_u += v;
-      run_ux += v * d;
-      run_ug += v * g;
-      run_g += g;
-      run_gx += g * d;
-    }
-    sum_u += run_u;
-    sum_ux += run_ux;
-    sum_ug += run_ug;
-    sum_g += run_g;
-    sum_gx += run_gx;
-  });
-  const double A = sum_g / count, B = sum_gx * invstd / count;
-  const double U = sum_u / count, Tx = sum_ux * invstd / count, V = sum_ug / count;
-  const double kappa = V - A * U - B * Tx;
-  *to_gamma = invstd * count * kappa;
-  // Both outputs are affine in (u, gy, x - mean) with coefficients of the channel.
-  const T m = static_cast<T>(mean);
-  const T y_u = static_cast<T>(gamma * invstd), y_one = static_cast<T>(u_beta - gamma * invstd * U);
-  const T y_x = static_cast<T>((u_gamma - gamma * invstd * Tx) * invstd);
-  const double omega_u = -gamma * invstd * B, omega_g = u_gamma - gamma * invstd * Tx;
-  const double omega_mean = omega_u * U + omega_g * A, omega_dot = omega_u * Tx + omega_g * B;
-  const T x_u = static_cast<T>(invstd * omega_u), x_g = static_cast<T>(invstd * omega_g);
-  const T x_one = static_cast<T>(-invstd * omega_mean);
-  const T x_x = static_cast<T>(-(invstd * omega_dot + gamma * invstd * invstd * kappa) * invstd);
-  for_runs(shape, channel, [&](int64_t at) {
-    if (to_grad_y) {
-#pragma omp simd
-      for (int64_t i = 0; i < shape.spatial; ++i) to_grad_y[at + i] = y_u * u[at + i] + y_x * (x[at + i] - m) + y_one;
-    }
-    if (to_x) {
-#pragma omp simd
-      for (int64_t i = 0; i < shape.spatial; ++i) {
-        to_x[at + i] = x_u * u[at + i] + x_g * grad_y[at + i] + x_x * (x[at + i] - m) + x_one;
+      for (int64_t c = 0; c < channels; ++c) {
+        const Two t = terms(at + c, centre[c]);
+        a[c] += t.a;
+        b[c] += t.b;
       }
     }
+    return;
+  }
+  const int64_t spatial = part.spatial;
+  const double middle = centre[0];
+  double a = 0, b = 0;
+  for (int64_t n = 0; n < part.images; ++n) {
+    const int64_t at = (n * part.channels + part.begin) * spatial;
+    double run_a = 0, run_b = 0;
+#pragma omp simd reduction(+ : run_a, run_b)
+    for (int64_t i = at; i < at + spatial; ++i) {
+      const Two t = terms(i, middle);
+      run_a += t.a;
+      run_b += t.b;
+    }
+    a += run_a;
+    b += run_b;
+  }
+  sums[0] = a;
+  sums[1] = b;
+}
+template <class Terms>
+inline void sum_five(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
+  if (part.channels_last) {
+    const int64_t channels = part.channels;
+    double *a = sums, *b = a + channels, *d = b + channels, *e = d + channels, *f = e + channels;
+    for (int64_t c = 0; c < 5 * channels; ++c) sums[c] = 0;
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const int64_t at = row * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        const Five t = terms(at + c, centre[c]);
+        a[c] += t.a;
+        b[c] += t.b;
+        d[c] += t.d;
+        e[c] += t.e;
+        f[c] += t.f;
+      }
+    }
+    return;
+  }
+  const int64_t spatial = part.spatial;
+  const double middle = centre[0];
+  Five all = {0, 0, 0, 0, 0};
+  for (int64_t n = 0; n < part.images; ++n) {
+    const int64_t at = (n * part.channels + part.begin) * spatial;
+    double run_a = 0, run_b = 0, run_d = 0, run_e = 0, run_f = 0;
+#pragma omp simd reduction(+ : run_a, run_b, run_d, run_e, run_f)
+    for (int64_t i = at; i < at + spatial; ++i) {
+      const Five t = terms(i, middle);
+      run_a += t.a;
+      run_b += t.b;
+      run_d += t.d;
+      run_e += t.e;
+      run_f += t.f;
+    }
+    all.a += run_a;
+    all.b += run_b;
+    all.d += run_d;
+    all.e += run_e;
+    all.f += run_f;
+  }
+  sums[0] = all.a;
+  sums[1] = all.b;
+  sums[2] = all.d;
+  sums[3] = all.e;
+  sums[4] = all.f;
+}
+
+template <class E>
+void sums_x(const BatchNormPart& part, const E* x, const double* pivot, double* sums) {
+  sum_two(part, pivot, sums, [=](int64_t i, double centre) {
+    const double d = static_cast<double>(get(x[i])) - centre;
+    return Two{d, d * d};
   });
 }
 
-template <class T>
-constexpr BatchNormKernels<T> kTable = {statistics<T>, normalise<T>, backward<T>, double_backward<T>};
+template <class E>
+void sums_gy(const BatchNormPart& part, const E* gy, const E* x, const double* mean, double* sums) {
+  sum_two(part, mean, sums, [=](int64_t i, double centre) {
+    const double g = static_cast<double>(get(gy[i]));
+    return Two{g, g * (static_cast<double>(get(x[i])) - centre)};
+  });
+}
+
+template <class E>
+void sums_u(const BatchNormPart& part, const E* u, const E* gy, const E* x, const double* mean, double* sums) {
+  sum_five(part, mean, sums, [=](int64_t i, double centre) {
+    const double v = static_cast<double>(get(u[i])), g = static_cast<double>(get(gy[i]));
+    const double d = static_cast<double>(get(x[i])) - centre;
+    return Five{v, v * d, v * g, g, g * d};
+  });
+}
+
+template <class E>
+void write_y(const BatchNormPart& part, const E* x, const Compute<E>* k, E* y) {
+  for_elements<kForwardCoefficients>(
+      part, k, [=](int64_t i, const auto& of) { put(y + i, (get(x[i]) - of(0)) * of(1) + of(2)); });
+}
+
+template <class E>
+void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const Compute<E>* k, E* grad_x) {
+  for_elements<kBackwardCoefficients>(part, k, [=](int64_t i, const auto& of) {
+    put(grad_x + i, of(1) * ((get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3)));
+  });
+}
+
+template <class E>
+void write_second(const BatchNormPart& part, const E* u, const E* gy, const E* x, const Compute<E>* k, E* to_grad_y,
+                  E* to_x) {
+  const auto y_at = [=](int64_t i, const auto& of) { return of(1) * get(u[i]) + of(2) * (get(x[i]) - of(0)) + of(3); };
+  const auto x_at = [=](int64_t i, const auto& of) {
+    return of(4) * get(u[i]) + of(5) * get(gy[i]) + of(6) * (get(x[i]) - of(0)) + of(7);
+  };
+  if (to_grad_y && to_x) {
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) {
+      put(to_grad_y + i, y_at(i, of));
+      put(to_x + i, x_at(i, of));
+    });
+  } else if (to_grad_y) {
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) { put(to_grad_y + i, y_at(i, of)); });
+  } else if (to_x) {
+    for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) { put(to_x + i, x_at(i, of)); });
+  }
+}
+
+template <class E>
+constexpr BatchNormKernels<E> kTable = {sums_x<E>, sums_gy<E>, sums_u<E>, write_y<E>, write_grad_x<E>, write_second<E>};
 
 }  // namespace
 
-template <>
-const BatchNormKernels<float>& SIB_FAST_TABLE(batch_norm_kernels_)<float>() {
-  return kTable<float>;
-}
-template <>
-const BatchNormKernels<double>& SIB_FAST_TABLE(batch_norm_kernels_)<double>() {
-  return kTable<double>;
-}
+#define SIB_FAST_TABLE_OF(E)                                            \
+  template <>                                                           \
+  const BatchNormKernels<E>& SIB_FAST_TABLE(batch_norm_kernels_)<E>() { \
+    return kTable<E>;                                                   \
+  }
+SIB_FAST_TABLE_OF(double)
+SIB_FAST_TABLE_OF(float)
+SIB_FAST_TABLE_OF(BFloat16Bits)
+SIB_FAST_TABLE_OF(Float16Bits)
 
 }  // namespace sib_fast::cpu

@@ -1,42 +1,47 @@
-// Batch norm with batch statistics, its gradient and the gradient of that: per-channel kernels, one table per
-// instruction set. T is float or double, the type of the activations and of what is written; sums are kept in double.
+// Batch norm with batch statistics, its gradient and the gradient of that: sums over a channel, and the passes that
+// write, which are affine with coefficients of the channel. One table per element type and instruction set. What the
+// coefficients are, and who does which part, is in batch_norm_cpu.cpp.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/element_bits.h"
+
 namespace sib_fast::cpu {
 
-// Activations [images, channels, spatial], contiguous: channel c of image n is one run of `spatial` elements.
-struct BatchNormShape {
-  int64_t images, channels, spatial;
+// A part of the activations. Channels first, [images, channels, spatial]: channel `begin`, which is `images` runs of
+// `spatial` elements, and `end` is begin + 1. Channels last, [images·spatial, channels]: rows begin … end with all
+// channels.
+struct BatchNormPart {
+  bool channels_last;
+  int64_t images, channels, spatial, begin, end;
 };
 
-// Statistics of one channel over its images·spatial elements.
-struct ChannelStatistics {
-  double mean, variance, invstd;  // variance biased; invstd = 1/sqrt(variance + eps)
-};
-
-template <class T>
+// Sums and coefficients of channel c are at [k·stride + c] with c counted from the part's first channel; stride is the
+// number of channels in the part: 1 channels first, `channels` channels last. Sums are in double.
+template <class E>
 struct BatchNormKernels {
-  ChannelStatistics (*statistics)(const BatchNormShape&, const T* x, int64_t channel, double eps);
-  // y = gamma·x̂ + beta
-  void (*normalise)(const BatchNormShape&, const T* x, int64_t channel, double mean, double invstd, double gamma,
-                    double beta, T* y);
-  // grad_x = gamma·invstd·(gy - A - x̂·B); sums[2] = Σ gy, Σ gy·x̂. grad_x may be null.
-  void (*backward)(const BatchNormShape&, const T* grad_y, const T* x, int64_t channel, double mean, double invstd,
-                   double gamma, T* grad_x, double* sums);
-  // u, u_gamma, u_beta: cotangents of grad_x, grad_gamma, grad_beta. to_grad_y and to_x may be null; to_gamma is
-  // written.
-  void (*double_backward)(const BatchNormShape&, const T* u, double u_gamma, double u_beta, const T* grad_y, const T* x,
-                          int64_t channel, double mean, double invstd, double gamma, T* to_grad_y, T* to_x,
-                          double* to_gamma);
+  using T = Compute<E>;
+  // Σ (x - pivot), Σ (x - pivot)²
+  void (*sums_x)(const BatchNormPart&, const E* x, const double* pivot, double* sums);
+  // Σ gy, Σ gy·(x - mean)
+  void (*sums_gy)(const BatchNormPart&, const E* gy, const E* x, const double* mean, double* sums);
+  // Σ u, Σ u·(x - mean), Σ u·gy, Σ gy, Σ gy·(x - mean)
+  void (*sums_u)(const BatchNormPart&, const E* u, const E* gy, const E* x, const double* mean, double* sums);
+  // y = (x - k0)·k1 + k2
+  void (*write_y)(const BatchNormPart&, const E* x, const T* k, E* y);
+  // grad_x = k1·((gy - k2) - (x - k0)·k3)
+  void (*write_grad_x)(const BatchNormPart&, const E* gy, const E* x, const T* k, E* grad_x);
+  // to_grad_y = k1·u + k2·(x - k0) + k3;   to_x = k4·u + k5·gy + k6·(x - k0) + k7;   either may be null
+  void (*write_second)(const BatchNormPart&, const E* u, const E* gy, const E* x, const T* k, E* to_grad_y, E* to_x);
 };
+constexpr int kForwardCoefficients = 3, kBackwardCoefficients = 4, kSecondCoefficients = 8;
 
-template <class T>
-const BatchNormKernels<T>& batch_norm_kernels_baseline();
-template <class T>
-const BatchNormKernels<T>& batch_norm_kernels_avx2();
-template <class T>
-const BatchNormKernels<T>& batch_norm_kernels_avx512();
+template <class E>
+const BatchNormKernels<E>& batch_norm_kernels_baseline();
+template <class E>
+const BatchNormKernels<E>& batch_norm_kernels_avx2();
+template <class E>
+const BatchNormKernels<E>& batch_norm_kernels_avx512();
 
 }  // namespace sib_fast::cpu

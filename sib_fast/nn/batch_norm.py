@@ -1,4 +1,5 @@
-"""BatchNorm1d, 2d, 3d whose double backward is one fused op: drop-in for torch.nn's, same parameters, buffers and state_dict."""
+"""BatchNorm1d, 2d, 3d and SyncBatchNorm whose double backward is fused: drop-in for torch.nn's, same parameters, buffers and
+state_dict."""
 
 from __future__ import annotations
 
@@ -6,25 +7,36 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast.ops.batch_norm import batch_norm
+from sib_fast.ops.batch_norm.synchronised import synchronised_batch_norm
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing, whose first forward has counted already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _FusedDoubleBackward:
     """forward of torch.nn's batch norms, with batch statistics by `sib_fast.ops.batch_norm`.
 
     In eval mode with running statistics the layer is linear in x, has a cheap double backward already, and is PyTorch's.
+    Running statistics move once a step: a forward that checkpointing repeats in backward leaves them alone.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        y, mean, variance = batch_norm(input, self.weight, self.bias, eps=self.eps)
-        if self.training and self.track_running_stats and self.running_mean is not None:
-            self._track(mean.detach(), variance.detach(), input.numel() // input.shape[1])
+        y, mean, variance, count = self._normalise(input)
+        if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():
+            self._track(mean.detach(), variance.detach(), count)
         return y
 
+    def _normalise(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+        y, mean, variance = batch_norm(input, self.weight, self.bias, eps=self.eps)
+        return y, mean, variance, input.numel() // input.shape[1]
+
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
         self.num_batches_tracked.add_(1)
         # momentum None is a cumulative average. As a tensor: reading the counter would synchronise with the device.
         factor = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
@@ -42,3 +54,24 @@ class BatchNorm2d(_FusedDoubleBackward, nn.BatchNorm2d):
 
 class BatchNorm3d(_FusedDoubleBackward, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d with a fused double backward. Shapes: [N, C, D, H, W]. Source: SPEC 10."""
+
+
+class SyncBatchNorm(_FusedDoubleBackward, nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm that can be differentiated twice, which PyTorch's cannot; on the CPU (gloo) too.
+
+    Where there is one process, or no process group, it is BatchNorm. Shapes: [N, C, *], N of this process. Source: SPEC 10.
+    """
+
+    differentiable_twice = True  # read by network_checks, which refuses PyTorch's
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        super()._check_non_zero_input_channels(input)
+
+    def _normalise(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.training and distributed:
+            group = self.process_group or torch.distributed.group.WORLD
+            if group.size() > 1:
+                return synchronised_batch_norm(input, self.weight, self.bias, self.eps, group)
+        return super()._normalise(input)

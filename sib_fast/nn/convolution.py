@@ -1,4 +1,4 @@
-"""Conv2d whose double backward takes the ordinary weight-gradient kernel: drop-in for torch.nn's."""
+"""Conv1d, 2d, 3d whose double backward takes the ordinary weight-gradient kernel: drop-in for torch.nn's."""
 
 from __future__ import annotations
 
@@ -8,19 +8,43 @@ from torch import Tensor, nn
 
 from sib_fast.ops.convolution import convolution
 
-# Devices on which the re-routed double backward has been measured to win (benchmarks/results). Elsewhere PyTorch's own runs.
+# Devices on which the re-routed double backward has been measured (benchmarks/convolution_choice.py). Elsewhere PyTorch's runs.
 MEASURED_DEVICES = ("cpu",)
 
 
-class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d with a fast double backward. Shapes: [N, C, H, W] or [C, H, W]. Source: SPEC 10."""
+class _RoutedDoubleBackward:
+    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where that was measured."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Autocast knows PyTorch's convolution, not our op; padding may be the words "same" or "valid".
-        autocast = torch.is_autocast_enabled(input.device.type)
-        if autocast or input.ndim != 4 or input.device.type not in MEASURED_DEVICES or isinstance(self.padding, str):
+        device = input.device.type
+        if input.ndim != weight.ndim or device not in MEASURED_DEVICES or input.is_complex():
             return super()._conv_forward(input, weight, bias)
-        padding = list(self.padding)
-        if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), [0, 0]
+        input, padding = self._padded(input)
+        if torch.is_autocast_enabled(device):  # autocast knows PyTorch's convolution, not our op
+            low = torch.get_autocast_dtype(device)
+            wide = (None, torch.float64)  # autocast leaves float64 alone
+            input, weight, bias = (t if getattr(t, "dtype", None) in wide else t.to(low) for t in (input, weight, bias))
         return convolution(input, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, list[int]]:
+        """The input, padded here where the convolution cannot do it, and what is left for the convolution."""
+        around = self._reversed_padding_repeated_twice  # (left, right) of the last dimension first, as F.pad takes it
+        if self.padding_mode != "zeros":
+            return F.pad(input, around, mode=self.padding_mode), [0] * len(self.stride)
+        if not isinstance(self.padding, str):
+            return input, list(self.padding)
+        if around[::2] == around[1::2]:
+            return input, list(around[::-2])
+        return F.pad(input, around), [0] * len(self.stride)
+
+
+class Conv1d(_RoutedDoubleBackward, nn.Conv1d):
+    """torch.nn.Conv1d with a fast double backward. Shapes: [N, C, L]; [C, L] runs PyTorch's own. Source: SPEC 10."""
+
+
+class Conv2d(_RoutedDoubleBackward, nn.Conv2d):
+    """torch.nn.Conv2d with a fast double backward. Shapes: [N, C, H, W]; [C, H, W] runs PyTorch's own. Source: SPEC 10."""
+
+
+class Conv3d(_RoutedDoubleBackward, nn.Conv3d):
+    """torch.nn.Conv3d with a fast double backward. Shapes: [N, C, D, H, W]; [C, D, H, W] runs PyTorch's own. Source: SPEC 10."""

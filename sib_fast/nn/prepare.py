@@ -6,14 +6,34 @@ from typing import TypeVar
 
 from torch import nn
 
-from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from sib_fast.nn.convolution import Conv2d
+from sib_fast.nn import activation
+from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
+from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.MaxPool2d: MaxPool2d,
+    nn.AvgPool2d: AvgPool2d,
+    nn.ELU: activation.ELU,
+    nn.GELU: activation.GELU,
+    nn.Hardsigmoid: activation.Hardsigmoid,
+    nn.Hardswish: activation.Hardswish,
+    nn.Hardtanh: activation.Hardtanh,
+    nn.LeakyReLU: activation.LeakyReLU,
+    nn.Mish: activation.Mish,
+    nn.ReLU: activation.ReLU,
+    nn.ReLU6: activation.ReLU6,
+    nn.Sigmoid: activation.Sigmoid,
+    nn.SiLU: activation.SiLU,
+    nn.Softplus: activation.Softplus,
+    nn.Tanh: activation.Tanh,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -28,11 +48,11 @@ def _swap(op: str, model: _Model, classes: dict[type[nn.Module], type[nn.Module]
 
 
 def prepare(model: _Model) -> _Model:
-    """Swaps every torch.nn batch norm and Conv2d for `sib_fast.nn`'s, in place. Returns the same model.
+    """Swaps every torch.nn layer that `sib_fast.nn` has under the same name, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
     before or after DDP and `SIBLoss.attach`. Pays for any loss on an input gradient, not only S-IB; without a second
-    derivative it gains nothing. Subclasses, SyncBatchNorm among them, are left alone.
+    derivative it gains nothing. Subclasses are left alone, and so are calls of torch.nn.functional.
 
     Errors:  TypeError if model is no module.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sib_fast.ops.convolution as convolution_op
 from sib_fast.ops.convolution import convolution, reference
 
 CASES = {
@@ -14,6 +15,9 @@ CASES = {
     "depthwise": ((2, 6, 7, 7), (6, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 6)),
     "grouped-dilated": ((2, 4, 9, 9), (8, 2, 3, 3), ([1, 1], [2, 2], [2, 2], 2)),
     "asymmetric": ((2, 3, 8, 12), (4, 3, 1, 5), ([1, 2], [0, 2], [1, 1], 1)),
+    "stem": ((2, 3, 21, 20), (6, 3, 7, 7), ([2, 2], [3, 3], [1, 1], 1)),
+    "patches": ((2, 3, 14, 13), (5, 3, 4, 4), ([4, 4], [0, 0], [1, 1], 1)),
+    "3d": ((2, 2, 4, 5, 6), (4, 2, 3, 3, 3), ([1, 2, 1], [1, 1, 1], [1, 1, 1], 1)),
     "1d": ((2, 3, 12), (4, 3, 5), ([2], [2], [1], 1)),
 }
 
@@ -51,12 +55,71 @@ def test_gradgradcheck():
     assert torch.autograd.gradgradcheck(lambda *t: convolution(*t, [1, 1], [1, 1], [1, 1], 1), (x, w, b))
 
 
+def test_input_gradient_by_phases_is_the_input_gradient():
+    """Kernels smaller and larger than the stride, padding beyond the kernel, pixels that no window sees."""
+    count = 0
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        kernel, stride, padding, size = (
+            torch.randint(low, high, (2,), generator=draw).tolist() for low, high in ((1, 9), (1, 6), (0, 10), (1, 26))
+        )
+        if any(s + 2 * p < k for s, p, k in zip(size, padding, kernel, strict=True)):
+            continue
+        x, weight = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+        grad_y = torch.randn_like(reference.convolution(x, weight, None, stride, padding, [1, 1], 1))
+        want = torch.ops.aten.convolution_backward(
+            grad_y, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+        got = convolution_op._input_gradient_by_phases(grad_y, x, weight, stride, padding)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        count += 1
+    assert count > 300
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_large_depthwise_weight_gradient_in_channels_last(layout, monkeypatch):
+    """The same number from either layout, in float64 to rounding, in the weight's own layout; taken by the rule."""
+    x = torch.randn(2, 6, 15, 14, dtype=torch.float64).contiguous(memory_format=layout)
+    weight, geometry = torch.randn(6, 1, 5, 5, dtype=torch.float64), ([1, 1], [2, 2], [1, 1], 6)
+    grad_y = torch.randn_like(x)
+    calls, way = [], convolution_op._weight_gradient_in_channels_last
+    monkeypatch.setattr(convolution_op, "_weight_gradient_in_channels_last", lambda *a: calls.append(1) or way(*a))
+    got = torch.ops.sib_fast_convolution.backward(grad_y, x, weight, *geometry, True, True, True)
+    want = torch.ops.aten.convolution_backward(grad_y, x, weight, [6], *geometry[:3], False, [0, 0], 6, [True, True, True])
+    assert calls == [1]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert got[1].is_contiguous()
+
+
+@pytest.mark.parametrize("case", ["stem", "patches"])
+def test_phases_serve_the_first_layer_in_float32_and_in_its_layout(case, monkeypatch):
+    shape_x, shape_w, geometry = CASES[case]
+    x, weight = torch.randn(shape_x).contiguous(memory_format=torch.channels_last), torch.randn(shape_w)
+    grad_y = torch.randn_like(convolution(x, weight, None, *geometry))
+    calls, phases = [], convolution_op._input_gradient_by_phases
+    monkeypatch.setattr(convolution_op, "_input_gradient_by_phases", lambda *a: calls.append(1) or phases(*a))
+    op = torch.ops.sib_fast_convolution.backward
+    got = op(grad_y, x, weight, *geometry, True, True, False)
+    assert calls == [1]
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    exact = op(grad_y.double(), x.double(), weight.double(), *geometry, True, True, False)
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck():
     op = torch.ops.sib_fast_convolution
     x, w, b = torch.randn(2, 2, 5, 5), torch.randn(4, 2, 3, 3), torch.randn(4)
     geometry = ([1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(op.forward.default, (x, w, b, *geometry))
     torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), x, w, *geometry, True, True, False))
+    wide, kernel = torch.randn(2, 4, 14, 14), torch.randn(4, 1, 5, 5)
+    torch.library.opcheck(
+        op.backward.default, (torch.randn_like(wide), wide, kernel, [1, 1], [2, 2], [1, 1], 4, True, True, False)
+    )
+    stem, weight, geometry = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 5, 5), ([2, 2], [2, 2], [1, 1], 1)
+    torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), stem, weight, *geometry, True, False, False))
 
 
 def convolution_shapes(function):

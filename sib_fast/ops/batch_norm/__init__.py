@@ -21,8 +21,9 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm by the batch's own statistics, differentiable twice with one fused pass pair per derivative.
 
-    Shapes:  x [N, C, *] float64, float32, bfloat16 or float16; weight, bias [C] or None -> y of x's shape and dtype; mean
-             and biased variance [C], float64 (reference: x's accumulation dtype), not differentiable with a kernel.
+    Shapes:  x [N, C, *] float64, float32, bfloat16 or float16; weight, bias [C] or None -> y of x's shape, dtype and layout
+             (contiguous or channels last; any other is copied once); mean and biased variance [C], float64 (reference: x's
+             accumulation dtype), not differentiable with a kernel.
     Scale:   statistics over the N·* elements of a channel. float32 at least, sums in float64, whatever x is.
     Order:   twice; a third derivative raises (backend="reference" has every order).
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or a third derivative.
@@ -46,9 +47,25 @@ def batch_norm(
     if chosen == REFERENCE:
         y, mean, variance = reference.batch_norm(x.to(acc), weight, bias, eps)
         return y.to(x.dtype), mean, variance
-    rows = x.to(acc).reshape(x.shape[0], channels, -1).contiguous()
-    y, mean, variance, _ = torch.ops.sib_fast._batch_norm(rows, weight, bias, eps)
-    return y.view(x.shape).to(x.dtype), mean, variance
+    # Never a view of x: an in-place ReLU on a view of the result would copy it, forward and backward.
+    y, mean, variance, _ = torch.ops.sib_fast._batch_norm(_dense(x), weight, bias, eps)
+    return y, mean, variance
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x where it is contiguous or channels last, otherwise a contiguous copy."""
+    return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
+
+
+def _as_laid_out(tensor: Tensor, x: Tensor) -> Tensor:
+    """tensor in the layout of x, which is dense; no copy where it has that already."""
+    if x.is_contiguous():
+        return tensor.contiguous()
+    return tensor if _is_channels_last(tensor) else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -57,12 +74,17 @@ def _setup_forward(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, variance, invstd)
     ctx.save_for_backward(x, weight, mean, invstd)
     ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_y, *_):
+    if grad_y is None:
+        return None, None, None, None
     x, weight, mean, invstd = ctx.saved_tensors
     need_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias = torch.ops.sib_fast._batch_norm_backward(grad_y.contiguous(), x, weight, mean, invstd, need_x)
+    grad_x, grad_weight, grad_bias = torch.ops.sib_fast._batch_norm_backward(
+        _as_laid_out(grad_y, x), x, weight, mean, invstd, need_x
+    )
     return grad_x if need_x else None, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
 
 
@@ -75,12 +97,11 @@ def _setup_backward(ctx, inputs, output):
 
 def _double_backward(ctx, u, u_weight, u_bias):
     grad_y, x, weight, mean, invstd = ctx.saved_tensors
-    if u is None or not ctx.need_x:
-        u = torch.zeros_like(x)
+    u = torch.zeros_like(x) if u is None or not ctx.need_x else _as_laid_out(u, x)
     need_grad_y, need_x = ctx.needs_input_grad[:2]
     parts = [None if part is None else part.contiguous() for part in (u_weight, u_bias)]
     to_grad_y, to_x, to_weight = torch.ops.sib_fast._batch_norm_double_backward(
-        u.contiguous(), *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x
+        u, *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x
     )
     return to_grad_y if need_grad_y else None, to_x if need_x else None, None if weight is None else to_weight, None, None, None
 
@@ -102,7 +123,7 @@ if _extension.MISSING["cpu"] is None:
 
     @torch.library.register_fake("sib_fast::_batch_norm_backward")
     def _fake_backward(grad_y, x, weight, mean, invstd, need_x):
-        channel = x.new_empty((x.shape[1],))
+        channel = x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
         return torch.empty_like(x) if need_x else x.new_empty((0,)), channel, torch.empty_like(channel)
 
     @torch.library.register_fake("sib_fast::_batch_norm_double_backward")
@@ -110,7 +131,7 @@ if _extension.MISSING["cpu"] is None:
         def like(need):
             return torch.empty_like(x) if need else x.new_empty((0,))
 
-        return like(need_grad_y), like(need_x), x.new_empty((x.shape[1],))
+        return like(need_grad_y), like(need_x), x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
 
     torch.library.register_autograd("sib_fast::_batch_norm", _backward, setup_context=_setup_forward)
     torch.library.register_autograd("sib_fast::_batch_norm_backward", _double_backward, setup_context=_setup_backward)

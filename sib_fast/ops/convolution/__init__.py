@@ -2,8 +2,12 @@
 
 PyTorch computes the weight's part of the double backward as a forward convolution with a kernel as large as the map, and
 one group at a time. The same number comes out of the kernel that every backward pass uses, with the cotangent of grad_input
-in the place of the input (SPEC 10). No arithmetic of our own: ops, each registered with its gradient, so that a compiled
-step keeps the second derivative.
+in the place of the input (SPEC 10). No kernel of our own: ops, each registered with its gradient, so that a compiled step
+keeps the second derivative.
+
+More savings. Gradients that the running pass does not need are not computed (`sib_fast._needs`). At a network's first layer,
+whose input gradient a plain step never computes: that of a strided convolution of few channels by phases. In a depthwise layer of large kernels: the weight gradient in channels last.
+The choices are rules on shapes, made from measurements; timed at run time they would change bits from run to run.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ def convolution(
 
 
 def _forward(x, weight, bias, stride, padding, dilation, groups):
+    if torch.is_autocast_enabled(x.device.type):  # it would cast here what the caller has decided already
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.convolution(x, weight, bias, stride, padding, dilation, groups)
     return reference.convolution(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -65,8 +72,72 @@ def _gradients(grad_y, x, weight, stride, padding, dilation, groups, needs):
     )
 
 
+def _by_phases(x, weight, stride, dilation, groups) -> bool:
+    """Where oneDNN's strided input gradient was found slower, benchmarks/convolution_choice.py: 7×7 of stride 2 and 4×4 of
+    stride 4 at 3 channels, 2.5 and 3 times; from 3×3 down, and at 64 channels, it was as fast or faster."""
+    few = weight.shape[1] <= 4 and min(weight.shape[2:]) >= 4
+    return x.device.type == "cpu" and x.ndim == 4 and groups == 1 and few and min(stride) >= 2 and max(dilation) == 1
+
+
+def _taps(kernel: int, stride: int, padding: int) -> tuple[list[tuple[int, int, int]], int, int]:
+    """Along one dimension, grad_x[stride·a + r] = Σ grad_y[a + offset]·weight[k]: (r, offset, k) for every k; lowest, highest
+    offset."""
+    taps = []
+    for k in range(kernel):
+        r = (k - padding) % stride
+        taps.append((r, (r + padding - k) // stride, k))
+    offsets = [offset for _, offset, _ in taps]
+    return taps, min(offsets), max(offsets)
+
+
+def _input_gradient_by_phases(grad_y, x, weight, stride, padding):
+    """Every stride-th pixel of grad_x is an ordinary convolution of grad_y with every stride-th tap of the kernel, flipped: one
+    convolution of stride 1 with stride² times the channels, then an interleaving."""
+    outputs, inputs = weight.shape[:2]
+    (rows, low_h, high_h), (columns, low_w, high_w) = (_taps(weight.shape[d + 2], stride[d], padding[d]) for d in range(2))
+    kernel = weight.new_zeros((inputs, *stride, outputs, high_h - low_h + 1, high_w - low_w + 1))
+    for r, offset, k in rows:
+        for q, across, m in columns:
+            kernel[:, r, q, :, offset - low_h, across - low_w] = weight[:, :, k, m].t()
+    # Padding on both sides for every window that touches grad_y; what it makes too many is cut off below.
+    reach = [max(high_h - low_h, -low_h, high_h), max(high_w - low_w, -low_w, high_w)]
+    out = reference.convolution(grad_y, kernel.flatten(0, 2), None, [1, 1], reach, [1, 1], 1)
+    height, width = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    missing = [
+        max(0, start + size - have)
+        for start, size, have in zip((reach[0] + low_h, reach[1] + low_w), (height, width), out.shape[2:], strict=True)
+    ]
+    if max(missing) > 0:  # pixels beyond the last window have no gradient
+        out = torch.nn.functional.pad(out, [0, missing[1], 0, missing[0]])
+    out = out[:, :, reach[0] + low_h :, reach[1] + low_w :][:, :, :height, :width]
+    out = out.unflatten(1, (inputs, *stride)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    return torch.empty_like(x).copy_(out[:, :, : x.shape[2], : x.shape[3]])
+
+
+def _in_channels_last(grad_y, x, weight, groups) -> bool:
+    """Where oneDNN's depthwise weight gradient was found faster in channels last, the conversion counted,
+    benchmarks/convolution_choice.py: kernels of 5×5 and 7×7, three times on maps of 28×28 and more, level at 14×14, the other
+    way round below; at 3×3 the conversion takes what is gained."""
+    depthwise = x.device.type == "cpu" and x.ndim == 4 and groups == x.shape[1] == weight.shape[0] > 1
+    return depthwise and min(weight.shape[2:]) >= 5 and grad_y.shape[2] * grad_y.shape[3] >= 14 * 14
+
+
+def _weight_gradient_in_channels_last(grad_y, x, weight, *geometry):
+    grad_y, x, w = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x, weight))
+    return torch.empty_like(weight).copy_(_gradients(grad_y, x, w, *geometry, [False, True, False])[1])
+
+
 def _backward(grad_y, x, weight, stride, padding, dilation, groups, need_x, need_weight, need_bias):
-    grads = _gradients(grad_y, x, weight, stride, padding, dilation, groups, [need_x, need_weight, need_bias])
+    geometry = (stride, padding, dilation, groups)
+    phases = need_x and _by_phases(x, weight, stride, dilation, groups)
+    channels_last = need_weight and _in_channels_last(grad_y, x, weight, groups)
+    needs, grads = [need_x and not phases, need_weight and not channels_last, need_bias], [None, None, None]
+    if any(needs):
+        grads = list(_gradients(grad_y, x, weight, *geometry, needs))
+    if phases:
+        grads[0] = _input_gradient_by_phases(grad_y, x, weight, stride, padding)
+    if channels_last:
+        grads[1] = _weight_gradient_in_channels_last(grad_y, x, weight, *geometry)
     return tuple(grad if grad is not None else x.new_empty((0,)) for grad in grads)
 
 
@@ -79,9 +150,12 @@ def _setup_forward(ctx, inputs, output):
     x, weight, bias, *geometry = inputs
     ctx.save_for_backward(x, weight)
     ctx.geometry, ctx.has_bias = geometry, bias is not None
+    ctx.set_materialize_grads(False)
 
 
 def _autograd_of_forward(ctx, grad_y):
+    if grad_y is None:
+        return None, None, None, None, None, None, None
     x, weight = ctx.saved_tensors
     needs = (needed(ctx, 0), needed(ctx, 1), ctx.has_bias and needed(ctx, 2))
     grads = _OPS.backward(grad_y, x, weight, *ctx.geometry, *needs)

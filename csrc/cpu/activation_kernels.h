@@ -1,0 +1,30 @@
+// The double backward of a smooth activation y = f(x), element by element, one table per element type and instruction
+// set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/element_bits.h"
+
+namespace sib_fast::cpu {
+
+// Numbers as in sib_fast/ops/activation/__init__.py, KINDS. `saved` is x, or y for sigmoid and tanh.
+enum class Activation : int64_t { hardswish, silu, gelu, gelu_tanh, mish, elu, softplus, sigmoid, tanh };
+constexpr int64_t kActivations = 9;
+
+template <class E>
+struct ActivationKernels {
+  // to_grad_y = u·f',  to_saved = u·gy·∂f'/∂saved over count elements; either may be null. a, b: the kind's parameters.
+  // gelu's f' is not to be had here (it needs erf): to_grad_y must be null.
+  void (*double_backward)(Activation kind, double a, double b, const E* u, const E* gy, const E* saved, int64_t count,
+                          E* to_grad_y, E* to_saved);
+};
+
+template <class E>
+const ActivationKernels<E>& activation_kernels_baseline();
+template <class E>
+const ActivationKernels<E>& activation_kernels_avx2();
+template <class E>
+const ActivationKernels<E>& activation_kernels_avx512();
+
+}  // namespace sib_fast::cpu

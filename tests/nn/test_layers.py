@@ -1,0 +1,182 @@
+"""Every layer of `sib_fast.nn` in a whole S-IB step: eager, compiled, checkpointed, in place, in every layout."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sib_fast
+from sib_fast.nn.prepare import SWAPS
+
+trace_autograd_ops = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad"
+)
+ACTIVATIONS = {
+    "ReLU": nn.ReLU(),
+    "ReLU-in-place": nn.ReLU(inplace=True),
+    "ReLU6-in-place": nn.ReLU6(inplace=True),
+    "Hardtanh": nn.Hardtanh(-0.5, 0.7),
+    "LeakyReLU": nn.LeakyReLU(0.1),
+    "LeakyReLU-negative": nn.LeakyReLU(-0.1),
+    "Hardsigmoid": nn.Hardsigmoid(),
+    "Hardswish-in-place": nn.Hardswish(inplace=True),
+    "Sigmoid": nn.Sigmoid(),
+    "Tanh": nn.Tanh(),
+    "SiLU": nn.SiLU(),
+    "SiLU-in-place": nn.SiLU(inplace=True),
+    "GELU": nn.GELU(),
+    "GELU-tanh": nn.GELU("tanh"),
+    "Mish": nn.Mish(),
+    "ELU": nn.ELU(0.7),
+    "Softplus": nn.Softplus(2.0),
+}
+POOLS = {"max": nn.MaxPool2d(3, 2, 1), "average": nn.AvgPool2d(2)}
+
+
+def network(activation: nn.Module, pool: nn.Module | None = None) -> nn.Sequential:
+    """A strided first layer (phases), a depthwise and an ordinary convolution, batch norm, the activation before and after."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(8),
+        copy.deepcopy(activation),
+        copy.deepcopy(pool) if pool is not None else nn.Identity(),
+        nn.Conv2d(8, 8, 3, padding="same", groups=8),
+        nn.BatchNorm2d(8),
+        copy.deepcopy(activation),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    ).double()
+
+
+def batch():
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(6, 3, 20, 20, generator=draw).double(), torch.randint(0, 5, (6,), generator=draw)
+
+
+def gradients(net, step=None):
+    """Parameter gradients of one S-IB step (or of step), and the buffers after it."""
+    net, (x, y) = copy.deepcopy(net), batch()
+    criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5)
+    step = step or (lambda net, x, y: criterion(net(x), y, x))
+    step(net, x.requires_grad_(), y).backward()
+    return [p.grad for p in net.parameters()], list(net.buffers())
+
+
+def assert_same(got, want, base, bound=1e-11):
+    """Equal to bound, where leaving out the second-order part would be 1,000 times further away at least."""
+    scale = max(w.norm() for w in want)
+    assert max((w - b).norm() for w, b in zip(want, base, strict=True)) > 1e3 * bound * scale
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() <= bound * scale
+
+
+def base_loss(net, x, y):
+    return nn.functional.cross_entropy(net(x), y)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_prepared_step_is_the_plain_one(name, pool, layout):
+    plain = network(ACTIVATIONS[name], POOLS[pool]).to(memory_format=layout)
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    left = [type(m).__name__ for m in fast.modules() if type(m) in SWAPS]
+    assert left == []
+    if name == "Hardsigmoid":  # PyTorch's cannot: its formula in ops that can
+        plain[2] = plain[6] = type("Own", (nn.Module,), {"forward": lambda self, x: (x + 3).clamp(0, 6) / 6})()
+    (want, buffers), (base, _) = gradients(plain), gradients(plain, base_loss)
+    got, got_buffers = gradients(fast)
+    assert_same(got, want, base)
+    for a, b in zip(got_buffers, buffers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_pytorchs_hardsigmoid_cannot():
+    """If it ever can, the note in the README goes."""
+    with pytest.raises(RuntimeError, match="derivative for aten::hardsigmoid_backward is not implemented"):
+        gradients(network(nn.Hardsigmoid()))
+
+
+@trace_autograd_ops
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("name", ["ReLU-in-place", "SiLU-in-place", "Hardswish-in-place", "Hardsigmoid", "GELU", "Sigmoid"])
+def test_a_compiled_step_is_exact(name, pool):
+    net = sib_fast.prepare(network(ACTIVATIONS[name], POOLS[pool]))
+    criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5)
+    (want, buffers), (base, _) = gradients(net), gradients(net, base_loss)
+
+    def compiled(net, x, y):
+        torch._dynamo.reset()
+        return torch.compile(lambda x, y: criterion(net(x), y, x), fullgraph=True, backend="aot_eager")(x, y)
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        got, got_buffers = gradients(net, compiled)
+    assert_same(got, want, base)
+    for a, b in zip(got_buffers, buffers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, body: nn.Sequential) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body[6:](checkpoint(self.body[:6], x, use_reentrant=False))
+
+
+def test_checkpointing_counts_a_batch_once():
+    net = sib_fast.prepare(network(nn.ReLU(inplace=True)))
+    (want, buffers), (base, _) = gradients(net), gradients(net, base_loss)
+    got, got_buffers = gradients(Checkpointed(net))
+    assert_same(got, want, base)
+    for a, b in zip(got_buffers, buffers, strict=True):
+        assert torch.equal(a, b)
+    plain = Checkpointed(network(nn.ReLU(inplace=True)))
+    assert int(gradients(plain)[1][2]) > 1, "PyTorch's counts once too: is the check still needed?"
+    # A forward of its own after a backward counts again.
+    x, _ = batch()
+    for expected in (1, 2):
+        net(x).sum().backward()
+        assert int(net[1].num_batches_tracked) == expected
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.ReLU(), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)], ids=str)
+def test_without_grad_and_in_inference_mode(layer):
+    x = torch.randn(2, 4, 6, 6)
+    fast = sib_fast.prepare(copy.deepcopy(layer))
+    evaluated, want = copy.deepcopy(layer).eval()(x), layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(sib_fast.prepare(copy.deepcopy(layer))(x), want)
+    fast.eval()
+    torch.testing.assert_close(fast(x), evaluated)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_frozen_statistics_in_a_training_step(affine):
+    """Batch norm in eval mode inside a training model, as in fine-tuning: PyTorch's own, both derivatives."""
+    plain = network(nn.SiLU())
+    plain[1] = nn.BatchNorm2d(8, affine=affine).double()
+    for layer in (plain[1], plain[5]):
+        nn.init.normal_(layer.running_mean)
+        layer.running_var.uniform_(0.5, 2)
+        layer.eval()
+    (want, buffers), (base, _) = gradients(plain), gradients(plain, base_loss)
+    got, got_buffers = gradients(sib_fast.prepare(copy.deepcopy(plain)))
+    assert_same(got, want, base)
+    assert all(torch.equal(a, b) for a, b in zip(got_buffers, buffers, strict=True))
+
+
+@pytest.mark.parametrize("plain", SWAPS, ids=lambda c: c.__name__)
+def test_every_swap_has_its_namesake_and_returns(plain):
+    assert SWAPS[plain].__name__ == plain.__name__
+    assert issubclass(SWAPS[plain], plain)
+    assert getattr(sib_fast.nn, plain.__name__) is SWAPS[plain]
+    assert plain.__name__ in sib_fast.nn.__all__

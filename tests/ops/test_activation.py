@@ -1,0 +1,314 @@
+"""activation: PyTorch's values and first derivatives, one pass for the second, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sib_fast.ops.activation import KINDS, activation, reference
+from sib_fast.testing.assertions import assert_no_worse_than
+
+PARAMETERS = {"hardtanh": (-1.5, 2.0), "leaky_relu": (0.1,), "elu": (0.7,), "softplus": (1.5, 20.0)}
+CASES = [(kind, PARAMETERS.get(kind, ())) for kind in KINDS]
+ids = [kind for kind, _ in CASES]
+OWN = {
+    "relu": F.relu,
+    "hardtanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "elu": F.elu,
+    "softplus": F.softplus,
+}
+SMOOTH = [case for case in CASES if KINDS[case[0]].second is not None]
+
+
+def second_order(function, x, dtype=torch.float64, seed=1):
+    """y, grad_x, and the gradients of a function of those with respect to the cotangent and x."""
+    g = torch.Generator().manual_seed(seed)
+    leaf = x.detach().to(dtype).requires_grad_()
+    draw = lambda: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(torch.randn(x.shape, generator=g))  # noqa: E731
+    cotangent, weight = draw().requires_grad_(), draw()
+    y = function(leaf)
+    (first,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
+    to_cotangent, to_x = torch.autograd.grad((first * weight).sum(), [cotangent, leaf], allow_unused=True)
+    return [y.detach(), first.detach(), to_cotangent, torch.zeros_like(x, dtype=dtype) if to_x is None else to_x]
+
+
+def inputs(shape=(4, 5, 6, 7)):
+    """From -9 to 9, past every kink; never at one."""
+    return 3 * torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out-of-place", "in-place"])
+@pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
+def test_float64_agrees_with_the_formula(kind, parameters, inplace, kernel):
+    x = inputs()
+
+    def ours(t):
+        return activation(t * 1 if inplace else t, kind, *parameters, inplace=inplace, backend=kernel)
+
+    got = second_order(ours, x)
+    want = second_order(lambda t: activation(t, kind, *parameters, backend="reference"), x)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    if KINDS[kind].second is not None:
+        assert want[3].abs().max() > 1e-10 * 1e3  # far outside the bound, were it left out
+    assert want[2].abs().max() > 1e-10 * 1e3
+
+
+@pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
+def test_values_and_first_derivatives_are_pytorchs_bit_for_bit_at_kinks_too(kind, parameters, kernel):
+    x = torch.tensor([-6.0, -3.0, -1.5, -0.0, 0.0, 2.0, 3.0, 6.0, -40.0, 40.0, 1e-30, -1e-30])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        results = []
+        for function in (OWN[kind], lambda t, *p: activation(t, kind, *p, backend=kernel)):
+            leaf = x.to(dtype).requires_grad_()
+            y = function(leaf, *parameters)
+            results.append((y.detach(), *torch.autograd.grad(y.sum(), leaf)))
+        for a, b in zip(*results, strict=True):
+            if kind == "hardsigmoid" and dtype == torch.float64:
+                torch.testing.assert_close(a, b, rtol=1e-7, atol=0)  # PyTorch's has a float32 sixth
+            else:
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
+def test_float32_is_no_worse_than_pytorchs_own(kind, parameters, kernel):
+    x = inputs((8, 16, 9, 5)).float().double()
+    got = second_order(lambda t: activation(t, kind, *parameters, backend=kernel), x, torch.float32)
+    exact = second_order(lambda t: reference.activation(t, kind, *parameters), x)
+    low = second_order(
+        (lambda t: reference.activation(t, kind)) if kind == "hardsigmoid" else lambda t: OWN[kind](t, *parameters),
+        x,
+        torch.float32,
+    )
+    for name, a, b, c in zip(("y", "grad_x", "to_grad_y", "to_x"), got, low, exact, strict=True):
+        assert_no_worse_than(a, b, c, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
+def test_halves_are_rounded_once(kind, parameters, dtype, kernel):
+    """The kernel's double backward of half tensors is the float32 one of the same numbers, rounded."""
+    x = inputs((3, 4, 5, 5)).to(dtype)
+    op, rule = torch.ops.sib_fast_activation.double_backward, KINDS[kind]
+    saved = OWN[kind](x, *parameters) if rule.saves_result else x
+    u, g = torch.randn_like(saved), torch.randn_like(saved)
+    got = op(u, g, saved, kind, list(parameters), True, True)
+    wide = op(u.float(), g.float(), saved.float(), kind, list(parameters), True, True)
+    for a, b in zip(got, wide, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(got[1], wide[1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_to_half_is_to_nearest_even(dtype, kernel):
+    """u·gy of 200,000 pairs, subnormal and overflowing ones and a hundred ties among them; and every half there is."""
+    exponents = torch.exp2(torch.randint(-18, 10, (200_000,)).float())
+    pairs = ((torch.randn(200_000) * exponents).to(dtype), torch.randn(200_000).to(dtype))
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for u, g in (pairs, (every, torch.ones_like(every))):
+        got = torch.ops.sib_fast_activation.double_backward(u, g, torch.zeros_like(u), "sigmoid", [], False, True)[1]
+        torch.testing.assert_close(got, (u.float() * g.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
+def test_gradcheck_and_gradgradcheck(kind, parameters, kernel):
+    x = inputs((3, 7)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: activation(t, kind, *parameters, backend=kernel), x)
+    assert torch.autograd.gradgradcheck(lambda t: activation(t, kind, *parameters, backend=kernel), x)
+
+
+@pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
+def test_kernel_and_composed_agree_far_out(kind, parameters, kernel):
+    """Where exp overflows and where 1 − tanh vanishes: finite and equal."""
+    rule = KINDS[kind]
+    x = torch.linspace(-120, 120, 2001, dtype=torch.float64)
+    saved = OWN[kind](x, *parameters) if rule.saves_result else x
+    from sib_fast.ops.activation import _double_backward_composed
+
+    one = torch.ones_like(saved)
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        arguments = (one.to(dtype), one.to(dtype), saved.to(dtype), kind, list(parameters), True, True)
+        got = torch.ops.sib_fast_activation.double_backward(*arguments)
+        want = _double_backward_composed(one, one, saved.to(dtype).double(), kind, list(parameters), True, True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=bound, atol=bound)
+
+
+def filled(step):
+    """How many activation-sized tensors of zeros, and how many ops, a call makes."""
+    names = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket._qualified_op_name)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        step()  # allocates nothing itself
+    zeros = [n for n in names if "zeros" in n or "fill" in n or "zero_" in n]
+    return len(zeros), len(names)
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu"])
+def test_the_double_backward_makes_no_zeros(kind):
+    def double_backward(function):
+        x, parameters = torch.randn(4, 5, requires_grad=True), PARAMETERS.get(kind, ())
+        cotangent = torch.ones(4, 5, requires_grad=True)
+        (first,) = torch.autograd.grad(function(x, *parameters), x, cotangent, create_graph=True)
+        u = torch.ones(4, 5)
+        return lambda: torch.autograd.grad(first, [cotangent, x], u, allow_unused=True)
+
+    assert filled(double_backward(OWN[kind]))[0] > 0, "PyTorch no longer makes zeros: is this op still needed?"
+    zeros, ops = filled(double_backward(lambda x, *p: activation(x, kind, *p)))
+    assert zeros == 0
+    assert ops == 1, "one pass for the cotangent, nothing for x"
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "hardswish", "sigmoid"])
+def test_the_double_backward_is_one_kernel(kind, kernel):
+    x = torch.randn(4, 5, requires_grad=True)
+    (first,) = torch.autograd.grad(activation(x, kind, backend=kernel).sum(), x, create_graph=True)
+    u = torch.ones(4, 5)
+    ops = filled(lambda: torch.autograd.grad(first, [x], u))[1]
+    assert ops <= 3, "the kernel, and for kinds that save y the way from y to x"
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed"])
+@pytest.mark.parametrize("kind", ["relu", "silu"])
+def test_layouts(kind, layout, kernel):
+    x = inputs((3, 4, 5, 6))
+    want = second_order(lambda t: activation(t, kind, backend=kernel), x)
+    other = {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "strided": x.repeat_interleave(2, dim=3)[..., ::2],
+        "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
+    }[layout]
+    g = torch.Generator().manual_seed(1)
+    leaf = other.detach().requires_grad_()
+    cotangent, weight = (torch.randn(x.shape, generator=g).double() for _ in range(2))
+    cotangent.requires_grad_()
+    y = activation(leaf, kind, backend=kernel)
+    (first,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
+    second = torch.autograd.grad((first * weight).sum(), [cotangent, leaf], allow_unused=True)
+    for a, b in zip((y, first, *second), want, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["relu", "hardtanh", "silu"])
+def test_in_place_is_torchs_in_place(kind):
+    """The caller's tensor changes, an alias sees it, a leaf refuses, a tensor that autograd kept says so."""
+    parameters = PARAMETERS.get(kind, ())
+    x = torch.randn(3, 4)
+    want, alias = OWN[kind](x, *parameters), x.view(12)
+    assert activation(x, kind, *parameters, inplace=True) is x
+    assert torch.equal(x, want)
+    assert torch.equal(alias, want.view(12))
+    leaf = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        activation(leaf, kind, *parameters, inplace=True)
+    y = leaf.exp()  # exp keeps its result
+    activation(y, kind, *parameters, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_in_place_on_a_view_and_on_the_result_of_another_op():
+    """ResNet's `out += identity; relu(out)`, and a slice: the base sees the change and its gradient."""
+    results = []
+    for function in (lambda t: F.relu(t, inplace=True), lambda t: activation(t, "relu", inplace=True)):
+        x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        out = x * 2
+        out += x
+        function(out[:, :3])
+        out = out + function((out - 1)[1])
+        (first,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        results.append((out.detach(), first.detach(), *torch.autograd.grad(first.pow(2).sum(), x)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_in_place_keeps_one_tensor_alive():
+    """relu: the result is what backward keeps, so that x's memory is the only one."""
+    x = torch.randn(5, 5, requires_grad=True)
+    hidden = x * 2
+    storage = hidden.data_ptr()
+    activation(hidden, "relu", inplace=True)
+    (kept,) = hidden.grad_fn.saved_tensors
+    assert kept.data_ptr() == storage
+
+
+def test_third_derivative(kernel):
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for kind, exists in (("relu", True), ("silu", False)):
+        (first,) = torch.autograd.grad(activation(x, kind, backend=kernel).pow(4).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        if exists:
+            (third,) = torch.autograd.grad(second.sum(), x)
+            assert torch.isfinite(third).all()
+        else:
+            with pytest.raises(NotImplementedError, match="third derivative exists only with backend='reference'"):
+                second.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+@pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
+def test_opcheck(kind, parameters, kernel):
+    op, given = torch.ops.sib_fast_activation, [float(p) for p in parameters]
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    g = torch.randn(3, 4, 5)
+    torch.library.opcheck(op.forward.default, (x, kind, given))
+    torch.library.opcheck(op.forward_.default, (x.detach().clone(), kind, given))
+    torch.library.opcheck(op.backward.default, (g, x.detach(), kind, given))
+    if KINDS[kind].second is not None:
+        torch.library.opcheck(op.double_backward.default, (g, g + 1, x.detach(), kind, given, True, True))
+
+
+def test_every_element_is_written_and_threads_change_no_bit(kernel, poisoned_memory):
+    x, u, g = (inputs((3, 70000)).float() for _ in range(3))  # more than one block a thread, and a rest
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.sib_fast_activation.double_backward(u, g, x, "silu", [], True, True))
+    finally:
+        torch.set_num_threads(before)
+    for result in results:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.isfinite(a).all()
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 4), (2, 0, 3)], ids=str)
+def test_empty(shape, kernel):
+    for kind in ("relu", "silu"):
+        results = second_order(lambda t, kind=kind: activation(t, kind, backend=kernel), torch.empty(shape))
+        assert all(r.shape == shape for r in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((torch.ones(3), "swoosh"), ValueError, "kind must be one of 'relu', .*, got 'swoosh'"),
+        ((torch.ones(3), "elu"), ValueError, "parameters must be 1 numbers for 'elu', got 0"),
+        ((torch.ones(3), "leaky_relu", -0.1), ValueError, r"the slope must be at least 0, .* got -0\.1"),
+        ((torch.ones(3, dtype=torch.int64), "relu"), TypeError, "x must be float64, float32"),
+        (("x", "relu"), TypeError, "x must be a tensor, got str"),
+    ],
+)
+def test_bad_input(arguments, error, match):
+    with pytest.raises(error, match=match):
+        activation(*arguments)

@@ -398,6 +398,9 @@ inline double __longlong_as_double(long long i) {
   std::memcpy(&v, &i, 8);
   return v;
 }
+inline unsigned __float2uint_rn(float v) { return static_cast<unsigned>(std::nearbyint(v)); }
+inline unsigned long long __float2ull_rn(float v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
+inline unsigned long long __double2ull_rn(double v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
 template <class T>
 T __ldg(const T* p) {
   return *p;

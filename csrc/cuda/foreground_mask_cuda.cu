@@ -48,17 +48,18 @@ struct Counters {
 template <class Key>
 __device__ __forceinline__ void clear(SelectionState<Key>& state) {
   for (int w = 0; w < kMaxWindows; ++w) state.filled[w] = 0;
-  state.counted = state.collected = state.not_finite = 0;
+  state.ties = state.counted = state.collected = state.not_finite = 0;
 }
 
 // mean_map_kernel: m = mean over channels, and the least and greatest |m| of each chunk.
 //
 // Shapes    vjp [N, C, H, W], any strides; out mean_map [N, P], ranges [N, chunks, 2]; counters zeroed.
-// Launch    256 threads, one block a chunk of kChunk pixels of an image, V pixels a thread and load (16 bytes, where
-//           planes are contiguous and aligned, else V = 1).
+// Launch    256 threads, one block a chunk of kChunk pixels of an image. A load is 16 bytes of V pixels where planes
+// are
+//           contiguous, of A channels where a pixel's channels are (channels_last), else V = A = 1.
 // Traffic   reads vjp once, writes mean_map.
 // Order     channels in ascending order, in T, whatever the layout: the same bits.
-template <class S, class T, int V, class KeyD>
+template <class S, class T, int V, int A, class KeyD>
 __global__ void __launch_bounds__(kThreads)
     mean_map_kernel(const __grid_constant__ MapView vjp, T* __restrict__ mean_map,
                     decltype(magnitude_key(T()))* __restrict__ ranges,
@@ -88,10 +89,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     T sum[V] = {};
 #pragma unroll 4
-    for (int64_t c = 0; c < vjp.channels; ++c) {
-      const auto pack = *reinterpret_cast<const Pack<S, V>*>(image + c * vjp.stride_c + offset);
+    for (int64_t c = 0; c < vjp.channels; c += A) {
+      const auto pack = *reinterpret_cast<const Pack<S, V * A>*>(image + c * vjp.stride_c + offset);
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += static_cast<T>(pack.value[v]);
+      for (int v = 0; v < V * A; ++v) sum[v % V] += static_cast<T>(pack.value[v]);
     }
     Pack<T, V> out;
 #pragma unroll
@@ -180,10 +181,14 @@ template <class S, class T, class KeyG, class KeyD>
 void launch_mean_map(const MapView& vjp, T* mean_map, KeyG* ranges, const Counters<KeyG, KeyD>& counters,
                      const Options& o, int64_t chunks, Stream stream) {
   constexpr int kPack = 16 / static_cast<int>(sizeof(S));
-  const bool aligned = reinterpret_cast<uintptr_t>(vjp.data) % 16 == 0 && o.pixels() % kPack == 0 &&
-                       vjp.stride_n % kPack == 0 && vjp.stride_c % kPack == 0;
-  const auto kernel =
-      vjp.flat && vjp.stride_w == 1 && aligned ? mean_map_kernel<S, T, kPack, KeyD> : mean_map_kernel<S, T, 1, KeyD>;
+  const auto whole = [](int64_t elements) { return elements % kPack == 0; };
+  const bool aligned = reinterpret_cast<uintptr_t>(vjp.data) % 16 == 0 && whole(vjp.stride_n);
+  auto kernel = mean_map_kernel<S, T, 1, 1, KeyD>;
+  if (aligned && vjp.flat && vjp.stride_w == 1 && whole(vjp.stride_c) && whole(o.pixels())) {
+    kernel = mean_map_kernel<S, T, kPack, 1, KeyD>;
+  } else if (aligned && vjp.stride_c == 1 && whole(vjp.channels) && whole(vjp.stride_h) && whole(vjp.stride_w)) {
+    kernel = mean_map_kernel<S, T, 1, kPack, KeyD>;
+  }
   launch(kOp, kernel, grid_of(o.images * chunks), dim3(kThreads), 2 * kThreads * sizeof(KeyG), stream, vjp, mean_map,
          ranges, counters, o.pixels(), static_cast<uint32_t>(chunks));
 }
@@ -247,6 +252,7 @@ void run_forward(const Options& o, const Tensor& vjp, const int32_t* given, Outp
   const int64_t candidates_g = (kLevels - 1) * sizeof(Compound<KeyG>), candidates_d = sizeof(Compound<Sum>);
   const int64_t candidates_at =
       plan.take(given || sorts ? 0 : N * capacity * (candidates_g > candidates_d ? candidates_g : candidates_d));
+  const int64_t tie_bits_at = plan.take(given || sorts ? 0 : N * divide_up(P, 32) * sizeof(uint32_t));
   const int64_t rows_at = plan.take(N * P * sizeof(Sum));
   const int64_t sums_at = plan.take(sums_in_mask ? 0 : N * P * sizeof(Sum));
   const int64_t orders_at = plan.take(sorts ? 2 * N * P * sizeof(int32_t) : 0);
@@ -288,6 +294,7 @@ void run_forward(const Options& o, const Tensor& vjp, const int32_t* given, Outp
                          kLo,
                          {window[kLo], window[kHi], window[kGate]},
                          log2_bins,
+                         reinterpret_cast<uint32_t*>(base + tie_bits_at),
                          histogram_g,
                          state_g,
                          reinterpret_cast<Compound<KeyG>*>(base + candidates_at),
@@ -315,6 +322,7 @@ void run_forward(const Options& o, const Tensor& vjp, const int32_t* given, Outp
                          kArea,
                          {window[kArea]},
                          log2_bins,
+                         nullptr,
                          counters.histogram_d,
                          state_d,
                          reinterpret_cast<Compound<Sum>*>(base + candidates_at),

@@ -53,7 +53,9 @@ struct SelectionState {
     Key from, to;        // keys of the bins that hold the window's ranks, both included
     uint32_t base, end;  // rank of the first pixel in them, and of the first one behind them
   } interval[kMaxWindows];
+  bool tied[kMaxWindows];  // all the window's ranks hold the plane's least key
   uint32_t filled[kMaxWindows];
+  uint32_t ties;                // pixels of the least key
   uint32_t counted, collected;  // blocks that are done
   uint32_t not_finite;          // set where a value cannot be ordered: the image's quantile is then NaN
 };
@@ -69,6 +71,8 @@ struct Selection {
   int first_level;
   SoftRanks window[kMaxWindows];
   int log2_bins;
+  uint32_t*
+      tie_bits;  // [N, ⌈P/32⌉], bit p % 32 of word p / 32: pixel p has the least key; null where they are not kept
   uint32_t* histogram;         // [N, bins], zeroed by the first kernel
   SelectionState<Key>* state;  // [N]
   Compound<Key>* candidates;   // [N, windows, capacity]
@@ -105,6 +109,7 @@ __device__ __forceinline__ void finish_histogram(const Selection<Plane>& s, int6
     const int64_t last = s.window[w].first + s.window[w].length - 1;
     const uint32_t start = static_cast<uint32_t>(s.window[w].first < 0 ? 0 : s.window[w].first);
     const uint32_t stop = static_cast<uint32_t>(last < s.pixels ? last : s.pixels - 1);
+    if (threadIdx.x == 0) state.tied[w] = s.tie_bits != nullptr && stop < state.ties;
     const bool holds_start = has_bins && before <= start && start - before < mine;
     const bool holds_stop = has_bins && before <= stop && stop - before < mine;
     if (!holds_start && !holds_stop) continue;
@@ -129,7 +134,7 @@ __device__ __forceinline__ void finish_histogram(const Selection<Plane>& s, int6
 //
 // Shapes    plane [N, P]; ranges [N, chunks, 2], the least and greatest key of each chunk; out histogram, intervals.
 // Launch    256 threads, one block a chunk of an image; shared memory: the bins.
-// Traffic   reads the plane once.
+// Traffic   reads the plane once, writes one bit a pixel.
 // Order     integers only: any order gives the same counts.
 // Twins     cpu/foreground_mask_kernels.cpp select_ranks.
 template <class Plane>
@@ -155,6 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = chunk * s.chunk, end = begin + s.chunk < s.pixels ? begin + s.chunk : s.pixels;
   const int64_t image = n * s.pixels;
   constexpr int kLoads = 4;  // in flight a thread
+  const int64_t words = (s.pixels + 31) / 32;
   uint32_t ties = 0;
   for (int64_t base = begin; base < end; base += kLoads * kThreads) {
     Key key[kLoads];
@@ -168,11 +174,16 @@ __global__ void __launch_bounds__(kThreads)
       const bool inside = base + k * kThreads + threadIdx.x < end;
       // Exact zeros by the thousand are normal: counted by ballot, or their bin's additions would queue up.
       const bool tie = inside && key[k] == low;
-      ties += static_cast<uint32_t>(__popc(__ballot_sync(kWholeWarp, tie)));
+      const uint32_t bits = __ballot_sync(kWholeWarp, tie);
+      ties += static_cast<uint32_t>(__popc(bits));
+      if (lane_of_thread() == 0 && inside) s.tie_bits[(n * words) + (base + k * kThreads + threadIdx.x) / 32] = bits;
       if (inside && !tie) atomicAdd(&shared[(key[k] - low) >> shift], 1u);
     }
   }
-  if (lane_of_thread() == 0 && ties != 0) atomicAdd(&shared[0], ties);
+  if (lane_of_thread() == 0 && ties != 0) {
+    atomicAdd(&shared[0], ties);
+    atomicAdd(&s.state[n].ties, ties);
+  }
   __syncthreads();
   finish_histogram(s, n, low, shift, s.chunks, shared, spare);
 }
@@ -197,21 +208,50 @@ struct PixelRange {
   uint32_t base, size;  // rank of the first pixel in it, number of pixels
 };
 
-// The items that selection reads: an image's plane, or the candidates collected from it.
+// The items that selection reads: an image's plane, or the candidates collected from it. Those from `low` to `high` lie
+// among the indices begin … end - 1: a range within one key is a run of pixels.
 template <class Plane>
 struct PlaneItems {
+  using C = Compound<typename Plane::Key>;
   const Plane& plane;
   int64_t image, count;
-  __device__ __forceinline__ Compound<typename Plane::Key> at(int64_t i) const {
-    return compound(plane.key(image + i), static_cast<uint32_t>(i));
+  __device__ __forceinline__ C at(int64_t i) const { return compound(plane.key(image + i), static_cast<uint32_t>(i)); }
+  __device__ __forceinline__ void bounds(C low, C high, int64_t& begin, int64_t& end) const {
+    const bool one_key = (low >> 32) == (high >> 32);
+    begin = one_key ? pixel_of(low) : 0;
+    end = one_key && static_cast<uint32_t>(high) < static_cast<uint64_t>(count) ? pixel_of(high) + int64_t{1} : count;
   }
 };
-template <class C>
+template <class CompoundKey>
 struct ListItems {
+  using C = CompoundKey;
   const C* list;
   int64_t count;
   __device__ __forceinline__ C at(int64_t i) const { return list[i]; }
+  __device__ __forceinline__ void bounds(C, C, int64_t& begin, int64_t& end) const {
+    begin = 0;
+    end = count;
+  }
 };
+
+// Calls visit(item) for the items from `low` to `high`, both included; several loads of a thread are under way at once.
+template <class Items, class Visit>
+__device__ __forceinline__ void visit_items(const Items& items, typename Items::C low, typename Items::C high,
+                                            const Visit& visit) {
+  using C = typename Items::C;
+  constexpr int kLoads = 64 / static_cast<int>(sizeof(C));
+  int64_t begin, end;
+  items.bounds(low, high, begin, end);
+  for (int64_t base = begin + threadIdx.x; base < end; base += kLoads * kThreads) {
+    C item[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) item[k] = base + k * kThreads < end ? items.at(base + k * kThreads) : ~C(0);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (base + k * kThreads < end && item[k] >= low && item[k] <= high) visit(item[k]);
+    }
+  }
+}
 
 // The part of `range` around `rank`, at most kCrowd pixels: bin by bin, the range shrunk to the pixels' own between.
 template <class Key, class Items>
@@ -220,19 +260,15 @@ __device__ __forceinline__ PixelRange<Compound<Key>> narrow(const Items& items, 
   using C = Compound<Key>;
   while (range.size > kCrowd) {
     C low = ~C(0), high = 0;
-    for (int64_t i = threadIdx.x; i < items.count; i += kThreads) {
-      const C item = items.at(i);
-      if (item < range.low || item > range.high) continue;
+    visit_items(items, range.low, range.high, [&](C item) {
       low = item < low ? item : low;
       high = item > high ? item : high;
-    }
+    });
     for (int b = threadIdx.x; b < kNarrowBins; b += kThreads) shared->bins[b] = 0;
     block_extremes(low, high, shared->chosen);
     const int shift = bin_shift(static_cast<C>(high - low), kLog2NarrowBins);
-    for (int64_t i = threadIdx.x; i < items.count; i += kThreads) {
-      const C item = items.at(i);
-      if (item >= low && item <= high) atomicAdd(&shared->bins[static_cast<uint32_t>((item - low) >> shift)], 1u);
-    }
+    visit_items(items, low, high,
+                [&](C item) { atomicAdd(&shared->bins[static_cast<uint32_t>((item - low) >> shift)], 1u); });
     __syncthreads();
     const uint32_t left = shared->bins[2 * threadIdx.x], right = shared->bins[2 * threadIdx.x + 1];
     uint32_t all = 0;
@@ -271,10 +307,7 @@ __device__ __forceinline__ void rank_window_pixels(const Items& items, PixelRang
   }
   if (threadIdx.x == 0) shared->filled = 0;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < items.count; i += kThreads) {
-    const C item = items.at(i);
-    if (item >= range.low && item <= range.high) shared->chosen[atomicAdd(&shared->filled, 1u)] = item;
-  }
+  visit_items(items, range.low, range.high, [&](C item) { shared->chosen[atomicAdd(&shared->filled, 1u)] = item; });
   for (int64_t j = threadIdx.x; j < window.length; j += kThreads) {
     const int64_t rank = window.first + j;
     if (rank < 0 || rank >= pixels) rank_pixels[j] = -1;
@@ -286,6 +319,28 @@ __device__ __forceinline__ void rank_window_pixels(const Items& items, PixelRang
     for (uint32_t j = 0; j < range.size; ++j) below += shared->chosen[j] < mine;
     const int64_t entry = static_cast<int64_t>(range.base) + below - window.first;
     if (entry >= 0 && entry < window.length) rank_pixels[entry] = pixel_of(mine);
+  }
+  __syncthreads();
+}
+
+// The same where all ranks lie among the pixels of the least key: rank k is the k-th set bit.
+__device__ __forceinline__ void tied_window_pixels(const uint32_t* __restrict__ bits, const SoftRanks& window,
+                                                   int64_t pixels, int32_t* rank_pixels, uint32_t* spare) {
+  const int64_t words = (pixels + 31) / 32, run = (words + kThreads - 1) / kThreads;
+  const int64_t begin = threadIdx.x * run, end = begin + run < words ? begin + run : words;
+  uint32_t mine = 0, all = 0;
+  for (int64_t i = begin; i < end; ++i) mine += static_cast<uint32_t>(__popc(bits[i]));
+  int64_t entry = static_cast<int64_t>(block_inclusive_scan(mine, spare, all) - mine) - window.first;
+  if (entry < window.length && entry + mine > 0) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (uint32_t left = bits[i]; left != 0; left &= left - 1, ++entry) {
+        if (entry < 0 || entry >= window.length) continue;
+        rank_pixels[entry] = static_cast<int32_t>(32 * i + __ffs(static_cast<int>(left)) - 1);
+      }
+    }
+  }
+  for (int64_t j = threadIdx.x; j < window.length; j += kThreads) {
+    if (window.first + j < 0 || window.first + j >= pixels) rank_pixels[j] = -1;
   }
   __syncthreads();
 }
@@ -338,7 +393,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant
     const bool used = w < s.windows;
     from[w] = used ? state.interval[w].from : 0;
     span[w] = used ? state.interval[w].to - from[w] : 0;
-    wanted[w] = used && state.interval[w].end - state.interval[w].base <= s.capacity;
+    wanted[w] = used && !state.tied[w] && state.interval[w].end - state.interval[w].base <= s.capacity;
   }
   const int64_t begin = chunk * s.chunk, end = begin + s.chunk < s.pixels ? begin + s.chunk : s.pixels;
   const int64_t image = n * s.pixels;
@@ -369,7 +424,10 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant
     const PixelRange<C> range{compound(interval.from, 0u), compound(interval.to, 0xffffffffu), interval.base,
                               interval.end - interval.base};
     int32_t* out = s.rank_pixels + (n * kLevels + s.first_level + w) * s.window[w].length;
-    if (range.size <= s.capacity) {
+    if (state.tied[w]) {
+      const uint32_t* bits = s.tie_bits + n * ((s.pixels + 31) / 32);
+      tied_window_pixels(bits, s.window[w], s.pixels, out, shared->spare);
+    } else if (range.size <= s.capacity) {
       const ListItems<C> list{s.candidates + (n * s.windows + w) * s.capacity, range.size};
       rank_window_pixels<Key>(list, range, s.window[w], s.pixels, out, shared);
     } else {

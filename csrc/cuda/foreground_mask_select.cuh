@@ -71,8 +71,7 @@ struct Selection {
   int first_level;
   SoftRanks window[kMaxWindows];
   int log2_bins;
-  uint32_t*
-      tie_bits;  // [N, ⌈P/32⌉], bit p % 32 of word p / 32: pixel p has the least key; null where they are not kept
+  uint32_t* tie_bits;          // [N, ⌈P/32⌉]: bit p % 32 of word p / 32 says that p has the least key; or null
   uint32_t* histogram;         // [N, bins], zeroed by the first kernel
   SelectionState<Key>* state;  // [N]
   Compound<Key>* candidates;   // [N, windows, capacity]
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
       const bool tie = inside && key[k] == low;
       const uint32_t bits = __ballot_sync(kWholeWarp, tie);
       ties += static_cast<uint32_t>(__popc(bits));
-      if (lane_of_thread() == 0 && inside) s.tie_bits[(n * words) + (base + k * kThreads + threadIdx.x) / 32] = bits;
+      if (lane_of_thread() == 0 && inside) s.tie_bits[n * words + (base + k * kThreads + threadIdx.x) / 32] = bits;
       if (inside && !tie) atomicAdd(&shared[(key[k] - low) >> shift], 1u);
     }
   }

@@ -248,7 +248,7 @@ __device__ __forceinline__ void slide(const Columns& c, const Walk& walk, const 
 // Traffic   reads each row sum twice, and those of the first window of a band; writes out once.
 // Order     integers: exact in any order.
 template <class Plane>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_sums_kernel(const __grid_constant__ Columns c, const __grid_constant__ Selection<Plane> s,
                        const typename Plane::Key* __restrict__ rows, typename Plane::Key* __restrict__ out, int shift,
                        bool select) {

@@ -60,7 +60,7 @@ __device__ __forceinline__ void clear(SelectionState<Key>& state) {
 // Traffic   reads vjp once, writes mean_map.
 // Order     channels in ascending order, in T, whatever the layout: the same bits.
 template <class S, class T, int V, int A, class KeyD>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     mean_map_kernel(const __grid_constant__ MapView vjp, T* __restrict__ mean_map,
                     decltype(magnitude_key(T()))* __restrict__ ranges,
                     const __grid_constant__ Counters<decltype(magnitude_key(T())), KeyD> counters, int64_t pixels,

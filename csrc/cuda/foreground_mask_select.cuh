@@ -378,7 +378,7 @@ __device__ __forceinline__ void write_levels(const Selection<Plane>& s, int64_t 
 // Order     candidates arrive in any order and are ranked by (key, pixel): equal inputs give equal bits.
 // Twins     cpu/foreground_mask_kernels.cpp select_ranks, soft_quantile.
 template <class Plane>
-__global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant__ Selection<Plane> s) {
+__global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_constant__ Selection<Plane> s) {
   using Key = typename Plane::Key;
   using C = Compound<Key>;
   auto* shared = dynamic_shared<SelectWorkspace<Key>>();
@@ -451,7 +451,7 @@ constexpr int kDigits = 1 << kDigitBits;
 // Order     stable: ties go to the lower pixel.
 // Twins     reference.py, argsort(stable=True).
 template <class Plane>
-__global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ Selection<Plane> s, int32_t* orders) {
+__global__ void __launch_bounds__(kThreads, 3) sort_kernel(const __grid_constant__ Selection<Plane> s, int32_t* orders) {
   double* sums = dynamic_shared<double>();                   // [32]
   uint32_t* spare = reinterpret_cast<uint32_t*>(sums + 32);  // [32]
   uint32_t* counts = spare + 32;                             // [kDigits, kThreads]

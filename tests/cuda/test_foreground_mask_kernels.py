@@ -137,6 +137,23 @@ def test_unaligned_maps_take_scalar_loads(dtype, offset, kernel):
     assert torch.equal(mean_map, want)
 
 
+@pytest.mark.parametrize("channels", [16, 18])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packed_channels_give_the_same_bits(dtype, channels, kernel):
+    """16 channels fill whole loads of channels_last maps in every type, 18 do not; a slice of a larger map has other strides."""
+    vjp = torch.randn(2, channels, 9, 8).to(dtype)
+    want = selected_ranks(vjp, DEFAULTS, kernel)[0]
+    last = vjp.contiguous(memory_format=torch.channels_last)
+    wider = torch.cat([vjp, vjp], dim=1).contiguous(memory_format=torch.channels_last)[:, :channels]
+    cut = torch.cat([last, last], dim=3)[..., :8]
+    for same in (last, wider, cut):
+        assert torch.equal(selected_ranks(same, DEFAULTS, kernel)[0], want)
+    ascending = torch.zeros_like(want)
+    for plane in vjp.unbind(1):
+        ascending = ascending + plane.to(want.dtype)
+    assert torch.equal(want, ascending * torch.tensor(1 / channels, dtype=want.dtype))
+
+
 def test_an_image_s_bits_do_not_depend_on_its_batch(kernel):
     vjp = torch.randn(5, 2, 70, 130)
     cotangent = torch.randn(5, 1, 70, 130)

@@ -51,16 +51,19 @@ struct GateSource {
   SelectionState<Sum>* state;  // [N], of d
 
   struct Row {
+    const T* mean_map;
     T gate, steepness, one;
     uint32_t* not_finite;
   };
   static constexpr bool kNeedsTotal = false;
-  __device__ __forceinline__ Row prepare(int64_t n) const {
+  __device__ __forceinline__ Row prepare(int64_t row, int64_t height, int64_t width) const {
+    const int64_t n = row / height;
     const T* level = levels + n * kLevels;
-    return {level[kGate], steepness_of(level, slope, eps), static_cast<T>(one), &state[n].not_finite};
+    return {mean_map + row * width, level[kGate], steepness_of(level, slope, eps), static_cast<T>(one),
+            &state[n].not_finite};
   }
-  __device__ __forceinline__ Sum at(const Row& row, int64_t i) const {
-    const T h = sigmoid((magnitude(mean_map[i]) - row.gate) * row.steepness);
+  __device__ __forceinline__ Sum at(const Row& row, uint32_t x) const {
+    const T h = sigmoid((magnitude(row.mean_map[x]) - row.gate) * row.steepness);
     if (!(h >= T(0))) {  // NaN has no fixed point: the image's mask becomes NaN
       atomicOr(row.not_finite, 1u);
       return 0;
@@ -81,13 +84,19 @@ struct GradSource {
   uint32_t* arrived;   // [N], zeroed here for column_grads_kernel
   T* plane;            // null, or [N, P] to keep z in
 
-  struct Row {};
+  struct Row {
+    const T* grad_mask;
+    const T* mask;
+    T* plane;
+  };
   static constexpr bool kNeedsTotal = true;
-  __device__ __forceinline__ Row prepare(int64_t) const { return {}; }
-  __device__ __forceinline__ Sum at(const Row&, int64_t i) const {
-    const T m = mask[i];
-    const T z = slope * m * (T(1) - m) * grad_mask[i];
-    if (plane != nullptr) plane[i] = z;
+  __device__ __forceinline__ Row prepare(int64_t row, int64_t, int64_t width) const {
+    return {grad_mask + row * width, mask + row * width, plane == nullptr ? nullptr : plane + row * width};
+  }
+  __device__ __forceinline__ Sum at(const Row& row, uint32_t x) const {
+    const T m = row.mask[x];
+    const T z = slope * m * (T(1) - m) * row.grad_mask[x];
+    if (row.plane != nullptr) row.plane[x] = z;
     return static_cast<double>(z);
   }
   __device__ __forceinline__ void finish(int64_t row, int64_t height, Sum total) const {
@@ -102,10 +111,12 @@ struct PlaneSource {
   using Sum = double;
   const T* plane;
 
-  struct Row {};
+  struct Row {
+    const T* plane;
+  };
   static constexpr bool kNeedsTotal = false;
-  __device__ __forceinline__ Row prepare(int64_t) const { return {}; }
-  __device__ __forceinline__ Sum at(const Row&, int64_t i) const { return static_cast<double>(plane[i]); }
+  __device__ __forceinline__ Row prepare(int64_t row, int64_t, int64_t width) const { return {plane + row * width}; }
+  __device__ __forceinline__ Sum at(const Row& row, uint32_t x) const { return static_cast<double>(row.plane[x]); }
   __device__ __forceinline__ void finish(int64_t, int64_t, Sum) const {}
 };
 
@@ -126,29 +137,32 @@ __global__ void __launch_bounds__(kThreads)
   using Sum = typename Source::Sum;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp_of_thread();
   if (row >= rows) return;  // a whole warp: nothing below waits for it
-  Sum* prefix = dynamic_shared<Sum>() + warp_of_thread() * width;
-  const int lane = lane_of_thread();
-  const int64_t at = row * width;
-  const typename Source::Row context = source.prepare(row / height);
-  for (int64_t x = lane; x < width; x += 32) prefix[x] = source.at(context, at + x);
+  const uint32_t columns = static_cast<uint32_t>(width), far = static_cast<uint32_t>(reach);
+  Sum* prefix = dynamic_shared<Sum>() + warp_of_thread() * columns;
+  const uint32_t lane = static_cast<uint32_t>(lane_of_thread());
+  const typename Source::Row context = source.prepare(row, height, width);
+#pragma unroll 4
+  for (uint32_t x = lane; x < columns; x += 32) prefix[x] = source.at(context, x);
   __syncwarp();
 
-  const int64_t run = ((width + 31) / 32) | 1;
-  const int64_t begin = lane * run < width ? lane * run : width;
-  const int64_t end = begin + run < width ? begin + run : width;
+  const uint32_t run = ((columns + 31) / 32) | 1;
+  const uint32_t begin = lane * run < columns ? lane * run : columns;
+  const uint32_t end = begin + run < columns ? begin + run : columns;
   Sum mine = 0;
-  for (int64_t x = begin; x < end; ++x) mine += prefix[x];
+  for (uint32_t x = begin; x < end; ++x) mine += prefix[x];
   const Sum upto = warp_inclusive_scan(mine);
   Sum sum = upto - mine;
-  for (int64_t x = begin; x < end; ++x) prefix[x] = sum += prefix[x];
+  for (uint32_t x = begin; x < end; ++x) prefix[x] = sum += prefix[x];
   __syncwarp();
 
-  for (int64_t x = lane; x < width; x += 32) {
-    const int64_t right = x + reach < width ? x + reach : width - 1;
-    const Sum left = x > reach ? prefix[x - reach - 1] : Sum(0);
-    out[at + x] = static_cast<Out>(prefix[right] - left);
+  Out* to = out + row * width;
+#pragma unroll 4
+  for (uint32_t x = lane; x < columns; x += 32) {
+    const uint32_t right = x + far < columns ? x + far : columns - 1;
+    const Sum left = x > far ? prefix[x - far - 1] : Sum(0);
+    to[x] = static_cast<Out>(prefix[right] - left);
   }
-  if (Source::kNeedsTotal && lane == 0) source.finish(row, height, prefix[width - 1]);
+  if (Source::kNeedsTotal && lane == 0) source.finish(row, height, prefix[columns - 1]);
 }
 
 // wide_row_sums_kernel: the same for rows too wide for shared memory: the window slides, so each pixel is evaluated
@@ -162,30 +176,29 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t segments = (width + kSegment - 1) / kSegment;
   const int64_t row = blockIdx.x / segments, begin = blockIdx.x % segments * kSegment;
   const int64_t end = begin + kSegment < width ? begin + kSegment : width;
-  const int64_t at = row * width;
-  const typename Source::Row context = source.prepare(row / height);
+  const typename Source::Row context = source.prepare(row, height, width);
 
   // The window of column begin - 1.
   const int64_t from = begin - 1 - reach > 0 ? begin - 1 - reach : 0;
   const int64_t to = begin + reach < width ? begin + reach : width;
   Sum sum = 0;
-  for (int64_t x = from + threadIdx.x; x < to; x += kThreads) sum += source.at(context, at + x);
+  for (int64_t x = from + threadIdx.x; x < to; x += kThreads) sum += source.at(context, static_cast<uint32_t>(x));
   sum = block_sum(sum, shared);
   for (int64_t base = begin; base < end; base += kThreads) {
     const int64_t x = base + threadIdx.x;
     Sum step = 0;
     if (x < end) {
-      if (x + reach < width) step += source.at(context, at + x + reach);
-      if (x - reach - 1 >= 0) step -= source.at(context, at + x - reach - 1);
+      if (x + reach < width) step += source.at(context, static_cast<uint32_t>(x + reach));
+      if (x - reach - 1 >= 0) step -= source.at(context, static_cast<uint32_t>(x - reach - 1));
     }
     Sum all = 0;
     const Sum upto = block_inclusive_scan(step, shared, all);
-    if (x < end) out[at + x] = static_cast<Out>(sum + upto);
+    if (x < end) out[row * width + x] = static_cast<Out>(sum + upto);
     sum += all;
   }
   if (Source::kNeedsTotal && begin == 0) {
     Sum total = 0;
-    for (int64_t x = threadIdx.x; x < width; x += kThreads) total += source.at(context, at + x);
+    for (int64_t x = threadIdx.x; x < width; x += kThreads) total += source.at(context, static_cast<uint32_t>(x));
     total = block_sum(total, shared);
     if (threadIdx.x == 0) source.finish(row, height, total);
   }
@@ -196,8 +209,8 @@ __global__ void __launch_bounds__(kThreads)
 // How an image's columns are shared out: a warp takes 32 columns of a band of rows, a block 8 bands of the same
 // columns. By shape only, since the adjoint's sums depend on it.
 struct Columns {
-  int64_t height, width, reach;
-  int64_t band, bands, strips, groups;  // rows a band; bands, strips of 32 columns and groups of 8 bands an image
+  int32_t height, width, reach;
+  int32_t band, strips, groups;  // rows a band; strips of 32 columns and groups of 8 bands an image
 };
 inline Columns columns_of(int64_t height, int64_t width, int64_t reach) {
   // Eight bands keep a block's warps busy; a band much shorter than the window would read its rows over and over.
@@ -205,39 +218,47 @@ inline Columns columns_of(int64_t height, int64_t width, int64_t reach) {
   const int64_t most = 2 * reach > 64 ? 2 * reach : 64;
   band = band < 4 ? 4 : band > most ? most : band;
   const int64_t bands = (height + band - 1) / band;
-  return {height, width, reach, band, bands, (width + 31) / 32, (bands + 7) / 8};
+  const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
+  return {narrow(height),         narrow(width), narrow(reach), narrow(band), narrow((width + 31) / 32),
+          narrow((bands + 7) / 8)};
 }
 
-// A thread's column and rows.
+// A thread's column and rows. Indices within an image are 32-bit: H·W < 2^31.
 struct Walk {
-  int64_t n, x, begin, end;
+  int64_t n;
+  int32_t x, begin, end;
   bool inside;
 };
 __device__ __forceinline__ Walk walk_of(const Columns& c) {
-  const int64_t per_image = c.strips * c.groups;
-  const int64_t n = blockIdx.x / per_image, rest = blockIdx.x % per_image;
-  const int64_t x = rest % c.strips * 32 + lane_of_thread();
-  const int64_t begin = (rest / c.strips * 8 + warp_of_thread()) * c.band;
-  const int64_t end = begin + c.band < c.height ? begin + c.band : c.height;
-  return {n, x, begin, end, x < c.width && begin < c.height};
+  const uint32_t per_image = static_cast<uint32_t>(c.strips) * static_cast<uint32_t>(c.groups);
+  const int64_t n = blockIdx.x / per_image;
+  const int32_t rest = static_cast<int32_t>(blockIdx.x % per_image);
+  const int32_t x = rest % c.strips * 32 + lane_of_thread();
+  const int64_t begin = (int64_t{rest / c.strips} * 8 + warp_of_thread()) * c.band;
+  if (begin >= c.height || x >= c.width) return {n, 0, 0, 0, false};
+  const int32_t first = static_cast<int32_t>(begin);
+  return {n, x, first, c.height - first > c.band ? first + c.band : c.height, true};
 }
 
-// Calls visit(y, sum over the window of row y) down a thread's rows. Sums of T are taken in Sum.
+// Calls visit(y, pixel, sum over the window of row y) down a thread's rows. Sums of T are taken in Sum.
 template <class Sum, class T, class Visit>
 __device__ __forceinline__ void slide(const Columns& c, const Walk& walk, const T* __restrict__ rows,
                                       const Visit& visit) {
   const T* column = rows + walk.n * c.height * c.width + walk.x;
   Sum sum = 0;
-  const int64_t from = walk.begin - c.reach - 1 > 0 ? walk.begin - c.reach - 1 : 0;
-  const int64_t to = walk.begin + c.reach < c.height ? walk.begin + c.reach : c.height;
+  const int32_t from = walk.begin > c.reach ? walk.begin - c.reach - 1 : 0;
+  const int32_t to = c.height - walk.begin > c.reach ? walk.begin + c.reach : c.height;
+#pragma unroll 8
+  for (int32_t y = from; y < to; ++y) sum += static_cast<Sum>(column[y * c.width]);
+  // Rows that enter at y lie before this one's end; those that leave, from this one's start.
+  const int32_t last_entering = c.height - c.reach, first_leaving = c.reach + 1;
+  const int32_t ahead = c.reach * c.width, behind = (c.reach + 1) * c.width;
+  int32_t pixel = walk.begin * c.width;
 #pragma unroll 4
-  for (int64_t y = from; y < to; ++y) sum += static_cast<Sum>(column[y * c.width]);
-#pragma unroll 4
-  for (int64_t y = walk.begin; y < walk.end; ++y) {
-    const int64_t entering = y + c.reach, leaving = y - c.reach - 1;
-    if (entering < c.height) sum += static_cast<Sum>(column[entering * c.width]);
-    if (leaving >= 0) sum -= static_cast<Sum>(column[leaving * c.width]);
-    visit(y, sum);
+  for (int32_t y = walk.begin; y < walk.end; ++y, pixel += c.width) {
+    if (y < last_entering) sum += static_cast<Sum>(column[pixel + ahead]);
+    if (y >= first_leaving) sum -= static_cast<Sum>(column[pixel - behind]);
+    visit(y, static_cast<uint32_t>(pixel + walk.x), sum);
   }
 }
 
@@ -260,15 +281,16 @@ __global__ void __launch_bounds__(kThreads, 4)
   __syncthreads();
   const Walk walk = walk_of(c);
   if (walk.inside) {
-    Sum* column = out + walk.n * s.pixels + walk.x;
-    slide<Sum>(c, walk, rows, [&](int64_t y, Sum sum) {
-      column[y * c.width] = sum;
-      if (select) atomicAdd(&shared[sum >> shift], 1u);
+    Sum* image = out + walk.n * s.pixels;
+    slide<Sum>(c, walk, rows, [&](int32_t, uint32_t pixel, Sum sum) {
+      image[pixel] = sum;
+      if (select) atomicAdd(&shared[static_cast<uint32_t>(sum >> shift)], 1u);
     });
   }
   if (!select) return;
   __syncthreads();
-  finish_histogram(s, walk.n, Sum(0), shift, static_cast<uint32_t>(c.strips * c.groups), shared, spare);
+  finish_histogram(s, walk.n, Sum(0), shift, static_cast<uint32_t>(c.strips) * static_cast<uint32_t>(c.groups), shared,
+                   spare);
 }
 
 // ---- columns of the adjoint -----------------------------------------------------------------------------------------
@@ -325,6 +347,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* spare = reinterpret_cast<uint32_t*>(spike_y + kMostSpikes);
   const Walk walk = walk_of(c);
   const int64_t n = walk.n, image = n * c.height * c.width;
+  const T* means = g.mean_map + image;
+  T* plane = g.grad_plane + image;
 
   const int spikes = g.spikes ? static_cast<int>(g.window[kArea].length) : 0;
   if (g.spikes) {
@@ -346,28 +370,27 @@ __global__ void __launch_bounds__(kThreads)
   if (walk.inside) {
     uint32_t near_column = 0;  // the spikes within reach of this thread's column
     for (int k = 0; k < spikes; ++k) {
-      const int64_t across = walk.x - spike_x[k];
+      const int32_t across = walk.x - spike_x[k];
       if (across <= g.reach_x && -across <= g.reach_x) near_column |= 1u << k;
     }
-    slide<double>(c, walk, rows, [&](int64_t y, double sum) {
+    slide<double>(c, walk, rows, [&](int32_t y, uint32_t i, double sum) {
       for (uint32_t left = near_column; left != 0; left &= left - 1) {
         const int k = __ffs(static_cast<int>(left)) - 1;
-        const int64_t down = y - spike_y[k];
+        const int32_t down = y - spike_y[k];
         if (down <= c.reach && -down <= c.reach) sum -= spike_weight[k];
       }
-      const int64_t i = image + y * c.width + walk.x;
-      const T m = g.mean_map[i];
+      const T m = means[i];
       const T u = (magnitude(m) - gate) * steepness;  // slope · e
       const T h = sigmoid(u);
       const T grad_g = steepness * h * (T(1) - h) * static_cast<T>(sum * g.box_scale);  // grad_e / r
       alpha += static_cast<double>(grad_g);
       rho -= static_cast<double>(grad_g) * static_cast<double>(u);
-      g.grad_plane[i] = signed_by(m, g.inverse_channels) * grad_g;
+      plane[i] = signed_by(m, g.inverse_channels) * grad_g;
     });
   }
   alpha = block_sum(alpha, shared);
   rho = block_sum(rho, shared);
-  const int64_t blocks = c.strips * c.groups;
+  const int64_t blocks = int64_t{c.strips} * c.groups;
   if (threadIdx.x == 0) {
     g.sums[2 * blockIdx.x] = alpha;
     g.sums[2 * blockIdx.x + 1] = rho;

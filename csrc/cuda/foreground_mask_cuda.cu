@@ -116,21 +116,16 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class T, class Sum>
 __global__ void __launch_bounds__(kThreads) mask_kernel(const Sum* sums, T* mask, const T* __restrict__ levels, T slope,
                                                         double scale, int64_t pixels, uint32_t chunks) {
-  const int64_t n = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const int64_t begin = chunk * kChunk, end = begin + kChunk < pixels ? begin + kChunk : pixels;
-  const T area = levels[n * kLevels + kArea];
-  constexpr int kLoads = 4;
-  for (int64_t base = begin + threadIdx.x; base < end; base += kLoads * kThreads) {
-    Sum sum[kLoads];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) sum[k] = base + k * kThreads < end ? sums[n * pixels + base + k * kThreads] : 0;
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      if (base + k * kThreads >= end) continue;
-      const T d = static_cast<T>(static_cast<double>(sum[k]) * scale);
-      mask[n * pixels + base + k * kThreads] = sigmoid(slope * (d - area));
-    }
-  }
+  const Chunk chunk = chunk_of_block(chunks, kChunk, pixels);
+  const T area = levels[chunk.n * kLevels + kArea];
+  const Sum* from = sums + chunk.n * pixels;
+  T* to = mask + chunk.n * pixels;
+  visit_chunk(
+      chunk.begin, chunk.end, [&](uint32_t i) { return from[i]; },
+      [&](Sum sum, uint32_t i, bool inside) {
+        const T d = static_cast<T>(static_cast<double>(sum) * scale);
+        if (inside) to[i] = sigmoid(slope * (d - area));
+      });
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------

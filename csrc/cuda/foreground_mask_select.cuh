@@ -31,7 +31,9 @@ struct MagnitudePlane {
   using Key = decltype(magnitude_key(T()));
   using Value = T;
   const T* data;  // m, [N, P]
+  __device__ __forceinline__ MagnitudePlane from(int64_t offset) const { return {data + offset}; }
   __device__ __forceinline__ Key key(int64_t i) const { return magnitude_key(data[i]); }
+  __device__ __forceinline__ Key key(uint32_t i) const { return magnitude_key(data[i]); }
   __device__ __forceinline__ double value(int64_t i) const { return fabs(static_cast<double>(data[i])); }
 };
 
@@ -42,7 +44,9 @@ struct SumPlane {
   using Value = T;
   const Sum* data;  // [N, P]
   double scale;
+  __device__ __forceinline__ SumPlane from(int64_t offset) const { return {data + offset, scale}; }
   __device__ __forceinline__ Key key(int64_t i) const { return data[i]; }
+  __device__ __forceinline__ Key key(uint32_t i) const { return data[i]; }
   __device__ __forceinline__ double value(int64_t i) const { return static_cast<double>(data[i]) * scale; }
 };
 
@@ -79,6 +83,39 @@ struct Selection {
   int32_t* rank_pixels;           // [N, kLevels, length]
   typename Plane::Value* levels;  // [N, kLevels]
 };
+
+// ---- passes over a plane --------------------------------------------------------------------------------------------
+
+// Calls visit(value, i, inside) for load(i), i from begin to end - 1, four loads a thread under way at once. All
+// threads of the block make the same number of calls; beyond the end, `inside` is false. Indices within an image are
+// 32-bit and whole batches need no test: these passes are bound by instructions.
+constexpr uint32_t kBatch = 4 * kThreads;
+template <class Load, class Visit>
+__device__ __forceinline__ void visit_chunk(uint32_t begin, uint32_t end, const Load& load, const Visit& visit) {
+  using Value = decltype(load(begin));
+  uint32_t base = begin;
+  for (; base + kBatch <= end; base += kBatch) {
+    Value value[4];
+#pragma unroll
+    for (uint32_t k = 0; k < 4; ++k) value[k] = load(base + threadIdx.x + k * kThreads);
+#pragma unroll
+    for (uint32_t k = 0; k < 4; ++k) visit(value[k], base + threadIdx.x + k * kThreads, true);
+  }
+  for (; base < end; base += kThreads) {
+    const uint32_t i = base + threadIdx.x;
+    visit(i < end ? load(i) : Value(0), i, i < end);
+  }
+}
+
+struct Chunk {
+  int64_t n;
+  uint32_t index, begin, end;  // pixels begin … end - 1 of image n
+};
+__device__ __forceinline__ Chunk chunk_of_block(uint32_t chunks, int64_t chunk, int64_t pixels) {
+  const uint32_t index = blockIdx.x % chunks;
+  const int64_t begin = index * chunk, end = begin + chunk < pixels ? begin + chunk : pixels;
+  return {blockIdx.x / chunks, index, static_cast<uint32_t>(begin), static_cast<uint32_t>(end)};
+}
 
 // ---- histogram ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +182,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* shared = reinterpret_cast<uint32_t*>(extremes + 2 * kThreads);
   uint32_t* spare = shared + bins;
 
-  const int64_t n = blockIdx.x / s.chunks, chunk = blockIdx.x % s.chunks;
+  const Chunk chunk = chunk_of_block(s.chunks, s.chunk, s.pixels);
+  const int64_t n = chunk.n;
   Key low = ~Key(0), high = 0;
   for (uint32_t c = threadIdx.x; c < s.chunks; c += kThreads) {
     const Key* range = ranges + 2 * (n * s.chunks + c);
@@ -156,30 +194,21 @@ __global__ void __launch_bounds__(kThreads)
   block_extremes(low, high, extremes);  // its barriers also publish the zeros
   const int shift = bin_shift(static_cast<Key>(high - low), s.log2_bins);
 
-  const int64_t begin = chunk * s.chunk, end = begin + s.chunk < s.pixels ? begin + s.chunk : s.pixels;
-  const int64_t image = n * s.pixels;
-  constexpr int kLoads = 4;  // in flight a thread
-  const int64_t words = (s.pixels + 31) / 32;
+  const Plane plane = s.plane.from(n * s.pixels);
+  uint32_t* tie_bits = s.tie_bits + n * ((s.pixels + 31) / 32);
+  const bool first_lane = lane_of_thread() == 0;
   uint32_t ties = 0;
-  for (int64_t base = begin; base < end; base += kLoads * kThreads) {
-    Key key[kLoads];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = base + k * kThreads + threadIdx.x;
-      key[k] = i < end ? s.plane.key(image + i) : ~Key(0);
-    }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const bool inside = base + k * kThreads + threadIdx.x < end;
-      // Exact zeros by the thousand are normal: counted by ballot, or their bin's additions would queue up.
-      const bool tie = inside && key[k] == low;
-      const uint32_t bits = __ballot_sync(kWholeWarp, tie);
-      ties += static_cast<uint32_t>(__popc(bits));
-      if (lane_of_thread() == 0 && inside) s.tie_bits[n * words + (base + k * kThreads + threadIdx.x) / 32] = bits;
-      if (inside && !tie) atomicAdd(&shared[(key[k] - low) >> shift], 1u);
-    }
-  }
-  if (lane_of_thread() == 0 && ties != 0) {
+  visit_chunk(
+      chunk.begin, chunk.end, [&](uint32_t i) { return plane.key(i); },
+      [&](Key key, uint32_t i, bool inside) {
+        // Exact zeros by the thousand are normal: counted by ballot, or their bin's additions would queue up.
+        const bool tie = inside && key == low;
+        const uint32_t bits = __ballot_sync(kWholeWarp, tie);
+        ties += static_cast<uint32_t>(__popc(bits));
+        if (first_lane && inside) tie_bits[i / 32] = bits;
+        if (inside && !tie) atomicAdd(&shared[static_cast<uint32_t>((key - low) >> shift)], 1u);
+      });
+  if (first_lane && ties != 0) {
     atomicAdd(&shared[0], ties);
     atomicAdd(&s.state[n].ties, ties);
   }
@@ -212,9 +241,9 @@ struct PixelRange {
 template <class Plane>
 struct PlaneItems {
   using C = Compound<typename Plane::Key>;
-  const Plane& plane;
-  int64_t image, count;
-  __device__ __forceinline__ C at(int64_t i) const { return compound(plane.key(image + i), static_cast<uint32_t>(i)); }
+  const Plane& plane;  // of the image
+  int64_t count;
+  __device__ __forceinline__ C at(int64_t i) const { return compound(plane.key(i), static_cast<uint32_t>(i)); }
   __device__ __forceinline__ void bounds(C low, C high, int64_t& begin, int64_t& end) const {
     const bool one_key = (low >> 32) == (high >> 32);
     begin = one_key ? pixel_of(low) : 0;
@@ -382,40 +411,34 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
   using Key = typename Plane::Key;
   using C = Compound<Key>;
   auto* shared = dynamic_shared<SelectWorkspace<Key>>();
-  const int64_t n = blockIdx.x / s.chunks, chunk = blockIdx.x % s.chunks;
+  const Chunk chunk = chunk_of_block(s.chunks, s.chunk, s.pixels);
+  const int64_t n = chunk.n, image = n * s.pixels;
   SelectionState<Key>& state = s.state[n];
 
+  // A window that collects nothing gets the largest key of all, which no pixel has.
   Key from[kMaxWindows], span[kMaxWindows];
-  bool wanted[kMaxWindows];
 #pragma unroll
   for (int w = 0; w < kMaxWindows; ++w) {
     const bool used = w < s.windows;
-    from[w] = used ? state.interval[w].from : 0;
-    span[w] = used ? state.interval[w].to - from[w] : 0;
-    wanted[w] = used && !state.tied[w] && state.interval[w].end - state.interval[w].base <= s.capacity;
+    const bool wanted = used && !state.tied[w] && state.interval[w].end - state.interval[w].base <= s.capacity;
+    from[w] = wanted ? state.interval[w].from : ~Key(0);
+    span[w] = wanted ? state.interval[w].to - from[w] : 0;
   }
-  const int64_t begin = chunk * s.chunk, end = begin + s.chunk < s.pixels ? begin + s.chunk : s.pixels;
-  const int64_t image = n * s.pixels;
-  constexpr int kLoads = 4;
-  for (int64_t base = begin + threadIdx.x; base < end; base += kLoads * kThreads) {
-    Key key[kLoads];
+  const Plane plane = s.plane.from(image);
+  visit_chunk(
+      chunk.begin, chunk.end, [&](uint32_t i) { return plane.key(i); },
+      [&](Key key, uint32_t i, bool inside) {
+        bool hit = false;
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = base + k * kThreads;
-      key[k] = i < end ? s.plane.key(image + i) : 0;
-    }
+        for (int w = 0; w < kMaxWindows; ++w) hit |= static_cast<Key>(key - from[w]) <= span[w];
+        if (!hit || !inside) return;
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = base + k * kThreads;
-      if (i >= end) continue;
-#pragma unroll
-      for (int w = 0; w < kMaxWindows; ++w) {
-        if (!wanted[w] || key[k] - from[w] > span[w]) continue;
-        const uint32_t at = atomicAdd(&state.filled[w], 1u);
-        s.candidates[(n * s.windows + w) * s.capacity + at] = compound(key[k], static_cast<uint32_t>(i));
-      }
-    }
-  }
+        for (int w = 0; w < kMaxWindows; ++w) {
+          if (static_cast<Key>(key - from[w]) > span[w]) continue;
+          const uint32_t at = atomicAdd(&state.filled[w], 1u);
+          s.candidates[(n * s.windows + w) * s.capacity + at] = compound(key, i);
+        }
+      });
   if (!is_last_block(&state.collected, s.chunks, shared->spare)) return;
 
   for (int w = 0; w < s.windows; ++w) {
@@ -430,8 +453,8 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
       const ListItems<C> list{s.candidates + (n * s.windows + w) * s.capacity, range.size};
       rank_window_pixels<Key>(list, range, s.window[w], s.pixels, out, shared);
     } else {
-      const PlaneItems<Plane> plane{s.plane, image, s.pixels};
-      rank_window_pixels<Key>(plane, range, s.window[w], s.pixels, out, shared);
+      const PlaneItems<Plane> items{plane, s.pixels};
+      rank_window_pixels<Key>(items, range, s.window[w], s.pixels, out, shared);
     }
   }
   write_levels(s, n, shared->sums);
@@ -451,7 +474,8 @@ constexpr int kDigits = 1 << kDigitBits;
 // Order     stable: ties go to the lower pixel.
 // Twins     reference.py, argsort(stable=True).
 template <class Plane>
-__global__ void __launch_bounds__(kThreads, 3) sort_kernel(const __grid_constant__ Selection<Plane> s, int32_t* orders) {
+__global__ void __launch_bounds__(kThreads, 3)
+    sort_kernel(const __grid_constant__ Selection<Plane> s, int32_t* orders) {
   double* sums = dynamic_shared<double>();                   // [32]
   uint32_t* spare = reinterpret_cast<uint32_t*>(sums + 32);  // [32]
   uint32_t* counts = spare + 32;                             // [kDigits, kThreads]

@@ -252,7 +252,7 @@ __device__ __forceinline__ void slide(const Columns& c, const Walk& walk, const 
   for (int32_t y = from; y < to; ++y) sum += static_cast<Sum>(column[y * c.width]);
   // Rows that enter at y lie before this one's end; those that leave, from this one's start.
   const int32_t last_entering = c.height - c.reach, first_leaving = c.reach + 1;
-  const int32_t ahead = c.reach * c.width, behind = (c.reach + 1) * c.width;
+  const int32_t ahead = c.reach * c.width, behind = c.reach < c.height ? (c.reach + 1) * c.width : 0;
   int32_t pixel = walk.begin * c.width;
 #pragma unroll 4
   for (int32_t y = walk.begin; y < walk.end; ++y, pixel += c.width) {

@@ -506,6 +506,13 @@ void copy_async_wait() {
   }
 }
 
+// An ulp off in a third of the cases, so that code which relies on more shows.
+inline float approximate_reciprocal(float y) {
+  const float r = 1.0f / y;
+  const uint32_t bits = __float_as_uint(r);
+  return bits % 3 == 0 && std::isnormal(r) ? __uint_as_float(bits + 1) : r;
+}
+
 inline uint32_t to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;

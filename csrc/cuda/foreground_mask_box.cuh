@@ -12,7 +12,14 @@
 
 namespace sib_fast::cuda {
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Within 2 ulp. 1/y by the hardware's approximation and a Newton step: the division's own test for extreme y is a
+// branch, which would keep a thread's pixels from overlapping. The clamp keeps y in range (below e^-87 is 0 to any
+// mask) and, as a comparison, lets a NaN through.
+__device__ __forceinline__ float sigmoid(float x) {
+  const float y = 1.0f + expf(x < -87.0f ? 87.0f : -x);
+  const float r = approximate_reciprocal(y);
+  return fmaf(r, fmaf(-y, r, 1.0f), r);
+}
 __device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 __device__ __forceinline__ uint32_t to_fixed(float h, float one, uint32_t) { return __float2uint_rn(h * one); }

@@ -118,14 +118,11 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const Sum* sums, T* mask
                                                         double scale, int64_t pixels, uint32_t chunks) {
   const Chunk chunk = chunk_of_block(chunks, kChunk, pixels);
   const T area = levels[chunk.n * kLevels + kArea];
-  const Sum* from = sums + chunk.n * pixels;
   T* to = mask + chunk.n * pixels;
-  visit_chunk(
-      chunk.begin, chunk.end, [&](uint32_t i) { return from[i]; },
-      [&](Sum sum, uint32_t i, bool inside) {
-        const T d = static_cast<T>(static_cast<double>(sum) * scale);
-        if (inside) to[i] = sigmoid(slope * (d - area));
-      });
+  visit_chunk(sums + chunk.n * pixels, chunk.begin, chunk.end, [&](Sum sum, uint32_t i, bool inside) {
+    const T d = static_cast<T>(static_cast<double>(sum) * scale);
+    if (inside) to[i] = sigmoid(slope * (d - area));
+  });
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ struct MagnitudePlane {
   using Value = T;
   const T* data;  // m, [N, P]
   __device__ __forceinline__ MagnitudePlane from(int64_t offset) const { return {data + offset}; }
+  static __device__ __forceinline__ Key key_of(T m) { return magnitude_key(m); }
   __device__ __forceinline__ Key key(int64_t i) const { return magnitude_key(data[i]); }
-  __device__ __forceinline__ Key key(uint32_t i) const { return magnitude_key(data[i]); }
   __device__ __forceinline__ double value(int64_t i) const { return fabs(static_cast<double>(data[i])); }
 };
 
@@ -45,8 +45,8 @@ struct SumPlane {
   const Sum* data;  // [N, P]
   double scale;
   __device__ __forceinline__ SumPlane from(int64_t offset) const { return {data + offset, scale}; }
+  static __device__ __forceinline__ Key key_of(Sum sum) { return sum; }
   __device__ __forceinline__ Key key(int64_t i) const { return data[i]; }
-  __device__ __forceinline__ Key key(uint32_t i) const { return data[i]; }
   __device__ __forceinline__ double value(int64_t i) const { return static_cast<double>(data[i]) * scale; }
 };
 
@@ -86,24 +86,24 @@ struct Selection {
 
 // ---- passes over a plane --------------------------------------------------------------------------------------------
 
-// Calls visit(value, i, inside) for load(i), i from begin to end - 1, four loads a thread under way at once. All
-// threads of the block make the same number of calls; beyond the end, `inside` is false. Indices within an image are
-// 32-bit and whole batches need no test: these passes are bound by instructions.
+// Calls visit(image[i], i, inside) for i from begin to end - 1, four loads a thread under way at once. All threads of
+// the block make the same number of calls; beyond the end, `inside` is false. Indices within an image are 32-bit and
+// whole batches need no test: these passes are bound by instructions.
 constexpr uint32_t kBatch = 4 * kThreads;
-template <class Load, class Visit>
-__device__ __forceinline__ void visit_chunk(uint32_t begin, uint32_t end, const Load& load, const Visit& visit) {
-  using Value = decltype(load(begin));
+template <class Value, class Visit>
+__device__ __forceinline__ void visit_chunk(const Value* image, uint32_t begin, uint32_t end, const Visit& visit) {
   uint32_t base = begin;
   for (; base + kBatch <= end; base += kBatch) {
+    const Value* mine = image + base + threadIdx.x;
     Value value[4];
 #pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) value[k] = load(base + threadIdx.x + k * kThreads);
+    for (uint32_t k = 0; k < 4; ++k) value[k] = mine[k * kThreads];
 #pragma unroll
     for (uint32_t k = 0; k < 4; ++k) visit(value[k], base + threadIdx.x + k * kThreads, true);
   }
   for (; base < end; base += kThreads) {
     const uint32_t i = base + threadIdx.x;
-    visit(i < end ? load(i) : Value(0), i, i < end);
+    visit(i < end ? image[i] : Value(0), i, i < end);
   }
 }
 
@@ -198,16 +198,15 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* tie_bits = s.tie_bits + n * ((s.pixels + 31) / 32);
   const bool first_lane = lane_of_thread() == 0;
   uint32_t ties = 0;
-  visit_chunk(
-      chunk.begin, chunk.end, [&](uint32_t i) { return plane.key(i); },
-      [&](Key key, uint32_t i, bool inside) {
-        // Exact zeros by the thousand are normal: counted by ballot, or their bin's additions would queue up.
-        const bool tie = inside && key == low;
-        const uint32_t bits = __ballot_sync(kWholeWarp, tie);
-        ties += static_cast<uint32_t>(__popc(bits));
-        if (first_lane && inside) tie_bits[i / 32] = bits;
-        if (inside && !tie) atomicAdd(&shared[static_cast<uint32_t>((key - low) >> shift)], 1u);
-      });
+  visit_chunk(plane.data, chunk.begin, chunk.end, [&](auto value, uint32_t i, bool inside) {
+    const Key key = Plane::key_of(value);
+    // Exact zeros by the thousand are normal: counted by ballot, or their bin's additions would queue up.
+    const bool tie = inside && key == low;
+    const uint32_t bits = __ballot_sync(kWholeWarp, tie);
+    ties += static_cast<uint32_t>(__popc(bits));
+    if (first_lane && inside) tie_bits[i / 32] = bits;
+    if (inside && !tie) atomicAdd(&shared[static_cast<uint32_t>((key - low) >> shift)], 1u);
+  });
   if (first_lane && ties != 0) {
     atomicAdd(&shared[0], ties);
     atomicAdd(&s.state[n].ties, ties);
@@ -425,20 +424,19 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
     span[w] = wanted ? state.interval[w].to - from[w] : 0;
   }
   const Plane plane = s.plane.from(image);
-  visit_chunk(
-      chunk.begin, chunk.end, [&](uint32_t i) { return plane.key(i); },
-      [&](Key key, uint32_t i, bool inside) {
-        bool hit = false;
+  visit_chunk(plane.data, chunk.begin, chunk.end, [&](auto value, uint32_t i, bool inside) {
+    const Key key = Plane::key_of(value);
+    bool hit = false;
 #pragma unroll
-        for (int w = 0; w < kMaxWindows; ++w) hit |= static_cast<Key>(key - from[w]) <= span[w];
-        if (!hit || !inside) return;
+    for (int w = 0; w < kMaxWindows; ++w) hit |= static_cast<Key>(key - from[w]) <= span[w];
+    if (!hit || !inside) return;
 #pragma unroll
-        for (int w = 0; w < kMaxWindows; ++w) {
-          if (static_cast<Key>(key - from[w]) > span[w]) continue;
-          const uint32_t at = atomicAdd(&state.filled[w], 1u);
-          s.candidates[(n * s.windows + w) * s.capacity + at] = compound(key, i);
-        }
-      });
+    for (int w = 0; w < kMaxWindows; ++w) {
+      if (static_cast<Key>(key - from[w]) > span[w]) continue;
+      const uint32_t at = atomicAdd(&state.filled[w], 1u);
+      s.candidates[(n * s.windows + w) * s.capacity + at] = compound(key, i);
+    }
+  });
   if (!is_last_block(&state.collected, s.chunks, shared->spare)) return;
 
   for (int w = 0; w < s.windows; ++w) {

@@ -23,7 +23,7 @@ def test_a_barrier_orders_shared_memory():
 
 
 def test_a_missing_barrier_shows():
-    """A thread that reads too early finds the NaN that shared memory is filled with; which threads do, changes from run to run."""
+    """A thread that reads too early finds the NaN that shared memory is filled with; which, changes from run to run."""
     results = [probe(NO_BARRIER) for _ in range(10)]
     assert all(r.isnan().any() for r in results)
     assert any(not torch.equal(r.isnan(), results[0].isnan()) for r in results[1:])

@@ -344,7 +344,7 @@ __device__ __forceinline__ double total_of_rows(const double* row_totals, int64_
 // Order     running sums in double from the band's first row; α and ρ by lane, warp, block, image: fixed by the shape.
 // Twins     cpu/foreground_mask_kernels.cpp backward.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_grads_kernel(const __grid_constant__ Columns c, const __grid_constant__ MaskGrad<T> g,
                         const T* __restrict__ rows) {
   double* shared = dynamic_shared<double>();  // [32]

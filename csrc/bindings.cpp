@@ -1,4 +1,4 @@
-// _blocks: the CPU kernels' building blocks for tests and fuzzers. Built on request (SIB_FAST_BLOCKS=1), not in the
+// _blocks: the kernels' building blocks for tests and fuzzers. Built on request (SIB_FAST_BLOCKS=1), not in the
 // wheel.
 
 #include <pybind11/numpy.h>
@@ -13,6 +13,7 @@
 #include "common/rank_window.h"
 #include "cpu/capability.h"
 #include "cpu/foreground_mask_kernels.h"
+#include "cuda/foreground_mask_arithmetic.cuh"
 
 namespace py = pybind11;
 
@@ -78,10 +79,29 @@ Array<T> sigmoid(const Array<T>& values, const std::string& capability) {
   return out;
 }
 
+// What the CUDA kernels compute in place of rank_window.
+std::tuple<int64_t, int64_t, std::vector<double>> soft_ranks(double level, double temperature, int64_t pixels,
+                                                             bool is_double) {
+  const cuda::SoftRanks ranks = cuda::soft_ranks(level, temperature, pixels, is_double);
+  std::vector<double> weights(ranks.length);
+  for (int64_t j = 0; j < ranks.length; ++j) {
+    const int64_t rank = ranks.first + j;
+    weights[j] = rank < 0 || rank >= pixels ? 0.0 : ranks.weight(j);
+  }
+  return {ranks.first, ranks.nearest, weights};
+}
+
+template <class T>
+py::array_t<uint64_t> magnitude_keys(const Array<T>& values) {
+  py::array_t<uint64_t> out(values.size());
+  for (py::ssize_t i = 0; i < values.size(); ++i) out.mutable_data()[i] = cuda::magnitude_key(values.data()[i]);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_blocks, m) {
-  m.doc() = "Building blocks of the CPU kernels, by instruction set: for tests and fuzzers.";
+  m.doc() = "Building blocks of the kernels (those of the CPU by instruction set): for tests and fuzzers.";
   m.def("capability", &capability_name, "the instruction set that the ops run on here");
   m.def("rank_window", &rank_window, py::arg("level"), py::arg("temperature"), py::arg("pixels"), py::arg("is_double"));
   m.def("select_ranks_float32", &select_ranks<float>);
@@ -90,6 +110,18 @@ PYBIND11_MODULE(_blocks, m) {
   m.def("box_mean_float64", &box_mean<double>);
   m.def("sigmoid_float32", &sigmoid<float>);
   m.def("sigmoid_float64", &sigmoid<double>);
+
+  m.def("cuda_soft_ranks", &soft_ranks);
+  m.def("cuda_magnitude_keys_float32", &magnitude_keys<float>);
+  m.def("cuda_magnitude_keys_float64", &magnitude_keys<double>);
+  m.def("cuda_bin_shift", [](uint64_t span, int log2_bins) { return cuda::bin_shift(span, log2_bins); });
+  m.def("cuda_log2_bins", &cuda::log2_bins_of);
+  m.def("cuda_fraction_bits", &cuda::fraction_bits);
+  m.def("cuda_window_pixels", &cuda::window_pixels);
+  // Whether (key, pixel) pairs order like tuples: first < second.
+  m.def("cuda_compound_less", [](uint64_t key, uint32_t pixel, uint64_t other_key, uint32_t other_pixel) {
+    return cuda::compound(key, pixel) < cuda::compound(other_key, other_pixel);
+  });
 }
 
 }  // namespace sib_fast::cpu

@@ -2,6 +2,12 @@
 
 #include "common/schemas.h"
 #include "cuda/device_check_cuda.cu"
+#include "cuda/emulation_probes.h"
+#include "cuda/foreground_mask_cuda.cu"
 #include "cuda/hsic_objective_cuda.cu"
 
-STABLE_TORCH_LIBRARY(sib_fast_emulated, m) { sib_fast::define_schemas(m); }
+STABLE_TORCH_LIBRARY(sib_fast_emulated, m) {
+  sib_fast::define_schemas(m);
+  m.def("_probe(Tensor x, int number) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m) { m.impl("_probe", TORCH_BOX(&sib_fast::cuda::probes::probe)); }

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -82,8 +83,7 @@ struct PendingCopy {
 };
 
 struct Fibre {
-  ucontext_t start;
-  jmp_buf where;
+  jmp_buf where;  // where it goes on: inside its body, or at the start of the next one
   bool started = false;
   State state = State::ready;
   unsigned warp_mask = 0;
@@ -92,8 +92,8 @@ struct Fibre {
 };
 
 struct Block {
-  std::vector<Fibre> fibres;
-  char* stacks = nullptr;
+  Fibre* fibres;
+  size_t count;
   std::vector<unsigned char> shared;
   std::vector<uint64_t> slots;  // one 16-word slot per thread for warp exchanges
   std::function<void()> body;
@@ -102,15 +102,20 @@ struct Block {
   std::string failure;
 };
 
-inline thread_local Block* block = nullptr;
-inline thread_local uint3 thread_index{}, block_index{};
-inline thread_local dim3 block_dim, grid_dim;
+// Plain globals under a mutex: thread-local ones cost a tenth of the time of every test.
+inline std::mutex one_launch;
+inline Block* block = nullptr;
+inline uint3 thread_index{}, block_index{};
+inline dim3 block_dim, grid_dim;
 
+// Starts afresh whenever SIB_FAST_EMULATION_SEED changes, so that a test can try several schedules.
 inline std::mt19937& generator() {
-  static thread_local std::mt19937 g([] {
-    const char* seed = std::getenv("SIB_FAST_EMULATION_SEED");
-    return seed ? static_cast<unsigned>(std::atoi(seed)) : 0u;
-  }());
+  static std::mt19937 g;
+  static std::string known = "none yet";
+  const char* seed = std::getenv("SIB_FAST_EMULATION_SEED");
+  const std::string wanted = seed ? seed : "0";
+  if (wanted != known) g.seed(static_cast<unsigned>(std::atoi(wanted.c_str())));
+  known = wanted;
   return g;
 }
 
@@ -127,22 +132,24 @@ inline void yield(State state, unsigned mask = 0) {
   if (_setjmp(me.where) == 0) back_to_scheduler();
 }
 
+// One body a block, for as long as the process lives: making a context costs two system calls, a body may cost less.
 inline void fibre_main() {
-  try {
-    block->body();
-  } catch (const std::exception& error) {
-    block->failure = error.what();
+  for (;;) {
+    try {
+      block->body();
+    } catch (const std::exception& error) {
+      block->failure = error.what();
+    }
+    yield(State::done);
   }
-  self().state = State::done;
-  back_to_scheduler();
 }
 
 // Releases every barrier that all its threads have reached. Returns whether any was.
 inline bool release() {
-  auto& fibres = block->fibres;
+  Fibre* const fibres = block->fibres;
   bool released = false;
-  for (size_t warp = 0; warp < fibres.size(); warp += kWarp) {
-    const size_t end = std::min(fibres.size(), warp + kWarp);
+  for (size_t warp = 0; warp < block->count; warp += kWarp) {
+    const size_t end = std::min(block->count, warp + kWarp);
     for (size_t i = warp; i < end; ++i) {
       if (fibres[i].state != State::warp_barrier) continue;
       const unsigned mask = fibres[i].warp_mask;
@@ -158,30 +165,54 @@ inline bool release() {
     }
   }
   if (released) return true;
-  for (const Fibre& f : fibres)
-    if (f.state != State::block_barrier && f.state != State::done) return false;
-  for (Fibre& f : fibres) {
-    if (f.state == State::block_barrier) {
-      f.state = State::ready;
+  for (size_t i = 0; i < block->count; ++i)
+    if (fibres[i].state != State::block_barrier && fibres[i].state != State::done) return false;
+  for (size_t i = 0; i < block->count; ++i) {
+    if (fibres[i].state == State::block_barrier) {
+      fibres[i].state = State::ready;
       released = true;
     }
   }
   return released;
 }
 
+// Fibres and their stacks, kept from launch to launch: touching fresh pages would take longer than the kernels.
+struct Pool {
+  std::vector<Fibre> fibres{1024};
+  std::unique_ptr<char[]> stacks{new char[1024 * kStack]};
+};
+inline Pool& pool() {
+  static Pool p;
+  return p;
+}
+
+inline void start(size_t i) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = pool().stacks.get() + i * kStack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, fibre_main, 0);
+  setcontext(&context);
+}
+
 inline void run_block() {
-  auto& fibres = block->fibres;
+  Fibre* const fibres = block->fibres;
   std::vector<size_t> ready;
+  std::mt19937& random = generator();
   for (;;) {
     ready.clear();
-    for (size_t i = 0; i < fibres.size(); ++i)
+    bool all_done = true;
+    for (size_t i = 0; i < block->count; ++i) {
       if (fibres[i].state == State::ready) ready.push_back(i);
+      if (fibres[i].state != State::done) all_done = false;
+    }
     if (ready.empty()) {
-      if (std::all_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::done; })) return;
+      if (all_done) return;
       if (release()) continue;
       throw std::runtime_error("emulation: a barrier or warp operation that not all of its threads reach");
     }
-    std::shuffle(ready.begin(), ready.end(), generator());
+    std::shuffle(ready.begin(), ready.end(), random);
     for (size_t i : ready) {
       block->running = i;
       Fibre& f = fibres[i];
@@ -189,7 +220,7 @@ inline void run_block() {
       if (_setjmp(block->scheduler) == 0) {
         if (f.started) _longjmp(f.where, 1);
         f.started = true;
-        setcontext(&f.start);
+        start(i);
       }
       if (!block->failure.empty()) throw std::runtime_error(block->failure);
     }
@@ -199,11 +230,11 @@ inline void run_block() {
 inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::function<void()>& body) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   if (count > 1024) throw std::runtime_error("emulation: more than 1024 threads a block");
+  const std::lock_guard<std::mutex> lock(one_launch);
   Block here;
+  here.fibres = pool().fibres.data();
+  here.count = count;
   here.body = body;
-  // Uninitialised and kept: touching fresh pages for every launch would take longer than the kernels.
-  static thread_local std::unique_ptr<char[]> stacks(new char[1024 * kStack]);
-  here.stacks = stacks.get();
   here.shared.resize(shared_bytes + 128);
   here.slots.resize(count * 16);
   block = &here;
@@ -212,22 +243,24 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
   std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator());
-  for (uint64_t b : order) {
-    block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                   static_cast<unsigned>(b / grid.x / grid.y)};
-    std::memset(here.shared.data(), 0xff, here.shared.size());
-    here.fibres.assign(count, Fibre{});
-    for (size_t i = 0; i < count; ++i) {
-      Fibre& f = here.fibres[i];
-      f.thread = {static_cast<unsigned>(i % threads.x), static_cast<unsigned>(i / threads.x % threads.y),
-                  static_cast<unsigned>(i / threads.x / threads.y)};
-      getcontext(&f.start);
-      f.start.uc_stack.ss_sp = here.stacks + i * kStack;
-      f.start.uc_stack.ss_size = kStack;
-      f.start.uc_link = nullptr;
-      makecontext(&f.start, fibre_main, 0);
+  try {
+    for (uint64_t b : order) {
+      block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                     static_cast<unsigned>(b / grid.x / grid.y)};
+      std::memset(here.shared.data(), 0xff, here.shared.size());
+      for (size_t i = 0; i < count; ++i) {
+        Fibre& f = here.fibres[i];
+        f.state = State::ready;
+        f.thread = {static_cast<unsigned>(i % threads.x), static_cast<unsigned>(i / threads.x % threads.y),
+                    static_cast<unsigned>(i / threads.x / threads.y)};
+        if (f.groups.size() != 1 || !f.groups[0].empty()) f.groups.assign(1, {});
+      }
+      run_block();
     }
-    run_block();
+  } catch (...) {
+    for (size_t i = 0; i < count; ++i) here.fibres[i].started = false;  // some stand in the middle of their bodies
+    block = nullptr;
+    throw;
   }
   block = nullptr;
 }
@@ -241,7 +274,7 @@ void exchange(unsigned mask, const T& value, T (&all)[kWarp]) {
   yield(State::warp_barrier, mask);
   for (int i = 0; i < kWarp; ++i) {
     const size_t thread = warp_start() + i;
-    if ((mask >> i & 1) && thread < block->fibres.size()) std::memcpy(&all[i], &block->slots[thread * 16], sizeof(T));
+    if ((mask >> i & 1) && thread < block->count) std::memcpy(&all[i], &block->slots[thread * 16], sizeof(T));
   }
   yield(State::warp_barrier, mask);
 }
@@ -398,6 +431,9 @@ inline double __longlong_as_double(long long i) {
   std::memcpy(&v, &i, 8);
   return v;
 }
+inline unsigned __float2uint_rn(float v) { return static_cast<unsigned>(std::nearbyint(v)); }
+inline unsigned long long __float2ull_rn(float v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
+inline unsigned long long __double2ull_rn(double v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -421,10 +457,13 @@ struct Device {
   int64_t block_shared;
 };
 // An H200, unless SIB_FAST_EMULATION_SHARED says how many KiB a block may have.
+inline int64_t block_shared() {
+  const char* kib = std::getenv("SIB_FAST_EMULATION_SHARED");
+  return (kib ? std::atoll(kib) : 227) * 1024;
+}
 inline const Device& device_of(const Tensor&) {
   static thread_local Device device;
-  const char* kib = std::getenv("SIB_FAST_EMULATION_SHARED");
-  device = Device{132, 90, (kib ? std::atoll(kib) : 227) * 1024};
+  device = Device{132, 90, block_shared()};
   return device;
 }
 
@@ -438,7 +477,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, Stream,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  SIB_CHECK(op, shared_bytes <= 227 * 1024, "a block may not have ", shared_bytes, " bytes of shared memory");
+  SIB_CHECK(op, shared_bytes <= block_shared(), "a block may not have ", shared_bytes, " bytes of shared memory here");
+  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("emulation: grid.y and grid.z go up to 65535");
   emulation::run_grid(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
@@ -464,6 +504,13 @@ void copy_async_wait() {
     }
     groups.erase(groups.begin());
   }
+}
+
+// An ulp off in a third of the cases, so that code which relies on more shows.
+inline float approximate_reciprocal(float y) {
+  const float r = 1.0f / y;
+  const uint32_t bits = __float_as_uint(r);
+  return bits % 3 == 0 && std::isnormal(r) ? __uint_as_float(bits + 1) : r;
 }
 
 inline uint32_t to_tf32(float value) {

@@ -96,6 +96,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// 1/y within one ulp for normal y and 1/y.
+__device__ __forceinline__ float approximate_reciprocal(float y) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
+  return r;
+}
+
 // float32 rounded to tf32 (10 bits of mantissa), to nearest.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t bits;

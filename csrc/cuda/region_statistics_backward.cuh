@@ -1,0 +1,277 @@
+// The gradient of the region statistics on the GPU (SPEC 6): region_gradients_kernel, one launch per map and region.
+#pragma once
+
+#include "cuda/region_statistics_maps.cuh"
+
+namespace sib_fast::cuda {
+
+template <class Math_, int ROWS, int COLUMNS, int WARPS, int BLOCKS>
+struct GradientTiles {
+  using Math = Math_;
+  using T = typename Math::T;
+  static constexpr int kRows = ROWS;          // images whose gradient a block computes
+  static constexpr int kColumns = COLUMNS;    // pixels of one channel
+  static constexpr int kPitch = COLUMNS + 4;  // 4 mod 16: rows 2t and columns g of a fragment lie in 32 banks
+  static constexpr int kThreads = 32 * WARPS;
+  static constexpr int kBlocks = BLOCKS;
+  static constexpr int kAcross = COLUMNS / Math::kCols;  // warps along the pixels
+  static constexpr int kChunk = ROWS < 32 ? ROWS : 32;   // images of a step where N > kRows
+  static_assert(ROWS / Math::kRows * kAcross == WARPS && COLUMNS % 16 == 0, "a warp has one sub-tile");
+};
+
+// grad = scale·(value - mean) of the two variances, the mean in two parts: (v - high) - low keeps the digits of v -
+// mean.
+template <class T>
+struct VarianceGrad {
+  T background_scale, background_high, background_low, whole_scale, whole_high, whole_low;
+};
+
+template <class T>
+struct GradientArguments {
+  Pixels<T> pixels;
+  Map map, grad;  // grad.data null where the map's gradient is not needed
+  const T* sym;   // [padded, padded]: the Gram's cotangent plus its transpose, zeros beyond N
+  int64_t padded;
+  const VarianceGrad<T>* variance;  // [N], or null
+  T* grad_mask;                     // [N, P], or the channel parts' [parts][N, P], or null
+  int steps, step_rows;             // of the contraction over images: 1 of kRows, or several of kChunk
+  int stages, column_blocks, channel_parts;
+  bool foreground, add_grad, add_mask, split;
+};
+
+// region_gradients_kernel: Y = S·(map ⊙ w) for kRows images at a time, turned into gradients where it stands.
+//
+//   w = M (foreground) or 1 - M;   grad_map (+)= w ⊙ Y,   grad_M (+)= ± Σ_c map ⊙ Y   (minus in the background)
+//   with `variance`:  g = v̇·(v - mean v);  grad_map += (1-M)·g + ṙ·(map - mean map),  grad_M -= Σ_c map·g
+//
+// Shapes    map, grad [N, C, H, W] any strides; sym [padded, padded]; mask, grad_mask [N, P].
+// Launch    grid (runs of column tiles, tiles of kRows images, parts of the channels); ring of `stages` steps in shared
+//           memory, and the kRows × kRows of S where N <= kRows.
+// Passes    per column tile and channel: for each step of images, copies land, halves are widened, barrier, later
+// copies
+//           start, products; then the epilogue. grad_M is summed over the channels in registers.
+// Traffic   reads map and mask N/kRows times (twice where N > kRows: the epilogue), writes grad and grad_mask once.
+// Order     products of kChain, then float32 sums over images, then channels in order: fixed by the shape.
+// Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton.py; truth: reference.py.
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
+    region_gradients_kernel(const __grid_constant__ GradientArguments<typename Tiles::T> args) {
+  using Math = typename Tiles::Math;
+  using T = typename Tiles::T;
+  constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns, kPitch = Tiles::kPitch;
+  constexpr int kQuads = kColumns / 4, kOwnQuads = (kRows * kQuads + Tiles::kThreads - 1) / Tiles::kThreads;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  const Shape& shape = args.pixels.shape;
+  const Map& map = args.map;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kRows;
+  const int step_rows = args.step_rows;
+  const bool resident = args.steps == 1;
+  const int warp_row = warp / Tiles::kAcross * Math::kRows, warp_col = warp % Tiles::kAcross * Math::kCols;
+
+  T* const resident_sym = dynamic_shared<T>();
+  T* const ring = resident_sym + (resident ? kRows * kRows : 0);
+  const int plane = step_rows * kPitch;
+  const int stage_size = 2 * plane + (resident ? 0 : kRows * step_rows);
+
+  // S[first …, from …] in panels.
+  const auto copy_sym = [&](int64_t from, T* to) {
+    for (int i = tid; i < kRows * step_rows / 4; i += Tiles::kThreads) {
+      const int row = i / (step_rows / 4), k = i % (step_rows / 4) * 4;
+      const T* source = args.sym + (first + row) * args.padded + from + k;
+      T* target = to + k / kPanel * (kRows * kPanel) + in_panel(row, k % kPanel);
+      copy_async_16(target, source);
+      if (sizeof(T) == 8) copy_async_16(target + 2, source + 2);
+    }
+  };
+  if (resident) copy_sym(0, resident_sym);
+
+  const int64_t tiles = (shape.pixels + kColumns - 1) / kColumns;
+  const int64_t tile_begin = tiles * blockIdx.x / args.column_blocks,
+                tile_end = tiles * (blockIdx.x + 1) / args.column_blocks;
+  const int64_t channel_begin = shape.channels * blockIdx.z / args.channel_parts;
+  const int64_t channel_end = shape.channels * (blockIdx.z + 1) / args.channel_parts;
+
+  // The next copies to start: a counter for each loop, one step of images after the other.
+  int64_t next_tile = tile_begin, next_channel = channel_begin;
+  int next_step = 0;
+  const auto start_copies = [&](int slot) {
+    if (next_tile < tile_end) {
+      T* const values = ring + static_cast<int64_t>(slot) * stage_size;
+      T* const masks = values + plane;
+#pragma unroll
+      for (int i = 0; i < kOwnQuads; ++i) {
+        const int own = tid + i * Tiles::kThreads;
+        if (own >= step_rows * kQuads) break;
+        const int row = own / kQuads, col = own % kQuads * 4;
+        const int64_t n = static_cast<int64_t>(next_step) * step_rows + row;
+        T* value = values + row * kPitch + col;
+        T* mask = masks + row * kPitch + col;
+        if (n >= shape.images) {
+          const T zeros[4] = {};
+          store_quad(value, zeros);
+          store_quad(mask, zeros);
+          continue;
+        }
+        const int64_t p = next_tile * kColumns + col;
+        const int64_t base = n * map.stride_n + next_channel * map.stride_c;
+        const T* image_mask = args.pixels.mask + n * shape.pixels;
+        if (map.pixel_quads) {
+          const bool valid = p < shape.pixels;
+          copy_quad(map, base + (valid ? p : 0), valid, value);
+          copy_mask_quad(image_mask + (valid ? p : 0), valid, mask);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const bool valid = p + j < shape.pixels;
+            const int64_t at = valid ? p + j : 0;
+            copy_one(map, base + pixel_offset(map, shape.width, at), valid, value, j);
+            copy_mask_one(image_mask + at, valid, mask + j);
+          }
+        }
+      }
+      if (!resident) copy_sym(static_cast<int64_t>(next_step) * step_rows, masks + plane);
+      if (++next_step == args.steps) {
+        next_step = 0;
+        if (++next_channel == channel_end) {
+          next_channel = channel_begin;
+          ++next_tile;
+        }
+      }
+    }
+    copy_async_commit();
+  };
+
+  for (int s = 0; s + 1 < args.stages; ++s) start_copies(s);
+  const bool narrow = sizeof(T) == 4 && map.element != Element::float32;
+  int slot = 0;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    T mask_sum[Math::kAcc] = {};
+    for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
+      T sum[Math::kAcc] = {};
+      const T* values = nullptr;
+      for (int step = 0; step < args.steps; ++step) {
+        wait_for_copies(args.stages - 2);
+        T* const stage = ring + static_cast<int64_t>(slot) * stage_size;
+        if (narrow) {
+#pragma unroll
+          for (int i = 0; i < kOwnQuads; ++i) {
+            const int own = tid + i * Tiles::kThreads;
+            if (own >= step_rows * kQuads) break;
+            T* value = stage + own / kQuads * kPitch + own % kQuads * 4;
+            T wide[4];
+            widen_quad(value, map.element, wide);
+            store_quad(value, wide);
+          }
+        }
+        __syncthreads();
+        // Everyone is past the step before, whose slot the next copies may now take.
+        start_copies(slot == 0 ? args.stages - 1 : slot - 1);
+        values = stage;
+        const T* s = (resident ? resident_sym : stage + 2 * plane) + warp_row * kPanel;
+        const T* operand = stage + warp_col;
+        for (int k = 0; k < step_rows; k += kChain) {
+          T chain[Math::kAcc] = {};
+#pragma unroll
+          for (int panel = 0; panel < kChain / kPanel; ++panel) {
+            if (kRows < kChain && panel * kPanel >= kRows) break;
+            Math::product_step(chain, s, operand, operand + plane, kPitch, lane, args.foreground, args.split);
+            s += kRows * kPanel;
+            operand += kPanel * kPitch;
+          }
+#pragma unroll
+          for (int e = 0; e < Math::kAcc; ++e) sum[e] += chain[e];
+        }
+        slot = slot + 1 == args.stages ? 0 : slot + 1;
+      }
+
+      // This thread's products are gradients of elements whose map and mask are still in shared memory, if one step had
+      // all images.
+#pragma unroll
+      for (int e = 0; e < Math::kAcc; ++e) {
+        const int row = warp_row + Math::row(e, lane), col = warp_col + Math::col(e, lane);
+        const int64_t n = first + row, p = tile * kColumns + col;
+        if (n >= shape.images || p >= shape.pixels) continue;
+        T value, mask;
+        if (resident) {
+          value = values[row * kPitch + col];
+          mask = values[plane + row * kPitch + col];
+        } else {
+          const int64_t offset = n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p);
+          value = value_at<T>(map, offset);
+          mask = args.pixels.mask[n * shape.pixels + p];
+        }
+        T grad = weight_of(mask, args.foreground) * sum[e];
+        mask_sum[e] += args.foreground ? value * sum[e] : -value * sum[e];
+        if (args.variance != nullptr) {
+          const VarianceGrad<T> v = args.variance[n];
+          const T background = v.background_scale * ((value * (T(1) - mask) - v.background_high) - v.background_low);
+          grad += (T(1) - mask) * background + v.whole_scale * ((value - v.whole_high) - v.whole_low);
+          mask_sum[e] -= value * background;
+        }
+        if (args.grad.data != nullptr) {
+          T* to = static_cast<T*>(const_cast<void*>(args.grad.data)) + n * args.grad.stride_n +
+                  channel * args.grad.stride_c + pixel_offset(args.grad, shape.width, p);
+          *to = args.add_grad ? *to + grad : grad;
+        }
+      }
+    }
+    if (args.grad_mask == nullptr) continue;
+    T* const grad_mask = args.grad_mask + static_cast<int64_t>(blockIdx.z) * shape.images * shape.pixels;
+#pragma unroll
+    for (int e = 0; e < Math::kAcc; ++e) {
+      const int64_t n = first + warp_row + Math::row(e, lane), p = tile * kColumns + warp_col + Math::col(e, lane);
+      if (n >= shape.images || p >= shape.pixels) continue;
+      T* to = grad_mask + n * shape.pixels + p;
+      *to = args.add_mask ? *to + mask_sum[e] : mask_sum[e];
+    }
+  }
+}
+
+// grad_mask (+)= the channel parts' sums, in order. A thread an element.
+template <class T>
+__global__ void __launch_bounds__(256)
+    sum_channel_parts_kernel(const T* parts, T* grad_mask, int64_t count, int part_count, bool add) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= count) return;
+  T sum = add ? grad_mask[i] : T(0);
+  for (int part = 0; part < part_count; ++part) sum += parts[part * count + i];
+  grad_mask[i] = sum;
+}
+
+// prepare_gradients_kernel: what region_gradients_kernel reads, in its type.
+//
+//   sym[g] = grad_gram[g] + its transpose, padded with zeros;   scale = 2·cotangent/(D-1), means in two parts
+//
+// Launch    a thread per element of a padded matrix, grid.y which Gram; the first N threads of Gram 0 the variances
+// too.
+template <class T>
+struct PrepareArguments {
+  const double* grad_gram[4];
+  const double* grad_variance[2];
+  const double* mean[2];
+  T* sym;  // [grams][padded, padded]
+  VarianceGrad<T>* variance;
+  int64_t images, padded, elements;
+};
+template <class T>
+__global__ void __launch_bounds__(256) prepare_gradients_kernel(const __grid_constant__ PrepareArguments<T> args) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, size = args.padded * args.padded;
+  if (at < size) {
+    const int64_t i = at / args.padded, j = at % args.padded, N = args.images;
+    const double* grad = args.grad_gram[blockIdx.y];
+    args.sym[blockIdx.y * size + at] = i < N && j < N ? static_cast<T>(grad[i * N + j] + grad[j * N + i]) : T(0);
+  }
+  if (blockIdx.y == 0 && at < args.images) {
+    const double scale = 2.0 / (static_cast<double>(args.elements) - 1);
+    const double mean_v = args.mean[0][at], mean_r = args.mean[1][at];
+    const T high_v = static_cast<T>(mean_v), high_r = static_cast<T>(mean_r);
+    args.variance[at] = {static_cast<T>(args.grad_variance[0][at] * scale),
+                         high_v,
+                         static_cast<T>(mean_v - static_cast<double>(high_v)),
+                         static_cast<T>(args.grad_variance[1][at] * scale),
+                         high_r,
+                         static_cast<T>(mean_r - static_cast<double>(high_r))};
+  }
+}
+
+}  // namespace sib_fast::cuda

@@ -59,7 +59,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   using Math = typename Tiles::Math;
   using T = typename Tiles::T;
   constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns, kPitch = Tiles::kPitch;
-  constexpr int kQuads = kColumns / 4, kOwnQuads = (kRows * kQuads + Tiles::kThreads - 1) / Tiles::kThreads;
+  constexpr int kQuads = kColumns / 4, kOwnQuads = kRows * kQuads / Tiles::kThreads,
+                kRowStep = Tiles::kThreads / kQuads;
+  static_assert(kRowStep * kOwnQuads == kRows && kRowStep * kQuads == Tiles::kThreads,
+                "every thread has the same number of quads");
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const Shape& shape = args.pixels.shape;
   const Map& map = args.map;
@@ -72,6 +75,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   T* const ring = resident_sym + (resident ? kRows * kRows : 0);
   const int plane = step_rows * kPitch;
   const int stage_size = 2 * plane + (resident ? 0 : kRows * step_rows);
+
+  // This thread's quads of a step: the same columns of every kRowStep-th image.
+  const int own_row = tid / kQuads, own_col = tid % kQuads * 4, own_at = own_row * kPitch + own_col;
+  const int own_quads = step_rows / kRowStep;
 
   // S[first …, from …] in panels.
   const auto copy_sym = [&](int64_t from, T* to) {
@@ -97,39 +104,42 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const auto start_copies = [&](int slot) {
     if (next_tile < tile_end) {
       T* const values = ring + static_cast<int64_t>(slot) * stage_size;
-      T* const masks = values + plane;
-#pragma unroll
-      for (int i = 0; i < kOwnQuads; ++i) {
-        const int own = tid + i * Tiles::kThreads;
-        if (own >= step_rows * kQuads) break;
-        const int row = own / kQuads, col = own % kQuads * 4;
-        const int64_t n = static_cast<int64_t>(next_step) * step_rows + row;
-        T* value = values + row * kPitch + col;
-        T* mask = masks + row * kPitch + col;
-        if (n >= shape.images) {
-          const T zeros[4] = {};
-          store_quad(value, zeros);
-          store_quad(mask, zeros);
-          continue;
+      const int64_t p = next_tile * kColumns + own_col;
+      const int64_t first_image = static_cast<int64_t>(next_step) * step_rows + own_row;
+      if (map.pixel_quads) {
+        const bool valid = p < shape.pixels;
+        const int64_t offset = next_channel * map.stride_c + (valid ? p : 0);
+        const T* mask_from = args.pixels.mask + (valid ? p : 0);
+#pragma unroll 4
+        for (int i = 0; i < own_quads; ++i) {
+          const int64_t n = first_image + i * kRowStep;
+          T* const value = values + own_at + i * kRowStep * kPitch;
+          if (n < shape.images) {
+            copy_quad(map, n * map.stride_n + offset, valid, value);
+            copy_mask_quad(mask_from + n * shape.pixels, valid, value + plane);
+          } else {
+            const T zeros[4] = {};
+            store_quad(value, zeros);
+            store_quad(value + plane, zeros);
+          }
         }
-        const int64_t p = next_tile * kColumns + col;
-        const int64_t base = n * map.stride_n + next_channel * map.stride_c;
-        const T* image_mask = args.pixels.mask + n * shape.pixels;
-        if (map.pixel_quads) {
-          const bool valid = p < shape.pixels;
-          copy_quad(map, base + (valid ? p : 0), valid, value);
-          copy_mask_quad(image_mask + (valid ? p : 0), valid, mask);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const bool valid = p + j < shape.pixels;
-            const int64_t at = valid ? p + j : 0;
-            copy_one(map, base + pixel_offset(map, shape.width, at), valid, value, j);
-            copy_mask_one(image_mask + at, valid, mask + j);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 4; ++j) {
+          const bool valid = p + j < shape.pixels;
+          const int64_t at = valid ? p + j : 0;
+          const int64_t offset = next_channel * map.stride_c + pixel_offset(map, shape.width, at);
+#pragma unroll 1
+          for (int i = 0; i < own_quads; ++i) {
+            const int64_t n = first_image + i * kRowStep;
+            const bool real = valid && n < shape.images;
+            T* const value = values + own_at + i * kRowStep * kPitch;
+            copy_one(map, real ? n * map.stride_n + offset : 0, real, value, j);
+            copy_mask_one(args.pixels.mask + (real ? n * shape.pixels + at : 0), real, value + plane + j);
           }
         }
       }
-      if (!resident) copy_sym(static_cast<int64_t>(next_step) * step_rows, masks + plane);
+      if (!resident) copy_sym(static_cast<int64_t>(next_step) * step_rows, values + 2 * plane);
       if (++next_step == args.steps) {
         next_step = 0;
         if (++next_channel == channel_end) {
@@ -153,11 +163,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         wait_for_copies(args.stages - 2);
         T* const stage = ring + static_cast<int64_t>(slot) * stage_size;
         if (narrow) {
-#pragma unroll
-          for (int i = 0; i < kOwnQuads; ++i) {
-            const int own = tid + i * Tiles::kThreads;
-            if (own >= step_rows * kQuads) break;
-            T* value = stage + own / kQuads * kPitch + own % kQuads * 4;
+#pragma unroll 1
+          for (int i = 0; i < own_quads; ++i) {
+            T* const value = stage + own_at + i * kRowStep * kPitch;
             T wide[4];
             widen_quad(value, map.element, wide);
             store_quad(value, wide);
@@ -171,7 +179,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         const T* operand = stage + warp_col;
         for (int k = 0; k < step_rows; k += kChain) {
           T chain[Math::kAcc] = {};
-#pragma unroll
+#pragma unroll Math::kUnroll
           for (int panel = 0; panel < kChain / kPanel; ++panel) {
             if (kRows < kChain && panel * kPanel >= kRows) break;
             Math::product_step(chain, s, operand, operand + plane, kPitch, lane, args.foreground, args.split);
@@ -187,42 +195,55 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       // This thread's products are gradients of elements whose map and mask are still in shared memory, if one step had
       // all images.
 #pragma unroll
-      for (int e = 0; e < Math::kAcc; ++e) {
-        const int row = warp_row + Math::row(e, lane), col = warp_col + Math::col(e, lane);
-        const int64_t n = first + row, p = tile * kColumns + col;
-        if (n >= shape.images || p >= shape.pixels) continue;
-        T value, mask;
-        if (resident) {
-          value = values[row * kPitch + col];
-          mask = values[plane + row * kPitch + col];
-        } else {
-          const int64_t offset = n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p);
-          value = value_at<T>(map, offset);
-          mask = args.pixels.mask[n * shape.pixels + p];
-        }
-        T grad = weight_of(mask, args.foreground) * sum[e];
-        mask_sum[e] += args.foreground ? value * sum[e] : -value * sum[e];
-        if (args.variance != nullptr) {
-          const VarianceGrad<T> v = args.variance[n];
-          const T background = v.background_scale * ((value * (T(1) - mask) - v.background_high) - v.background_low);
-          grad += (T(1) - mask) * background + v.whole_scale * ((value - v.whole_high) - v.whole_low);
-          mask_sum[e] -= value * background;
-        }
-        if (args.grad.data != nullptr) {
-          T* to = static_cast<T*>(const_cast<void*>(args.grad.data)) + n * args.grad.stride_n +
-                  channel * args.grad.stride_c + pixel_offset(args.grad, shape.width, p);
-          *to = args.add_grad ? *to + grad : grad;
+      for (int r = 0; r < Math::kLaneRows; ++r) {
+        const int row = warp_row + Math::row(r, lane);
+        const int64_t n = first + row;
+        if (n >= shape.images) continue;
+        const VarianceGrad<T> variance = args.variance != nullptr ? args.variance[n] : VarianceGrad<T>{};
+        T* const grad_row =
+            static_cast<T*>(const_cast<void*>(args.grad.data)) + n * args.grad.stride_n + channel * args.grad.stride_c;
+#pragma unroll
+        for (int c = 0; c < Math::kLaneCols; ++c) {
+          const int col = warp_col + Math::col(c, lane), e = Math::index(r, c);
+          const int64_t p = tile * kColumns + col;
+          if (p >= shape.pixels) continue;
+          T value, mask;
+          if (resident) {
+            value = values[row * kPitch + col];
+            mask = values[plane + row * kPitch + col];
+          } else {
+            value = value_at<T>(map, n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p));
+            mask = args.pixels.mask[n * shape.pixels + p];
+          }
+          T grad = weight_of(mask, args.foreground) * sum[e];
+          T to_mask = args.foreground ? value * sum[e] : -value * sum[e];
+          if (args.variance != nullptr) {
+            const T background = variance.background_scale *
+                                 ((value * (T(1) - mask) - variance.background_high) - variance.background_low);
+            grad += (T(1) - mask) * background +
+                    variance.whole_scale * ((value - variance.whole_high) - variance.whole_low);
+            to_mask -= value * background;
+          }
+          mask_sum[e] += to_mask;
+          if (args.grad.data != nullptr) {
+            T* const to = grad_row + pixel_offset(args.grad, shape.width, p);
+            *to = args.add_grad ? *to + grad : grad;
+          }
         }
       }
     }
     if (args.grad_mask == nullptr) continue;
     T* const grad_mask = args.grad_mask + static_cast<int64_t>(blockIdx.z) * shape.images * shape.pixels;
 #pragma unroll
-    for (int e = 0; e < Math::kAcc; ++e) {
-      const int64_t n = first + warp_row + Math::row(e, lane), p = tile * kColumns + warp_col + Math::col(e, lane);
-      if (n >= shape.images || p >= shape.pixels) continue;
-      T* to = grad_mask + n * shape.pixels + p;
-      *to = args.add_mask ? *to + mask_sum[e] : mask_sum[e];
+    for (int r = 0; r < Math::kLaneRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < Math::kLaneCols; ++c) {
+        const int64_t n = first + warp_row + Math::row(r, lane), p = tile * kColumns + warp_col + Math::col(c, lane);
+        if (n >= shape.images || p >= shape.pixels) continue;
+        T* const to = grad_mask + n * shape.pixels + p;
+        const T value = mask_sum[Math::index(r, c)];
+        *to = args.add_mask ? *to + value : value;
+      }
     }
   }
 }

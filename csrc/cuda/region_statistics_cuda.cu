@@ -30,10 +30,10 @@ using Tf32Gram32 = GramTiles<Tf32<2, 4>, 32, 128, 8, 2>;
 using Tf32Gram64 = GramTiles<Tf32<2, 4>, 64, 32, 8, 2>;
 using Tf32Gram128 = GramTiles<Tf32<2, 4>, 128, 32, 16, 1>;
 using IeeeGram16 = GramTiles<Ieee<4, 2>, 16, 128, 8, 2>;
-using IeeeGram32 = GramTiles<Ieee<8, 4>, 32, 128, 8, 2>;
+using IeeeGram32 = GramTiles<Ieee<8, 4>, 32, 128, 8, 1>;
 using IeeeGram64 = GramTiles<Ieee<8, 4>, 64, 32, 8, 2>;
 using IeeeGram128 = GramTiles<Ieee<8, 4>, 128, 32, 16, 1>;
-using WideGram16 = GramTiles<Wide<4, 2>, 16, 64, 8, 1>;
+using WideGram16 = GramTiles<Wide<4, 2>, 16, 32, 4, 1>;
 using WideGram32 = GramTiles<Wide<4, 2>, 32, 32, 4, 1>;
 
 // Gradient tiles: images, pixels, warps, blocks a multiprocessor.
@@ -169,14 +169,14 @@ void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool sp
   args.plane_chunks = static_cast<uint32_t>(plane_chunks);
   args.split = split;
   const int64_t stage = gram_stage_bytes<Tiles>(N);
-  args.stages = stages_of<Tiles>(stage, 0, device_of(vjp).block_shared);
+  args.stages = stages_of<Tiles>(stage, Tiles::kMomentBytes, device_of(vjp).block_shared);
   const Tensor sums = new_float64(vjp, which * pairs * args.parts * Tiles::kGroups * Tiles::kSumSize);
   const Tensor moments = new_float64(vjp, args.parts * N * 4);
   args.sums = float64_of(sums);
   args.moments = float64_of(moments);
   launch(kStatistics, region_grams_kernel<Tiles>,
          dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(args.parts), static_cast<unsigned>(which)),
-         dim3(Tiles::kThreads), args.stages * stage, stream, args);
+         dim3(Tiles::kThreads), Tiles::kMomentBytes + args.stages * stage, stream, args);
 
   SumArguments<T> sum;
   sum.pixels = args.pixels;
@@ -191,8 +191,9 @@ void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool sp
     sum.variance[i] = float64_of(out.variance[i]);
     sum.mean[i] = float64_of(out.mean[i]);
   }
+  const unsigned slices = static_cast<unsigned>(std::clamp<int64_t>(args.parts * Tiles::kGroups / 8, 1, kMaxSlices));
   launch(kStatistics, sum_partials_kernel<Tiles>, dim3(static_cast<unsigned>(sum.gram_blocks + divide_up(N, 32))),
-         dim3(32, kSlices), 32 * kSlices * sizeof(double), stream, sum);
+         dim3(32, slices), 32 * slices * sizeof(double), stream, sum);
 }
 
 // The largest tile that pads N by at most an eighth more than the smaller one does, and of which two stages fit.
@@ -207,7 +208,7 @@ void pick_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool s
   const int64_t N = vjp.size(0), shared = device_of(vjp).block_shared;
   if (N <= 16) return run_forward<G16>(vjp, x, mask, split, out);
   if (N <= 32) return run_forward<G32>(vjp, x, mask, split, out);
-  if (N > 64 && takes_large<G128, G64>(N, shared, 2 * gram_stage_bytes<G128>(N)))
+  if (N > 64 && takes_large<G128, G64>(N, shared, G128::kMomentBytes + 2 * gram_stage_bytes<G128>(N)))
     return run_forward<G128>(vjp, x, mask, split, out);
   return run_forward<G64>(vjp, x, mask, split, out);
 }

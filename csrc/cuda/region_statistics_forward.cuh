@@ -20,9 +20,14 @@ struct GramTiles {
   static constexpr int kSumSize = kSubTiles * Math::kAcc * 32;  // elements of a tile in the order of the warps' sums
   static constexpr int kQuads = DEPTH / 4;                      // of a row
   static constexpr int kOwnQuads = 2 * TILE * kQuads / kThreads;
+  static constexpr int kRowStep = kThreads / kQuads;          // rows between the quads of a thread
+  static constexpr int kMomentBytes = TILE * kQuads * 4 * 8;  // on G_R's diagonal, one set of sums a quad
   static_assert(Math::kRows == Math::kCols && kSubTiles * kGroups == WARPS, "a warp has one square sub-tile");
   static_assert(DEPTH / kPanel % kGroups == 0 && DEPTH / kGroups <= kChain, "a chunk is one chain of every warp");
-  static_assert(kQuads <= 32 && 2 * TILE * kQuads % kThreads == 0, "the quads of a row belong to one warp");
+  static_assert(kQuads <= 32 && kRowStep % 8 == 0,
+                "the quads of a row belong to one warp, and lie alike in its panels");
+  static_assert(kOwnQuads % 2 == 0 && kOwnQuads * kThreads == 2 * TILE * kQuads,
+                "every thread has the same number of quads");
   static_assert(kPartial % DEPTH == 0, "float32 sums end with a chunk");
 };
 
@@ -59,60 +64,74 @@ __device__ __forceinline__ void moment_shifts(const Pixels<T>& pixels, const Map
   background = whole * (T(1) - pixels.mask[n * pixels.shape.pixels]);
 }
 
-// Copies this thread's quads of one chunk, the map's and the mask's.
+// Where a thread's quads of a chunk are: the same elements k … k+3 of the rows row + i·kRowStep.
+template <class Tiles>
+struct OwnQuads {
+  int row, k, at;  // at: of the first quad in a stage
+  __device__ __forceinline__ explicit OwnQuads(int panel) {
+    row = static_cast<int>(threadIdx.x) / Tiles::kQuads;
+    k = static_cast<int>(threadIdx.x) % Tiles::kQuads * 4;
+    at = k / kPanel * panel + in_panel(row, k % kPanel);
+  }
+  static __device__ __forceinline__ constexpr int step(int i) { return i * Tiles::kRowStep * kPanel; }
+  // The image of quad i: rows of tile i first, of tile j after them.
+  __device__ __forceinline__ int64_t image(int i, int64_t first_i, int64_t first_j) const {
+    constexpr int kHalf = Tiles::kOwnQuads / 2;
+    return i < kHalf ? first_i + row + i * Tiles::kRowStep : first_j + row + (i - kHalf) * Tiles::kRowStep;
+  }
+};
+
 template <class Tiles>
 __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T>& args, const Map& map, uint32_t chunk,
-                                           int quads, int64_t first_i, int64_t first_j, typename Tiles::T* values,
-                                           typename Tiles::T* masks, int panel) {
-  using T = typename Tiles::T;
+                                           int own_quads, const OwnQuads<Tiles>& own, int64_t first_i, int64_t first_j,
+                                           typename Tiles::T* values, typename Tiles::T* masks) {
   const Shape& shape = args.pixels.shape;
-  const uint32_t channels = static_cast<uint32_t>(shape.channels);
-  const uint32_t block = map.order == Order::planes ? chunk / channels : 0;
+  if (map.order == Order::planes) {
+    const uint32_t channels = static_cast<uint32_t>(shape.channels), block = chunk / channels;
+    int64_t p = static_cast<int64_t>(block) * Tiles::kDepth + own.k;
+    const bool valid = p < shape.pixels;
+    p = valid ? p : 0;
+    const int64_t offset = (chunk - block * channels) * map.stride_c + p;
 #pragma unroll
-  for (int i = 0; i < Tiles::kOwnQuads; ++i) {
-    const int own = static_cast<int>(threadIdx.x) + i * Tiles::kThreads;
-    if (own >= quads) break;
-    const int row = own / Tiles::kQuads, k = own % Tiles::kQuads * 4;
-    const int64_t n = row < Tiles::kTile ? first_i + row : first_j + row - Tiles::kTile;
-    if (n >= shape.images) continue;
-    const int at = k / kPanel * panel + in_panel(row, k % kPanel);
-    T* value = values + at;
-    T* mask = masks + at;
-    const T* image_mask = args.pixels.mask + n * shape.pixels;
-    if (map.order == Order::planes) {
-      int64_t p = static_cast<int64_t>(block) * Tiles::kDepth + k;
-      const bool valid = p < shape.pixels;
-      p = valid ? p : 0;
-      copy_quad(map, n * map.stride_n + (chunk - block * channels) * map.stride_c + p, valid, value);
-      copy_mask_quad(image_mask + p, valid, mask);
-      continue;
-    }
-    const int64_t e = static_cast<int64_t>(chunk) * Tiles::kDepth + k;
-    const int64_t fast = map.channels_fastest ? shape.channels : shape.pixels;
-    int64_t slow_at, fast_at;
-    if (shape.elements < (int64_t{1} << 31)) {
-      slow_at = static_cast<uint32_t>(e) / static_cast<uint32_t>(fast);
-    } else {
-      slow_at = e / fast;
-    }
-    fast_at = e - slow_at * fast;
-    const bool whole = map.order == Order::flat && map.vector;
-    if (whole) copy_quad(map, n * map.stride_n + (e < shape.elements ? e : 0), e < shape.elements, value);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const bool valid = e + j < shape.elements;
-      const int64_t p = !valid ? 0 : map.channels_fastest ? slow_at : fast_at;
-      const int64_t c = !valid ? 0 : map.channels_fastest ? fast_at : slow_at;
-      copy_mask_one(image_mask + p, valid, mask + j);
-      if (!whole) {
-        const int64_t offset =
-            map.order == Order::flat ? (valid ? e + j : 0) : c * map.stride_c + pixel_offset(map, shape.width, p);
-        copy_one(map, n * map.stride_n + offset, valid, value, j);
+    for (int i = 0; i < Tiles::kOwnQuads; ++i) {
+      const int64_t n = own.image(i, first_i, first_j);
+      if (i < own_quads && n < shape.images) {
+        copy_quad(map, n * map.stride_n + offset, valid, values + own.at + own.step(i));
+        copy_mask_quad(args.pixels.mask + n * shape.pixels + p, valid, masks + own.at + own.step(i));
       }
-      if (++fast_at == fast) {
-        fast_at = 0;
-        ++slow_at;
-      }
+    }
+    return;
+  }
+  const int64_t e = static_cast<int64_t>(chunk) * Tiles::kDepth + own.k;
+  const int64_t fast = map.channels_fastest ? shape.channels : shape.pixels;
+  int64_t slow_at;
+  if (shape.elements < (int64_t{1} << 31))
+    slow_at = static_cast<uint32_t>(e) / static_cast<uint32_t>(fast);
+  else
+    slow_at = e / fast;
+  int64_t fast_at = e - slow_at * fast;
+  const bool whole = map.order == Order::flat && map.vector;
+#pragma unroll 1
+  for (int j = 0; j < 4; ++j) {
+    const bool valid = e + j < shape.elements;
+    const int64_t p = !valid ? 0 : map.channels_fastest ? slow_at : fast_at;
+    const int64_t c = !valid ? 0 : map.channels_fastest ? fast_at : slow_at;
+    int64_t offset = valid ? e + j : 0;
+    if (map.order == Order::scattered) offset = c * map.stride_c + pixel_offset(map, shape.width, p);
+#pragma unroll 1
+    for (int i = 0; i < own_quads; ++i) {
+      const int64_t n = own.image(i, first_i, first_j);
+      if (n >= shape.images) continue;
+      const int at = own.at + own.step(i);
+      copy_mask_one(args.pixels.mask + n * shape.pixels + p, valid, masks + at + j);
+      if (!whole)
+        copy_one(map, n * map.stride_n + offset, valid, values + at, j);
+      else if (j == 0)
+        copy_quad(map, n * map.stride_n + offset, valid, values + at);
+    }
+    if (++fast_at == fast) {
+      fast_at = 0;
+      ++slow_at;
     }
   }
 }
@@ -145,9 +164,12 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const TilePair tile = tile_pair(static_cast<int>(blockIdx.x), args.tiles);
   const bool diagonal = tile.i == tile.j;
   const int64_t first_i = static_cast<int64_t>(tile.i) * kTile, first_j = static_cast<int64_t>(tile.j) * kTile;
-  const int quads = (diagonal ? 1 : 2) * kTile * Tiles::kQuads;
+  const int own_quads = diagonal ? Tiles::kOwnQuads / 2 : Tiles::kOwnQuads;
   const int panel = args.rows * kPanel, stage_size = args.rows * kDepth;
-  T* const ring = dynamic_shared<T>();
+  const OwnQuads<Tiles> own(panel);
+  // Sums of d and d² of v, then of R: a pair of doubles a quad each, in memory because registers are short.
+  double2* const moments = dynamic_shared<double2>();
+  T* const ring = reinterpret_cast<T*>(reinterpret_cast<char*>(moments) + Tiles::kMomentBytes);
 
   // On the diagonal the upper sub-tiles go to the first warps, which spreads them over the multiprocessor's quarters.
   const int group = warp / Tiles::kSubTiles;
@@ -159,9 +181,12 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   }
   active = active && first_i + sub.i * Math::kRows < shape.images && first_j + sub.j * Math::kCols < shape.images;
 
-  const bool moments = which == 0 && diagonal;
-  constexpr int kMomentQuads = (Tiles::kOwnQuads + 1) / 2;
-  double moment[kMomentQuads][4] = {};
+  constexpr int kMomentQuads = Tiles::kOwnQuads / 2, kMoments = kTile * Tiles::kQuads;
+  const bool has_moments = which == 0 && diagonal;
+  if (has_moments) {
+    for (int i = 0; i < kMomentQuads; ++i)
+      moments[tid + i * Tiles::kThreads] = moments[kMoments + tid + i * Tiles::kThreads] = make_double2(0, 0);
+  }
 
   // Map and mask quads of a stage lie one after the other; both belong to the thread that copied them.
   const auto values_of = [&](int slot) { return ring + static_cast<int64_t>(slot) * 2 * stage_size; };
@@ -170,8 +195,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(chunks) * (part + 1) / args.parts);
   const auto start_copies = [&](uint32_t chunk, int slot) {
     if (chunk < end)
-      copy_chunk<Tiles>(args, map, chunk, quads, first_i, first_j, values_of(slot), values_of(slot) + stage_size,
-                        panel);
+      copy_chunk<Tiles>(args, map, chunk, own_quads, own, first_i, first_j, values_of(slot),
+                        values_of(slot) + stage_size);
     copy_async_commit();
   };
 
@@ -199,13 +224,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     wait_for_copies(args.stages - 2);
     T* const values = values_of(slot);
     T* const masks = values + stage_size;
-#pragma unroll
-    for (int i = 0; i < Tiles::kOwnQuads; ++i) {
-      const int own = tid + i * Tiles::kThreads;
-      if (own >= quads) break;
-      const int row = own / Tiles::kQuads, k = own % Tiles::kQuads * 4;
-      const int64_t n = row < kTile ? first_i + row : first_j + row - kTile;
-      const int at = k / kPanel * panel + in_panel(row, k % kPanel);
+#pragma unroll 1
+    for (int i = 0; i < own_quads; ++i) {
+      const int64_t n = own.image(i, first_i, first_j);
+      const int at = own.at + own.step(i);
       T value[4] = {}, mask[4] = {}, operand[4];
       if (n < shape.images) {
         widen_quad(values + at, map.element, value);
@@ -214,25 +236,28 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 #pragma unroll
       for (int j = 0; j < 4; ++j) operand[j] = value[j] * weight_of(mask[j], foreground);
       store_quad(values + at, operand);
-      if (i < kMomentQuads && moments && n < shape.images) {
-        int64_t left;  // elements of D from this quad on
-        if (map.order == Order::planes) {
-          left = shape.pixels - (static_cast<int64_t>(chunk / static_cast<uint32_t>(shape.channels)) * kDepth + k);
-        } else {
-          left = shape.elements - (static_cast<int64_t>(chunk) * kDepth + k);
-        }
+      if (has_moments && n < shape.images) {
+        const int64_t from = (map.order == Order::planes ? chunk / static_cast<uint32_t>(shape.channels) : chunk) *
+                                 static_cast<int64_t>(kDepth) +
+                             own.k;
+        const int64_t left = (map.order == Order::planes ? shape.pixels : shape.elements) - from;
         T background, whole;
         moment_shifts(args.pixels, map, n, background, whole);
+        double2& of_v = moments[tid + i * Tiles::kThreads];
+        double2& of_r = moments[kMoments + tid + i * Tiles::kThreads];
+        double2 sum_v = of_v, sum_r = of_r;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j >= left) break;
           const double v = static_cast<double>(value[j] * (T(1) - mask[j]) - background);
           const double r = static_cast<double>(value[j] - whole);
-          moment[i < kMomentQuads ? i : 0][0] += v;
-          moment[i < kMomentQuads ? i : 0][1] += v * v;
-          moment[i < kMomentQuads ? i : 0][2] += r;
-          moment[i < kMomentQuads ? i : 0][3] += r * r;
+          sum_v.x += v;
+          sum_v.y += v * v;
+          sum_r.x += r;
+          sum_r.y += r * r;
         }
+        of_v = sum_v;
+        of_r = sum_r;
       }
     }
     __syncthreads();
@@ -247,7 +272,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           Math::gram_step(sum, a, b, lane, args.split);
       } else {
         T chain[Math::kAcc] = {};
-#pragma unroll
+#pragma unroll Math::kUnroll
         for (int p = 0; p < kDepth / kPanel / Tiles::kGroups;
              ++p, a += Tiles::kGroups * panel, b += Tiles::kGroups * panel)
           Math::gram_step(chain, a, b, lane, args.split);
@@ -260,20 +285,17 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   }
   flush();
 
-  if (moments) {
-#pragma unroll
+  if (has_moments) {
     for (int i = 0; i < kMomentQuads; ++i) {
-      const int own = tid + i * Tiles::kThreads;
+      const double2 of_v = moments[tid + i * Tiles::kThreads], of_r = moments[kMoments + tid + i * Tiles::kThreads];
+      double sums_of[4] = {of_v.x, of_v.y, of_r.x, of_r.y};
+      const int64_t n = own.image(i, first_i, first_j);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll
         for (int bits = Tiles::kQuads / 2; bits > 0; bits /= 2)
-          moment[i][m] += __shfl_xor_sync(0xffffffffu, moment[i][m], bits);
-      }
-      const int64_t n = first_i + own / Tiles::kQuads;
-      if (own < quads && own % Tiles::kQuads == 0 && n < shape.images) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) args.moments[(part * shape.images + n) * 4 + m] = moment[i][m];
+          sums_of[m] += __shfl_xor_sync(0xffffffffu, sums_of[m], bits);
+        if (own.k == 0 && n < shape.images) args.moments[(part * shape.images + n) * 4 + m] = sums_of[m];
       }
     }
   }
@@ -291,18 +313,19 @@ struct SumArguments {
   double* mean[2];
 };
 
-constexpr int kSlices = 16;  // of the parts, summed side by side
+constexpr int kMaxSlices = 16;  // of the parts, summed side by side: blockDim.y of them, by the number of parts
 
 // sum_partials_kernel: Grams, variances and means from the parts, in float64.
 //
 // Shapes    sums, moments of region_grams_kernel -> grams [N, N], mirrored; variance, mean [N].
-// Launch    (32, kSlices) threads; a block per 32 sums of a tile (gram_blocks of them), then one per 32 images.
+// Launch    (32, slices) threads; a block per 32 sums of a tile (gram_blocks of them), then one per 32 images.
 // Order     each slice adds its parts in order, then the slices are added in order.
 template <class Tiles>
-__global__ void __launch_bounds__(32 * kSlices)
+__global__ void __launch_bounds__(32 * kMaxSlices)
     sum_partials_kernel(const __grid_constant__ SumArguments<typename Tiles::T> args) {
   using Math = typename Tiles::Math;
-  const int lane = static_cast<int>(threadIdx.x), slice = static_cast<int>(threadIdx.y);
+  const int lane = static_cast<int>(threadIdx.x), slice = static_cast<int>(threadIdx.y),
+            slices = static_cast<int>(blockDim.y);
   const Shape& shape = args.pixels.shape;
   double* const shared = dynamic_shared<double>();
   const auto total = [&](double mine) {
@@ -310,26 +333,27 @@ __global__ void __launch_bounds__(32 * kSlices)
     __syncthreads();
     double all = 0;
     if (slice == 0) {
-      for (int s = 0; s < kSlices; ++s) all += shared[s * 32 + lane];
+      for (int s = 0; s < slices; ++s) all += shared[s * 32 + lane];
     }
     __syncthreads();
     return all;
   };
-  const auto slice_begin = [&](int64_t count, int s) { return count * s / kSlices; };
+  const auto slice_begin = [&](int64_t count, int s) { return count * s / slices; };
 
   if (static_cast<int>(blockIdx.x) < args.gram_blocks) {
     constexpr int kRuns = Tiles::kSumSize / 32;
     const int pairs = args.tiles * (args.tiles + 1) / 2;
     const int run = static_cast<int>(blockIdx.x) % kRuns, tile_index = static_cast<int>(blockIdx.x) / kRuns;
     const TilePair tile = tile_pair(tile_index % pairs, args.tiles);
-    const int sub = run / Math::kAcc, e = run % Math::kAcc;
+    const int sub = run / Math::kAcc, r = run % Math::kAcc / Math::kLaneCols, c = run % Math::kLaneCols;
     const int64_t i =
-        static_cast<int64_t>(tile.i) * Tiles::kTile + sub / Tiles::kSides * Math::kRows + Math::row(e, lane);
+        static_cast<int64_t>(tile.i) * Tiles::kTile + sub / Tiles::kSides * Math::kRows + Math::row(r, lane);
     const int64_t j =
-        static_cast<int64_t>(tile.j) * Tiles::kTile + sub % Tiles::kSides * Math::kCols + Math::col(e, lane);
+        static_cast<int64_t>(tile.j) * Tiles::kTile + sub % Tiles::kSides * Math::kCols + Math::col(c, lane);
     const bool wanted = i <= j && j < shape.images;
     const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups;
-    const double* from = args.sums + tile_index * count * Tiles::kSumSize + run * 32 + lane;
+    const double* from =
+        args.sums + tile_index * count * Tiles::kSumSize + (sub * Math::kAcc + Math::index(r, c)) * 32 + lane;
     double mine = 0;
     if (wanted) {
       const int64_t stop = slice_begin(count, slice + 1);

@@ -147,7 +147,7 @@ __device__ __forceinline__ T weight_of(T mask, bool foreground) {
 }
 
 // ---- a warp's tile --------------------------------------------------------------------------------------------------
-// row(e, lane), col(e, lane): the element of the tile that a lane's accumulator e is.
+// A lane's accumulators are kLaneRows × kLaneCols elements of the tile: index(r, c) at row(r, lane), col(c, lane).
 // gram_step: acc += A·Bᵀ over one panel; a, b point at the panel rows of the tile.
 // product_step: acc += S·(map ⊙ weight) over one panel; s at the panel rows of S, map and mask at [8][pitch] of the
 // tile.
@@ -155,10 +155,15 @@ __device__ __forceinline__ T weight_of(T mask, bool foreground) {
 template <int MT, int NT>
 struct TensorCores {
   using T = float;
+  static constexpr int kUnroll = 4;  // panels whose reads may overlap; plain arithmetic has no registers for that
   static constexpr int kRows = 16 * MT, kCols = 8 * NT, kAcc = 4 * MT * NT;
 
-  static __device__ __forceinline__ int row(int e, int lane) { return e / 4 / NT * 16 + e % 4 / 2 * 8 + lane / 4; }
-  static __device__ __forceinline__ int col(int e, int lane) { return e / 4 % NT * 8 + lane % 4 * 2 + e % 2; }
+  static constexpr int kLaneRows = 2 * MT, kLaneCols = 2 * NT;
+  static __device__ __forceinline__ constexpr int index(int r, int c) {
+    return (r / 2 * NT + c / 2) * 4 + r % 2 * 2 + c % 2;
+  }
+  static __device__ __forceinline__ int row(int r, int lane) { return r * 8 + lane / 4; }
+  static __device__ __forceinline__ int col(int c, int lane) { return c / 2 * 8 + lane % 4 * 2 + c % 2; }
 
   // k = 2t, 2t+1 of memory are the instruction's k = t, t+4: the contraction has no order, and both come in one read.
   static __device__ __forceinline__ void load_rows(const float* panel, int lane, float (&a)[4 * MT]) {
@@ -206,10 +211,13 @@ struct TensorCores {
 template <class T_, int RI, int RJ>
 struct Arithmetic {
   using T = T_;
+  static constexpr int kUnroll = 1;
   static constexpr int kRows = 4 * RI, kCols = 8 * RJ, kAcc = RI * RJ;
 
-  static __device__ __forceinline__ int row(int e, int lane) { return e / RJ * 4 + lane / 8; }
-  static __device__ __forceinline__ int col(int e, int lane) { return e % RJ * 8 + lane % 8; }
+  static constexpr int kLaneRows = RI, kLaneCols = RJ;
+  static __device__ __forceinline__ constexpr int index(int r, int c) { return r * RJ + c; }
+  static __device__ __forceinline__ int row(int r, int lane) { return r * 4 + lane / 8; }
+  static __device__ __forceinline__ int col(int c, int lane) { return c * 8 + lane % 8; }
 
   static __device__ __forceinline__ void gram_step(T (&acc)[kAcc], const T* a, const T* b, int lane, bool) {
 #pragma unroll

@@ -257,7 +257,8 @@ def test_gram_sums_do_not_lose_digits(kernel):
     vjp = torch.rand(2, 3, 200, 200) + 1.0  # positive, so that a long float32 sum rounds the same way at every step
     mask = torch.ones(2, 1, 200, 200)
     exact = vjp.double().flatten(1) @ vjp.double().flatten(1).T
-    got = region_statistics(vjp, vjp, mask, backend=kernel).gram_vjp
+    # IEEE: tensor cores truncate, which does not average out (tests/cuda and tests/triton hold tf32x3 to its own bound).
+    got = region_statistics(vjp, vjp, mask, backend=kernel, precision="ieee").gram_vjp
     assert ((got - exact).abs() / exact).max() < 2e-8
 
 

@@ -39,6 +39,18 @@ struct GradientArguments {
   bool foreground, add_grad, add_mask, split;
 };
 
+// Adjacent pixels, read and written together.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Neighbours {
+  T v[COUNT];
+};
+template <class T, int COUNT>
+__device__ __forceinline__ Neighbours<T, COUNT> sum_of(Neighbours<T, COUNT> a, const Neighbours<T, COUNT>& b) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
 // region_gradients_kernel: Y = S·(map ⊙ w) for kRows images at a time, turned into gradients where it stands.
 //
 //   w = M (foreground) or 1 - M;   grad_map (+)= w ⊙ Y,   grad_M (+)= ± Σ_c map ⊙ Y   (minus in the background)
@@ -58,6 +70,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     region_gradients_kernel(const __grid_constant__ GradientArguments<typename Tiles::T> args) {
   using Math = typename Tiles::Math;
   using T = typename Tiles::T;
+  constexpr int kRun = Math::kRun;
+  using Run = Neighbours<T, kRun>;
   constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns, kPitch = Tiles::kPitch;
   constexpr int kQuads = kColumns / 4, kOwnQuads = kRows * kQuads / Tiles::kThreads,
                 kRowStep = Tiles::kThreads / kQuads;
@@ -195,39 +209,55 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       // This thread's products are gradients of elements whose map and mask are still in shared memory, if one step had
       // all images.
 #pragma unroll
-      for (int r = 0; r < Math::kLaneRows; ++r) {
-        const int row = warp_row + Math::row(r, lane);
+      for (int r_index = 0; r_index < Math::kLaneRows; ++r_index) {
+        const int row = warp_row + Math::row(r_index, lane);
         const int64_t n = first + row;
         if (n >= shape.images) continue;
         const VarianceGrad<T> variance = args.variance != nullptr ? args.variance[n] : VarianceGrad<T>{};
         T* const grad_row =
             static_cast<T*>(const_cast<void*>(args.grad.data)) + n * args.grad.stride_n + channel * args.grad.stride_c;
 #pragma unroll
-        for (int c = 0; c < Math::kLaneCols; ++c) {
-          const int col = warp_col + Math::col(c, lane), e = Math::index(r, c);
+        for (int c = 0; c < Math::kLaneCols; c += kRun) {
+          const int col = warp_col + Math::col(c, lane);
           const int64_t p = tile * kColumns + col;
-          if (p >= shape.pixels) continue;
-          T value, mask;
+          Run value{}, mask{}, grad;
           if (resident) {
-            value = values[row * kPitch + col];
-            mask = values[plane + row * kPitch + col];
+            value = *reinterpret_cast<const Run*>(values + row * kPitch + col);
+            mask = *reinterpret_cast<const Run*>(values + plane + row * kPitch + col);
           } else {
-            value = value_at<T>(map, n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p));
-            mask = args.pixels.mask[n * shape.pixels + p];
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) {
+              if (p + i >= shape.pixels) break;
+              value.v[i] =
+                  value_at<T>(map, n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p + i));
+              mask.v[i] = args.pixels.mask[n * shape.pixels + p + i];
+            }
           }
-          T grad = weight_of(mask, args.foreground) * sum[e];
-          T to_mask = args.foreground ? value * sum[e] : -value * sum[e];
-          if (args.variance != nullptr) {
-            const T background = variance.background_scale *
-                                 ((value * (T(1) - mask) - variance.background_high) - variance.background_low);
-            grad += (T(1) - mask) * background +
-                    variance.whole_scale * ((value - variance.whole_high) - variance.whole_low);
-            to_mask -= value * background;
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            const T r = value.v[i], m = mask.v[i], product = sum[Math::index(r_index, c + i)];
+            grad.v[i] = weight_of(m, args.foreground) * product;
+            T to_mask = args.foreground ? r * product : -r * product;
+            if (args.variance != nullptr) {
+              const T background =
+                  variance.background_scale * ((r * (T(1) - m) - variance.background_high) - variance.background_low);
+              grad.v[i] +=
+                  (T(1) - m) * background + variance.whole_scale * ((r - variance.whole_high) - variance.whole_low);
+              to_mask -= r * background;
+            }
+            mask_sum[Math::index(r_index, c + i)] += to_mask;
           }
-          mask_sum[e] += to_mask;
-          if (args.grad.data != nullptr) {
-            T* const to = grad_row + pixel_offset(args.grad, shape.width, p);
-            *to = args.add_grad ? *to + grad : grad;
+          if (args.grad.data == nullptr || p >= shape.pixels) continue;
+          if (args.grad.pixel_quads) {
+            Run* const to = reinterpret_cast<Run*>(grad_row + p);
+            *to = args.add_grad ? sum_of(*to, grad) : grad;
+          } else {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) {
+              if (p + i >= shape.pixels) break;
+              T* const to = grad_row + pixel_offset(args.grad, shape.width, p + i);
+              *to = args.add_grad ? *to + grad.v[i] : grad.v[i];
+            }
           }
         }
       }
@@ -237,12 +267,21 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 #pragma unroll
     for (int r = 0; r < Math::kLaneRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < Math::kLaneCols; ++c) {
+      for (int c = 0; c < Math::kLaneCols; c += kRun) {
         const int64_t n = first + warp_row + Math::row(r, lane), p = tile * kColumns + warp_col + Math::col(c, lane);
         if (n >= shape.images || p >= shape.pixels) continue;
         T* const to = grad_mask + n * shape.pixels + p;
-        const T value = mask_sum[Math::index(r, c)];
-        *to = args.add_mask ? *to + value : value;
+        Run value;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) value.v[i] = mask_sum[Math::index(r, c + i)];
+        if (shape.pixels % 4 == 0) {
+          *reinterpret_cast<Run*>(to) = args.add_mask ? sum_of(*reinterpret_cast<const Run*>(to), value) : value;
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (p + i < shape.pixels) to[i] = args.add_mask ? to[i] + value.v[i] : value.v[i];
+        }
       }
     }
   }

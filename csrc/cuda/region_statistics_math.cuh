@@ -156,6 +156,7 @@ template <int MT, int NT>
 struct TensorCores {
   using T = float;
   static constexpr int kUnroll = 4;  // panels whose reads may overlap; plain arithmetic has no registers for that
+  static constexpr int kRun = 2;     // neighbouring columns of a lane: c and c+1 for even c
   static constexpr int kRows = 16 * MT, kCols = 8 * NT, kAcc = 4 * MT * NT;
 
   static constexpr int kLaneRows = 2 * MT, kLaneCols = 2 * NT;
@@ -211,7 +212,7 @@ struct TensorCores {
 template <class T_, int RI, int RJ>
 struct Arithmetic {
   using T = T_;
-  static constexpr int kUnroll = 1;
+  static constexpr int kUnroll = 1, kRun = 1;
   static constexpr int kRows = 4 * RI, kCols = 8 * RJ, kAcc = RI * RJ;
 
   static constexpr int kLaneRows = RI, kLaneCols = RJ;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -48,11 +49,26 @@ using IeeeGrad128 = GradientTiles<Ieee<8, 4>, 128, 64, 8, 1>;
 using WideGrad16 = GradientTiles<Wide<4, 2>, 16, 64, 4, 1>;
 using WideGrad32 = GradientTiles<Wide<4, 2>, 32, 32, 4, 1>;
 
-// The split over D aims at this many blocks: two rounds of the 132 multiprocessors of an H200. A constant, so that the
-// split, and with it every bit, depends on the shape only.
-constexpr int64_t kBlocksWanted = 264;
+// Cuts aim at this many blocks: two rounds of the 132 multiprocessors of an H200. Constants, so that every cut, and
+// with it every bit, depends on the shape only.
+constexpr int64_t kMultiprocessors = 132, kBlocksWanted = 2 * kMultiprocessors;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Parts of D for `groups` blocks a part: about kBlocksWanted blocks, at most `most` parts, the last round of
+// `resident` blocks a multiprocessor as full as possible (0.97 is good enough, then the fewest parts).
+int64_t parts_of(int64_t groups, int64_t most, int64_t resident) {
+  const int64_t round = kMultiprocessors * resident, aim = divide_up(kBlocksWanted, groups);
+  most = std::clamp<int64_t>(most, 1, 65535);  // what a grid may have along y
+  int64_t best = std::min(aim, most);
+  double best_fill = 0;
+  for (int64_t parts = std::max<int64_t>(1, aim / 2); parts <= std::min(3 * aim, most) && best_fill < 0.97; ++parts) {
+    const double rounds = static_cast<double>(groups * parts) / static_cast<double>(round);
+    const double fill = rounds / std::max(1.0, std::ceil(rounds));
+    if (groups * parts >= kMultiprocessors && fill > best_fill) best = parts, best_fill = fill;
+  }
+  return best;
+}
 
 // ---- maps -----------------------------------------------------------------------------------------------------------
 
@@ -162,7 +178,7 @@ void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool sp
   // At least 1,024 elements of D a block, so that the parts' sums stay smaller than the maps; 65,535 is the grid's
   // limit.
   const int64_t most = std::max<int64_t>(1, chunks * Tiles::kDepth / kPartial);
-  args.parts = static_cast<int>(std::min<int64_t>(std::min<int64_t>(most, divide_up(kBlocksWanted, 2 * pairs)), 65535));
+  args.parts = static_cast<int>(parts_of(2 * pairs, most, Tiles::kBlocks));
   args.tiles = static_cast<int>(tiles);
   args.rows = tiles == 1 ? Tiles::kTile : 2 * Tiles::kTile;
   args.chunks = static_cast<uint32_t>(chunks);

@@ -31,33 +31,42 @@ __device__ __forceinline__ void copy_async_16_cached(void* shared, const void* g
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
-// acc (MT×NT fragments of 4) += a·b over 8 products, for one warp; fragments as mma_m16n8k8_tf32 has them.
+// a to tf32's 11 bits, to nearest, in two instructions where cvt.rna.tf32 takes five (it sets NaN and Inf apart; here
+// NaN stays NaN, and beyond 4e34, where no Gram is finite, Inf may become NaN). 8193·a rounded is a multiple of 2^13
+// units of a, and so is 8192·a: their difference is a, rounded.
+__device__ __forceinline__ float nearest_tf32(float a) { return __fmaf_rn(a, -8192.0f, __fmul_rn(a, 8193.0f)); }
+
+// acc (MT×NT fragments of 4) += a·b over 8 products, for one warp; fragments as mma_m16n8k8_tf32 has them. The tensor
+// cores read the upper 19 bits of an operand: small parts are cut there, which is 2^-22 of a, of either sign.
 template <int MT, int NT>
 __device__ __forceinline__ void warp_mma(float (&acc)[4 * MT * NT], const float (&a)[4 * MT], const float (&b)[2 * NT],
                                          bool split) {
-  uint32_t a_big[MT][4], b_big[NT][2];
+  float a_big[4 * MT], b_big[2 * NT];
 #pragma unroll
-  for (int i = 0; i < 4 * MT; ++i) a_big[i / 4][i % 4] = to_tf32(a[i]);
+  for (int i = 0; i < 4 * MT; ++i) a_big[i] = nearest_tf32(a[i]);
 #pragma unroll
-  for (int i = 0; i < 2 * NT; ++i) b_big[i / 2][i % 2] = to_tf32(b[i]);
-  const auto product = [&](const uint32_t (&left)[MT][4], const uint32_t (&right)[NT][2]) {
+  for (int i = 0; i < 2 * NT; ++i) b_big[i] = nearest_tf32(b[i]);
+  const auto product = [&](const float (&left)[4 * MT], const float (&right)[2 * NT]) {
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
+      const uint32_t rows[4] = {__float_as_uint(left[4 * m]), __float_as_uint(left[4 * m + 1]),
+                                __float_as_uint(left[4 * m + 2]), __float_as_uint(left[4 * m + 3])};
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
+        const uint32_t columns[2] = {__float_as_uint(right[2 * n]), __float_as_uint(right[2 * n + 1])};
         float* d = acc + 4 * (m * NT + n);
         float sum[4] = {d[0], d[1], d[2], d[3]};
-        mma_m16n8k8_tf32(sum, left[m], right[n]);
+        mma_m16n8k8_tf32(sum, rows, columns);
         d[0] = sum[0], d[1] = sum[1], d[2] = sum[2], d[3] = sum[3];
       }
     }
   };
   if (split) {
-    uint32_t a_small[MT][4], b_small[NT][2];
+    float a_small[4 * MT], b_small[2 * NT];
 #pragma unroll
-    for (int i = 0; i < 4 * MT; ++i) a_small[i / 4][i % 4] = to_tf32(a[i] - __uint_as_float(a_big[i / 4][i % 4]));
+    for (int i = 0; i < 4 * MT; ++i) a_small[i] = a[i] - a_big[i];
 #pragma unroll
-    for (int i = 0; i < 2 * NT; ++i) b_small[i / 2][i % 2] = to_tf32(b[i] - __uint_as_float(b_big[i / 2][i % 2]));
+    for (int i = 0; i < 2 * NT; ++i) b_small[i] = b[i] - b_big[i];
     product(a_small, b_big);
     product(a_big, b_small);
   }
@@ -73,6 +82,10 @@ inline void copy_async_8(void* shared, const void* global, bool valid) {
 }
 inline void copy_async_16_cached(void* shared, const void* global, bool valid) { copy_async_16(shared, global, valid); }
 
+inline float nearest_tf32(float a) {
+  const float scaled = a * 8193.0f;
+  return static_cast<float>(static_cast<double>(scaled) - 8192.0 * static_cast<double>(a));
+}
 inline float toward_zero(double value) {
   const float nearest = static_cast<float>(value);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
@@ -90,9 +103,9 @@ void warp_mma(float (&acc)[4 * MT * NT], const float (&a)[4 * MT], const float (
   const int g = emulation::lane() / 4, t = emulation::lane() % 4;
   double left[2][2 * MT][8], right[2][2 * NT][8];  // [big, small][row or column of this lane][k]
   const auto put = [](double (&big)[8], double (&small)[8], int k, float value) {
-    const float head = __uint_as_float(to_tf32(value));
+    const float head = nearest_tf32(value);
     big[k] = head;
-    small[k] = __uint_as_float(to_tf32(value - head));
+    small[k] = __uint_as_float(__float_as_uint(value - head) & ~0x1fffu);
   };
   for (int k = 0; k < 8; ++k) {
     for (int r = 0; r < 2 * MT; ++r)

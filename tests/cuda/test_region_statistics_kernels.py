@@ -117,10 +117,14 @@ def test_sums_of_one_sign(precision, kernel):
     assert ((got - exact).abs() / exact).max() < {"ieee": 2e-8, "tf32x3": 4 * EPS}[precision]
 
 
-def tf32(value):
-    """To 10 bits of mantissa, to nearest, ties away from 0: cvt.rna.tf32."""
-    bits = value.to(torch.float32).view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()
+def nearest_tf32(value):
+    """What nearest_tf32 of the kernels computes: 8193·a, rounded, minus 8192·a."""
+    return ((value * 8193.0).double() - 8192.0 * value.double()).float()
+
+
+def cut(value):
+    """What a tensor core reads of an operand: 10 bits of mantissa."""
+    return (value.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
 
 
 def toward_zero(value):
@@ -132,14 +136,27 @@ def tf32x3_error(chain: int) -> float:
     """Relative error of sums of `chain` positive products in one accumulator, as tensor cores truncate it."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.rand(256, chain, generator=g) + 0.5 for _ in range(2))
-    big_a, big_b = tf32(a), tf32(b)
-    small_a, small_b = tf32(a - big_a.float()), tf32(b - big_b.float())
+    big_a, big_b = nearest_tf32(a), nearest_tf32(b)
+    small_a, small_b = cut(a - big_a), cut(b - big_b)
+    big_a, big_b = cut(big_a), cut(big_b)
     acc = torch.zeros(256, dtype=torch.float64)
     for k in range(0, chain, 8):
         for left, right in ((small_a, big_b), (big_a, small_b), (big_a, big_b)):
             acc = toward_zero(acc + (left[:, k : k + 8] * right[:, k : k + 8]).sum(1))
     exact = (a.double() * b.double()).sum(1)
     return ((acc - exact).norm() / exact.norm()).item()
+
+
+def test_rounding_to_tf32_by_two_multiplications():
+    """11 bits, off by at most half of the last one (a whole one just below a power of two); NaN stays NaN."""
+    a = torch.cat([torch.randn(100000) * 10.0 ** torch.randint(-30, 30, (100000,)), torch.tensor([1.9999999, -1.9999, 0.0])])
+    big = nearest_tf32(a)
+    assert torch.equal(cut(big), big.double())
+    off = (big - a).abs() / a.abs().clamp_min(1e-38)
+    assert off.max() <= 2.0**-10
+    assert (off > 2.0**-11).float().mean() < 1e-3
+    assert abs(((big - a) / a.abs().clamp_min(1e-38)).mean()) < 2.0**-16, "rounding must not lean to one side"
+    assert nearest_tf32(torch.tensor([float("nan")])).isnan().all()
 
 
 def test_error_of_tf32x3_grows_with_the_chain():

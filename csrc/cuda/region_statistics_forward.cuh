@@ -75,7 +75,7 @@ struct OwnQuads {
   }
   static __device__ __forceinline__ constexpr int step(int i) { return i * Tiles::kRowStep * kPanel; }
   // The image of quad i: rows of tile i first, of tile j after them.
-  __device__ __forceinline__ int64_t image(int i, int64_t first_i, int64_t first_j) const {
+  __device__ __forceinline__ int image(int i, int first_i, int first_j) const {
     constexpr int kHalf = Tiles::kOwnQuads / 2;
     return i < kHalf ? first_i + row + i * Tiles::kRowStep : first_j + row + (i - kHalf) * Tiles::kRowStep;
   }
@@ -83,7 +83,7 @@ struct OwnQuads {
 
 template <class Tiles>
 __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T>& args, const Map& map, uint32_t chunk,
-                                           int own_quads, const OwnQuads<Tiles>& own, int64_t first_i, int64_t first_j,
+                                           int own_quads, const OwnQuads<Tiles>& own, int first_i, int first_j,
                                            typename Tiles::T* values, typename Tiles::T* masks) {
   const Shape& shape = args.pixels.shape;
   if (map.order == Order::planes) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T
     const int64_t offset = (chunk - block * channels) * map.stride_c + p;
 #pragma unroll
     for (int i = 0; i < Tiles::kOwnQuads; ++i) {
-      const int64_t n = own.image(i, first_i, first_j);
+      const int n = own.image(i, first_i, first_j);
       if (i < own_quads && n < shape.images) {
         copy_quad(map, n * map.stride_n + offset, valid, values + own.at + own.step(i));
         copy_mask_quad(args.pixels.mask + n * shape.pixels + p, valid, masks + own.at + own.step(i));
@@ -120,7 +120,7 @@ __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T
     if (map.order == Order::scattered) offset = c * map.stride_c + pixel_offset(map, shape.width, p);
 #pragma unroll 1
     for (int i = 0; i < own_quads; ++i) {
-      const int64_t n = own.image(i, first_i, first_j);
+      const int n = own.image(i, first_i, first_j);
       if (n >= shape.images) continue;
       const int at = own.at + own.step(i);
       copy_mask_one(args.pixels.mask + n * shape.pixels + p, valid, masks + at + j);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const bool foreground = which < 2;
   const TilePair tile = tile_pair(static_cast<int>(blockIdx.x), args.tiles);
   const bool diagonal = tile.i == tile.j;
-  const int64_t first_i = static_cast<int64_t>(tile.i) * kTile, first_j = static_cast<int64_t>(tile.j) * kTile;
+  const int first_i = tile.i * kTile, first_j = tile.j * kTile;
   const int own_quads = diagonal ? Tiles::kOwnQuads / 2 : Tiles::kOwnQuads;
   const int panel = args.rows * kPanel, stage_size = args.rows * kDepth;
   const OwnQuads<Tiles> own(panel);
@@ -201,14 +201,14 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   };
 
   T sum[Math::kAcc] = {};
-  double* const sums =
-      args.sums +
-      (((static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * args.parts + part) * Tiles::kGroups + group) *
-          Tiles::kSumSize +
-      (sub.i * Tiles::kSides + sub.j) * Math::kAcc * 32 + lane;
   bool first = true;
   const auto flush = [&] {
     if (active) {
+      double* const sums =
+          args.sums +
+          (((static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * args.parts + part) * Tiles::kGroups + group) *
+              Tiles::kSumSize +
+          (sub.i * Tiles::kSides + sub.j) * Math::kAcc * 32 + lane;
 #pragma unroll
       for (int e = 0; e < Math::kAcc; ++e) {
         sums[e * 32] = first ? static_cast<double>(sum[e]) : sums[e * 32] + static_cast<double>(sum[e]);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     T* const masks = values + stage_size;
 #pragma unroll 1
     for (int i = 0; i < own_quads; ++i) {
-      const int64_t n = own.image(i, first_i, first_j);
+      const int n = own.image(i, first_i, first_j);
       const int at = own.at + own.step(i);
       T value[4] = {}, mask[4] = {}, operand[4];
       if (n < shape.images) {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     for (int i = 0; i < kMomentQuads; ++i) {
       const double2 of_v = moments[tid + i * Tiles::kThreads], of_r = moments[kMoments + tid + i * Tiles::kThreads];
       double sums_of[4] = {of_v.x, of_v.y, of_r.x, of_r.y};
-      const int64_t n = own.image(i, first_i, first_j);
+      const int n = own.image(i, first_i, first_j);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll

@@ -168,7 +168,7 @@ __device__ __forceinline__ T weight_of(T mask, bool foreground) {
 template <int MT, int NT>
 struct TensorCores {
   using T = float;
-  static constexpr int kUnroll = 4;  // panels whose reads may overlap; plain arithmetic has no registers for that
+  static constexpr int kUnroll = 2;  // panels whose reads may overlap: 128 registers hold no more
   static constexpr int kRun = 2;     // neighbouring columns of a lane: c and c+1 for even c
   static constexpr int kRows = 16 * MT, kCols = 8 * NT, kAcc = 4 * MT * NT;
 

@@ -5,9 +5,10 @@ one group at a time. The same number comes out of the kernel that every backward
 in the place of the input (SPEC 10). No kernel of our own: ops, each registered with its gradient, so that a compiled step
 keeps the second derivative.
 
-More savings. Gradients that the running pass does not need are not computed (`sib_fast._needs`). At a network's first layer,
-whose input gradient a plain step never computes: that of a strided convolution of few channels by phases. In a depthwise layer of large kernels: the weight gradient in channels last.
-The choices are rules on shapes, made from measurements; timed at run time they would change bits from run to run.
+More savings. Gradients that the running pass does not need are not computed (`sib_fast._needs`). The input gradient of a
+network's first layer, which a plain step never computes, goes by phases where it is strided and has few channels. The weight
+gradient of a depthwise layer of large kernels goes in channels last. The choices are rules on shapes, made from measurements;
+timed at run time they would change bits from run to run.
 """
 
 from __future__ import annotations

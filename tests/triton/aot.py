@@ -77,7 +77,7 @@ def _launch(kernel, grid, arguments: tuple, keywords: dict[str, Any]) -> Launch:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        value = given[name] if name in given else parameter.default
+        value = given.get(name, parameter.default)
         if parameter.is_constexpr or value is None:
             signature[name], constants[index,] = "constexpr", value
         elif isinstance(value, torch.Tensor):

@@ -108,11 +108,12 @@ def _key(values, WIDE: tl.constexpr):
 @triton.jit
 def _sigmoid(x, WIDE: tl.constexpr):
     """1/(1 + exp(-x)). float32: exp2 of a product in two parts, since exp's own error grows with |x|."""
+    bound: tl.constexpr = 700.0 if WIDE else 88.0  # beyond it exp overflows
+    x = tl.where(x > bound, bound, x)  # not minimum(): a NaN must stay one
+    x = tl.where(x < -bound, -bound, x)
     if WIDE:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
-        x = tl.where(x > 88.0, 88.0, x)  # not minimum(): a NaN must stay one
-        x = tl.where(x < -88.0, -88.0, x)
         high = x * -1.4426950408889634
         low = tl.fma(x, tl.full(x.shape, -1.4426950408889634, tl.float32), -high) + x * -1.925963e-8
         power = tl.exp2(high)
@@ -601,7 +602,7 @@ def _area_rows_kernel(mask, grad_mask, sums, plane_out, partials, height, width,
 
 @triton.jit
 def _gate_columns_kernel(sums, mean_map, levels, rank_pixels, partials, grad_plane, sums_of_gate, height, width, column_blocks,
-                         chunks, reach, half, length, parts, channels, slope: tl.float64, eps: tl.float64,
+                         chunks, reach, reach_x, half, length, parts, channels, slope: tl.float64, eps: tl.float64,
                          temperature: tl.float64, position: tl.float64, scale: tl.float64, SPIKES: tl.constexpr,
                          WIDE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
     """grad_h = box(grad_d), then grad_g = slope h (1 - h) grad_h / r, without the ranks of lo, hi and gate.
@@ -637,7 +638,7 @@ def _gate_columns_kernel(sums, mean_map, levels, rank_pixels, partials, grad_pla
                 rank = (first + j).to(tl.float64)
                 weight = tl.exp((tl.abs(nearest - position) - tl.abs(rank - position)) / temperature)
                 near_y = tl.abs(y_out - pixel // width) <= reach
-                near_x = tl.abs(x - pixel % width) <= reach
+                near_x = tl.abs(x - pixel % width) <= reach_x
                 grad_h -= tl.where(near_y[:, None] & near_x[None, :], weight * unit, 0.0)
     grad_h = (grad_h * scale).to(acc)
     written = ((out < TILE - 2 * reach - 1) & (y_out < height))[:, None] & (x < width)[None, :]
@@ -872,7 +873,7 @@ def backward(
             along_rows(grad_d, "plane")
         _gate_columns_kernel[images * column_parts,](
             sums, mean_map, levels, rank_pixels, area_sums, grad_plane, gate_sums, height, width, column_blocks, column_chunks,
-            plan.reach_y, plan.half, plan.length, row_parts, channels, slope, eps, temperature, plan.positions[3],
+            plan.reach_y, plan.reach_x, plan.half, plan.length, row_parts, channels, slope, eps, temperature, plan.positions[3],
             _scale_of(window_size), SPIKES=spikes, WIDE=plan.wide, TILE=plan.tile_y, COLUMNS=columns, BLOCK_L=_block_l(plan),
             num_warps=_warps(columns * plan.tile_y, 16),
         )  # fmt: skip

@@ -11,13 +11,13 @@ VENV_OLD := .venv-old
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick old packaging bench format clean doctor
+.PHONY: demo test check quick interpret old packaging bench format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast train $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
-test: check quick old packaging
+test: check quick interpret old packaging
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -27,6 +27,10 @@ check: $(VENV)/.built
 
 quick: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
+
+# The Triton kernels on the CPU, program by program. `quick` compiles them for six GPUs.
+interpret: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
 old: $(VENV)/.built $(if $(TORCH_OLD),$(VENV_OLD)/.installed)

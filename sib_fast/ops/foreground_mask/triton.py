@@ -99,10 +99,9 @@ def _plan(height: int, width: int, dtype: torch.dtype, window_size: int, tempera
 @triton.jit
 def _key(values, WIDE: tl.constexpr):
     """Bits of |values|, which order like it; NaN is the largest."""
-    if WIDE:
-        return values.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    kind: tl.constexpr = tl.int64 if WIDE else tl.int32
+    magnitude: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
+    return values.to(kind, bitcast=True) & magnitude
 
 
 @triton.jit
@@ -112,13 +111,13 @@ def _sigmoid(x, WIDE: tl.constexpr):
     x = tl.where(x > bound, bound, x)  # not minimum(): a NaN must stay one
     x = tl.where(x < -bound, -bound, x)
     if WIDE:
-        return 1.0 / (1.0 + tl.exp(-x))
+        result = 1.0 / (1.0 + tl.exp(-x))
     else:
         high = x * -1.4426950408889634
         low = tl.fma(x, tl.full(x.shape, -1.4426950408889634, tl.float32), -high) + x * -1.925963e-8
         power = tl.exp2(high)
-        one = tl.full(x.shape, 1.0, tl.float32)
-        return tl.div_rn(one, 1.0 + (power + power * (low * 0.6931471805599453)))
+        result = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + (power + power * (low * 0.6931471805599453)))
+    return result
 
 
 @triton.jit
@@ -252,9 +251,9 @@ def _mean_map_kernel(vjp, mean_map, scratch, stride_n, stride_c, stride_h, strid
 
 
 @triton.jit
-def _narrow_kernel(plane, scratch, histogram_at, pixels, tiles, half, position_0: tl.float64, position_1: tl.float64, position_2: tl.float64, PASSES: tl.constexpr,
-                   WINDOWS: tl.constexpr, ORIGIN: tl.constexpr, SHIFT: tl.constexpr, KEYED: tl.constexpr, WIDE: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+def _narrow_kernel(plane, scratch, histogram_at, pixels, tiles, half, position_0: tl.float64, position_1: tl.float64,
+                   position_2: tl.float64, PASSES: tl.constexpr, WINDOWS: tl.constexpr, ORIGIN: tl.constexpr,
+                   SHIFT: tl.constexpr, KEYED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One more histogram per window, of the keys in the interval that PASSES earlier ones left.
 
     Shapes    plane [N, P] (KEYED: it holds keys already); scratch int32 [N, _SCRATCH], added to.
@@ -277,9 +276,10 @@ def _narrow_kernel(plane, scratch, histogram_at, pixels, tiles, half, position_0
 
 
 @triton.jit
-def _collect_kernel(plane, scratch, histogram_at, counter_at, keys, key_pixels, pixels, tiles, half, position_0: tl.float64, position_1: tl.float64,
-                    position_2: tl.float64, PASSES: tl.constexpr, WINDOWS: tl.constexpr, ORIGIN: tl.constexpr, SHIFT: tl.constexpr,
-                    KEYED: tl.constexpr, WIDE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _collect_kernel(plane, scratch, histogram_at, counter_at, keys, key_pixels, pixels, tiles, half,
+                    position_0: tl.float64, position_1: tl.float64, position_2: tl.float64, PASSES: tl.constexpr,
+                    WINDOWS: tl.constexpr, ORIGIN: tl.constexpr, SHIFT: tl.constexpr, KEYED: tl.constexpr, WIDE: tl.constexpr,
+                    CAPACITY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The (key, pixel) pairs of every window's interval, unless there are more than CAPACITY.
 
     Shapes    out keys, key_pixels [N, 3, CAPACITY]: the first `size` of _interval are written.
@@ -438,7 +438,7 @@ def _windowed(values, window, AXIS: tl.constexpr, TILE: tl.constexpr, OTHER: tl.
     """Window sums along AXIS of a tile [OTHER, TILE] (AXIS 1) or [TILE, OTHER] (AXIS 0); entries beyond the outputs are junk."""
     prefix = tl.cumsum(values, AXIS)
     end = tl.minimum(tl.arange(0, TILE) + window, TILE - 1)
-    if AXIS == 1:
+    if AXIS == 1:  # noqa: SIM108 - the compiler takes one branch, by AXIS; a conditional expression would need both shapes equal
         index = tl.broadcast_to(end[None, :], (OTHER, TILE))
     else:
         index = tl.broadcast_to(end[:, None], (TILE, OTHER))
@@ -458,7 +458,8 @@ def _tile_of(width, height, row_blocks, chunks, reach, TILE: tl.constexpr, ROWS:
 
 @triton.jit
 def _gate_rows_kernel(mean_map, levels, scratch, sums, height, width, row_blocks, chunks, reach, slope: tl.float64,
-                      eps: tl.float64, fixed: tl.float64, WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                      eps: tl.float64, fixed: tl.float64, WIDE: tl.constexpr, TILE: tl.constexpr,
+                      ROWS: tl.constexpr):  # fmt: skip
     """h = sigmoid(slope (g - gate)/r) in fixed point, and its window sums along the rows.
 
     Shapes    mean_map [N, H, W]; levels [N, 4]; out sums int [N, H, W], all written.
@@ -632,7 +633,7 @@ def _gate_columns_kernel(sums, mean_map, levels, rank_pixels, partials, grad_pla
         ranks = rank_pixels + (n * 4 + 3) * length
         unit = _ordered_sum(partials + n * parts, parts, 256)
         unit /= _total_weight(ranks, first, length, position, temperature, BLOCK_L)
-        for j in range(0, length):
+        for j in range(length):
             pixel = tl.load(ranks + j)
             if pixel >= 0:
                 rank = (first + j).to(tl.float64)
@@ -744,16 +745,16 @@ def _rank(plan, plane, scratch, candidates, rank_pixels, levels, temperature, *,
     if select:
         for done in range(passes):
             _narrow_kernel[images * plan.tiles,](
-                plane, scratch, histogram_at, plan.pixels, plan.tiles, plan.half, *positions, PASSES=done, **shared
+                plane, scratch, histogram_at, plan.pixels, plan.tiles, plan.half, *positions, PASSES=done, num_warps=8, **shared,
             )  # fmt: skip
         _collect_kernel[images * plan.tiles,](
             plane, scratch, histogram_at, counter_at, *candidates, plan.pixels, plan.tiles, plan.half, *positions,
-            PASSES=passes, CAPACITY=_CAPACITY, **shared,
+            PASSES=passes, CAPACITY=_CAPACITY, num_warps=8, **shared,
         )  # fmt: skip
     _rank_kernel[images * windows,](
         plane, scratch, histogram_at, *candidates, rank_pixels, levels, plan.pixels, plan.half, plan.length, scale, temperature,
         *positions, SELECT=select, LEVEL=3 if of_d else 0, PASSES=passes, CAPACITY=_CAPACITY, CHUNK=64, BLOCK_L=_block_l(plan),
-        **shared,
+        num_warps=8, **shared,
     )  # fmt: skip
 
 
@@ -783,7 +784,11 @@ def forward(
     mean_map = vjp.new_empty((images, height, width), dtype=acc)
     levels = vjp.new_empty((images, 4), dtype=acc)
     select = rank_pixels is None and plan.length <= _LONGEST_WINDOW
-    ranks = vjp.new_empty((images, 4, plan.length), dtype=torch.int32) if rank_pixels is None else rank_pixels.clone(memory_format=torch.contiguous_format)
+    ranks = (
+        vjp.new_empty((images, 4, plan.length), dtype=torch.int32)
+        if rank_pixels is None
+        else rank_pixels.clone(memory_format=torch.contiguous_format)
+    )
     scratch = vjp.new_zeros((images, _SCRATCH.value), dtype=torch.int32)
     sums = vjp.new_empty((images, height, width), dtype=plan.key)
     room = (images, 3, _CAPACITY) if select else (1,)

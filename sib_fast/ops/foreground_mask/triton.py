@@ -32,6 +32,7 @@ _SCRATCH = tl.constexpr(1040)
 _CAPACITY = 1024  # candidates of a window that are ranked pair by pair; more take the exact search of _separate
 _LONGEST_WINDOW = 256  # ranks; beyond it one stable sort is cheaper than ranking pair by pair
 _MOST_SPIKES = 64  # ranks of t whose share of grad_h is added pixel by pixel; more are put into grad_d first
+_RANK_BLOCK = 1024  # pixels of a step of _separate; 2,048 made float64 spill on sm_80 and sm_90
 _BLOCK = 2048  # pixels of an elementwise program: 16 a thread, four 16-byte loads of float32 in flight
 
 
@@ -754,7 +755,7 @@ def _rank(plan, plane, scratch, candidates, rank_pixels, levels, temperature, *,
     _rank_kernel[images * windows,](
         plane, scratch, histogram_at, *candidates, rank_pixels, levels, plan.pixels, plan.half, plan.length, scale, temperature,
         *positions, SELECT=select, LEVEL=3 if of_d else 0, PASSES=passes, CAPACITY=_CAPACITY, CHUNK=64, BLOCK_L=_block_l(plan),
-        num_warps=8, **shared,
+        num_warps=8, **shared | {"BLOCK": _RANK_BLOCK},
     )  # fmt: skip
 
 

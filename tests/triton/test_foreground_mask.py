@@ -110,7 +110,7 @@ def test_launches_and_nothing_else_that_runs_on_the_device(size, forward, backwa
     with _Seen() as seen:
         launched = aot.record(lambda: both(vjp))
     assert len(launched) == forward + backward
-    free = {"aten.new_empty.default", "aten.empty_like.default", "aten.view.default", "aten.view.dtype", "aten.ones_like.default"}
+    free = {"aten.new_empty.default", "aten.empty_like.default", "aten.view.default", "aten.view.dtype", "aten.ones_like.default", "aten.detach.default"}
     assert [name for name in seen.names if name not in free] == ["aten.new_zeros.default"]
 
 
@@ -188,14 +188,16 @@ def test_ties_beyond_the_candidates_of_a_window(zeros, passes, kernel, monkeypat
     check_ranks(vjp, options, kernel)
 
 
-@pytest.mark.parametrize("passes", [0, 1, 2])
+@pytest.mark.parametrize("passes", [0, 2])
+@pytest.mark.parametrize("start", [1497, 1498, 1500, 1503])  # 1500 and 1503 are the first ranks of a value
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_ranks_between_two_crowded_values(dtype, passes, kernel, monkeypatch):
-    """A window that holds the last of 1,500 equal values, a few of their own, and the first of 1,500 others."""
+def test_ranks_between_two_crowded_values(dtype, start, passes, kernel, monkeypatch):
+    """A window over the last of 1,500 equal values, a few of their own, and the first of 1,500 others."""
     monkeypatch.setattr(kernels, "_passes", lambda plan, of_floats: passes)
     values = torch.cat([torch.full((1500,), 0.25), torch.tensor([0.3, 0.27, 0.27]), torch.full((1500,), 0.5)]).to(dtype)
     vjp = values[torch.randperm(len(values), device="cpu").to(values.device)].view(1, 1, 39, 77)
-    middle = 1501 / 3002
+    half = 5 if dtype == torch.float64 else 3
+    middle = (start + half) / 3002
     options = OPTIONS._replace(window_size=1, temperature=0.1, slope=2.0, quantiles=(0.2, 0.9, middle, middle))
     check_ranks(vjp, options, kernel)
 
@@ -252,9 +254,10 @@ def test_offsets_beyond_2_to_the_31(axis, kernel, tmp_path):
     """Strides of a map of over 2^31 elements, in a sparse file of which a few pages exist."""
     if torch.get_default_device().type != "cpu":
         pytest.skip("the sparse file is CPU memory")
-    far, width = 2**31 + 4096, 12
-    strides = {"image": (far, 200, width, 1), "channel": (512, far, width, 1), "row": (1024, 512, far // 7, 1)}[axis]
-    shape = (2, 2, 8, width)
+    # Each stride fits 32 bits, so that only the product with an index can overflow.
+    far, width = 2**30 + 4096, 12
+    strides = {"image": (far, 200, width, 1), "channel": (512, far, width, 1), "row": (1024, 512, far // 3, 1)}[axis]
+    shape = (3, 3, 8, width)
     size = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
     vjp = storage.as_strided(shape, strides)

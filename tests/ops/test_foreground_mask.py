@@ -232,7 +232,7 @@ def test_window_that_covers_every_pixel(kernel):
 
 
 def test_threads_do_not_change_bits(kernel):
-    vjp, _, cotangent = PROBLEMS[2].make(torch.float32)
+    vjp, _, cotangent = sized(PROBLEMS[2], kernel).make(torch.float32)
     before = torch.get_num_threads()
     results = []
     try:

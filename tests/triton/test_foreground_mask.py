@@ -110,7 +110,14 @@ def test_launches_and_nothing_else_that_runs_on_the_device(size, forward, backwa
     with _Seen() as seen:
         launched = aot.record(lambda: both(vjp))
     assert len(launched) == forward + backward
-    free = {"aten.new_empty.default", "aten.empty_like.default", "aten.view.default", "aten.view.dtype", "aten.ones_like.default", "aten.detach.default"}
+    free = {
+        "aten.new_empty.default",
+        "aten.empty_like.default",
+        "aten.view.default",
+        "aten.view.dtype",
+        "aten.ones_like.default",
+        "aten.detach.default",
+    }
     assert [name for name in seen.names if name not in free] == ["aten.new_zeros.default"]
 
 

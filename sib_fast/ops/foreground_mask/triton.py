@@ -33,6 +33,7 @@ _CAPACITY = 1024  # candidates of a window that are ranked pair by pair; more ta
 _LONGEST_WINDOW = 256  # ranks; beyond it one stable sort is cheaper than ranking pair by pair
 _MOST_SPIKES = 64  # ranks of t whose share of grad_h is added pixel by pixel; more are put into grad_d first
 _RANK_BLOCK = 1024  # pixels of a step of _separate; 2,048 made float64 spill on sm_80 and sm_90
+_RANK_REGISTERS = 128  # of _rank_kernel: left alone, ptxas spills one register on sm_120 to fit a third block of a few programs
 _BLOCK = 2048  # pixels of an elementwise program: 16 a thread, four 16-byte loads of float32 in flight
 
 
@@ -755,7 +756,7 @@ def _rank(plan, plane, scratch, candidates, rank_pixels, levels, temperature, *,
     _rank_kernel[images * windows,](
         plane, scratch, histogram_at, *candidates, rank_pixels, levels, plan.pixels, plan.half, plan.length, scale, temperature,
         *positions, SELECT=select, LEVEL=3 if of_d else 0, PASSES=passes, CAPACITY=_CAPACITY, CHUNK=64, BLOCK_L=_block_l(plan),
-        num_warps=8, **shared | {"BLOCK": _RANK_BLOCK},
+        num_warps=8, maxnreg=_RANK_REGISTERS, **shared | {"BLOCK": _RANK_BLOCK},
     )  # fmt: skip
 
 
@@ -800,7 +801,7 @@ def forward(
         _mean_map_kernel[images * plan.tiles,](
             vjp, mean_map, scratch, *vjp.stride(), channels, width, plan.pixels, plan.tiles,
             FLAT=height == 1 or vjp.stride(2) == width * vjp.stride(3), UNROLL=min(8, triton.next_power_of_2(channels)),
-            HISTOGRAM=select, WIDE=plan.wide, BLOCK=_BLOCK, **_OF_FLOATS[plan.wide],
+            HISTOGRAM=select, WIDE=plan.wide, BLOCK=_BLOCK, num_warps=8 if plan.wide else 4, **_OF_FLOATS[plan.wide],
         )  # fmt: skip
         if rank_pixels is None and not select:
             ranks[:, :3] = _sorted_ranks(g_rows, plan, plan.positions[:3])

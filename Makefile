@@ -15,13 +15,13 @@ PINNED := timm==1.0.27 transformers==4.51.3 accelerate==1.3.0 lightning==2.5.0.p
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick old pinned packaging bench gpu format clean doctor
+.PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast train $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
-test: check quick old pinned packaging
+test: check quick interpret old pinned packaging
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -31,6 +31,10 @@ check: $(VENV)/.built
 
 quick: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
+
+# The Triton kernels on the CPU, program by program. `quick` compiles them for six GPUs.
+interpret: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
 old: $(VENV)/.built $(if $(TORCH_OLD),$(VENV_OLD)/.installed)

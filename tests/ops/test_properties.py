@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sib_fast import region_statistics
+from sib_fast._backends import INTERPRETING_TRITON
 from sib_fast.ops.foreground_mask import MaskOptions, mask_with_ranks, reference
 from sib_fast.testing.assertions import exact_orders, rank_pixels_of
 from sib_fast.testing.problems import layouts
@@ -15,7 +16,9 @@ from sib_fast.testing.problems import layouts
 LAYOUTS = sorted(layouts(torch.zeros(1, 1, 1, 1)))
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 24), st.integers(1, 24))
 quantile = st.floats(0, 1)
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Triton's interpreter takes a second an example.
+examples = {"max_examples": 12} if INTERPRETING_TRITON else {}
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], **examples)
 
 
 @relaxed

@@ -21,17 +21,17 @@ void define_schemas(Library& m) {
       "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
       "int channels, int window_size, float temperature, float slope, float[] quantiles, float eps) -> Tensor");
   // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's [0] unless asked for), variances and
-  // means [N]
+  // means [N]. precision: "ieee", "tf32x3" or "tf32"; float64 and the CPU are always "ieee".
   m.def(
-      "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams) -> (Tensor gram_vjp, Tensor "
-      "gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
-      "background_gram_vjp, Tensor background_gram_x)");
+      "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor "
+      "gram_vjp, Tensor gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor "
+      "vjp_mean, Tensor background_gram_vjp, Tensor background_gram_x)");
   // -> acc grad_vjp, grad_x [N,C,H,W] in the layouts of vjp and x, grad_mask [N,1,H,W]; [0] where need_* is false
   m.def(
       "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
       "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, "
-      "Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor "
-      "grad_vjp, Tensor grad_x, Tensor grad_mask)");
+      "Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask, str "
+      "precision) -> (Tensor grad_vjp, Tensor grad_x, Tensor grad_mask)");
   // x acc [N,C,S] contiguous, weight, bias [C] -> y [N,C,S]; float64 [C] mean, biased variance, 1/sqrt(variance + eps)
   m.def(
       "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "

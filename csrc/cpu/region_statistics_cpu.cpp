@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "common/check.h"
@@ -90,9 +91,9 @@ Sums sums_of(const StatisticsGeometry& geo, const Tensor& vjp, const Tensor& x, 
   return {std::move(grams), std::move(moments), b.padded_images};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> region_statistics(Tensor vjp, Tensor x,
-                                                                                             Tensor mask,
-                                                                                             bool background_grams) {
+// The last argument is the precision of matrix units, which the CPU does not use: its products are IEEE always.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> region_statistics(
+    Tensor vjp, Tensor x, Tensor mask, bool background_grams, std::string /*precision*/) {
   check_inputs(vjp, x, mask);
   const StatisticsGeometry geo = geometry_of(vjp, background_grams);
   const Sums sums = accumulation_type(vjp.scalar_type()) == ScalarType::Double ? sums_of<double>(geo, vjp, x, mask)
@@ -168,10 +169,13 @@ void run_backward(const StatisticsGeometry& geo, const std::vector<const Tensor*
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> region_statistics_backward(
-    Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor grad_vjp_variance,
-    std::optional<Tensor> grad_background_gram_vjp, std::optional<Tensor> grad_background_gram_x, Tensor vjp, Tensor x,
-    Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) {
+std::tuple<Tensor, Tensor, Tensor> region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x,
+                                                              Tensor grad_background_variance, Tensor grad_vjp_variance,
+                                                              std::optional<Tensor> grad_background_gram_vjp,
+                                                              std::optional<Tensor> grad_background_gram_x, Tensor vjp,
+                                                              Tensor x, Tensor mask, Tensor background_mean,
+                                                              Tensor vjp_mean, bool need_vjp, bool need_x,
+                                                              bool need_mask, std::string /*precision*/) {
   check_inputs(vjp, x, mask);
   SIB_CHECK(kOp, grad_background_gram_vjp.has_value() == grad_background_gram_x.has_value(),
             "the gradients of both background Grams must be given, or neither");

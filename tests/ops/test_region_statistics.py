@@ -299,13 +299,13 @@ def test_opcheck(kernel):
         )
         mask = torch.rand(3, 1, 5, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for background_grams in (False, True):
-            torch.library.opcheck(op._region_statistics.default, (vjp, x, mask, background_grams))
-            out = op._region_statistics(vjp, x, mask, background_grams)
+            torch.library.opcheck(op._region_statistics.default, (vjp, x, mask, background_grams, "ieee"))
+            out = op._region_statistics(vjp, x, mask, background_grams, "ieee")
             grams = cotangents_of(3)
             background = grams[4:] if background_grams else (None, None)
             torch.library.opcheck(
                 op._region_statistics_backward.default,
-                (*grams[:4], *background, vjp, x, mask, out[4], out[5], True, background_grams, True),
+                (*grams[:4], *background, vjp, x, mask, out[4], out[5], True, background_grams, True, "ieee"),
             )
 
 

@@ -14,10 +14,19 @@ from sib_fast.types import RegionStatistics
 _OP = "region_statistics"
 # In the order in which "auto" asks: Triton before CUDA C++ until a measurement says otherwise.
 KERNELS = ["cpu", "triton", "cuda"]
+# How the products of float32 and half maps are formed: float32 arithmetic, or tensor cores with each float32 split into two
+# tf32 numbers (three products, 22 bits), or rounded to one (11 bits).
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 def region_statistics(
-    vjp: Tensor, x: Tensor, mask: Tensor, *, background_grams: bool = False, backend: str = "auto"
+    vjp: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    background_grams: bool = False,
+    backend: str = "auto",
+    precision: str | None = None,
 ) -> RegionStatistics:
     """Gram matrices of the masked VJP and input, and the VJP's variances, of both regions in one pass.
 
@@ -25,6 +34,9 @@ def region_statistics(
     gram_vjp = a aᵀ, gram_x = b bᵀ, background_variance = Var(v), vjp_variance = Var(vjp), and with `background_grams`
     background_gram_vjp = v vᵀ, background_gram_x = c cᵀ. Differentiable once in vjp, x and mask (backend="reference": any
     order). The masked tensors never exist in memory.
+
+    precision: "ieee", "tf32x3" or "tf32", what a GPU's kernels compute products in; None follows
+    torch.get_float32_matmul_precision(), "highest" as tf32x3 and the others as tf32. float64 and the CPU are always IEEE.
 
     Shapes:  vjp, x [N, C, H, W] float64 (both) or any of float32, bfloat16, float16 (each), any strides;
              mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N]. Any N >= 1; C·H·W >= 2.
@@ -46,12 +58,31 @@ def region_statistics(
         raise TypeError(f"{_OP}: vjp and x must both be float64 or neither, got {vjp.dtype} and {x.dtype}")
     if channels * height * width < 2:
         raise ValueError(f"{_OP}: vjp must have C·H·W >= 2, since its variance is unbiased, got {list(vjp.shape)}")
+    if precision is not None and precision not in PRECISIONS:
+        listed = ", ".join(repr(name) for name in PRECISIONS)
+        raise ValueError(f"{_OP}: precision must be None or one of {listed}, got {precision!r}")
     chosen = resolve(_OP, backend, vjp.device, KERNELS)
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.region_statistics(vjp, x, mask, background_grams=background_grams)
     mask = mask.to(_checks.accumulation_dtype(vjp.dtype)).contiguous()
-    return RegionStatistics(*_RegionStatistics.apply(vjp, x, mask, bool(background_grams), chosen))
+    mode = _precision_of(precision, chosen, vjp.dtype)
+    return RegionStatistics(*_RegionStatistics.apply(vjp, x, mask, bool(background_grams), chosen, mode))
+
+
+# Dynamo has no rule for the getter; a changed setting fails its guards on global state all the same, so that it is asked anew.
+@torch.compiler.assume_constant_result
+def _matmul_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def _precision_of(requested: str | None, backend: str, dtype: torch.dtype) -> str:
+    """The entry of PRECISIONS that a kernel of `backend` is given."""
+    if backend == "cpu" or dtype == torch.float64:
+        return "ieee"
+    if requested is not None:
+        return requested
+    return "tf32x3" if _matmul_precision() == "highest" else "tf32"
 
 
 class _RegionStatistics(torch.autograd.Function):
@@ -65,26 +96,27 @@ class _RegionStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, vjp, x, mask, background_grams, backend):
-        out = _FORWARD[backend](vjp, x, mask, background_grams)
+    def forward(ctx, vjp, x, mask, background_grams, backend, precision):
+        out = _FORWARD[backend](vjp, x, mask, background_grams, precision)
         background_mean, vjp_mean = out[4:6]
         ctx.save_for_backward(vjp, x, mask, background_mean, vjp_mean)
-        ctx.rest = (background_grams, backend)
+        ctx.rest = (background_grams, backend, precision)
         return (*out[:4], *out[6:]) if background_grams else tuple(out[:4])
 
     @staticmethod
     def backward(ctx, *grads):
-        background_grams, backend = ctx.rest
+        background_grams, backend, precision = ctx.rest
         vjp, x, mask, background_mean, vjp_mean = ctx.saved_tensors
         need_vjp, need_x, need_mask = ctx.needs_input_grad[:3]
         grad_vjp, grad_x, grad_mask = _RegionStatisticsGrad.apply(
             *(grads if background_grams else (*grads, None, None)),
-            vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask, backend,
+            vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask, precision, backend,
         )  # fmt: skip
         return (
             grad_vjp.to(vjp.dtype) if need_vjp else None,
             grad_x.to(x.dtype) if need_x else None,
             grad_mask if need_mask else None,
+            None,
             None,
             None,
         )
@@ -117,7 +149,7 @@ def add_kernels(backend: str, namespace: str) -> None:
     _FORWARD[backend], _BACKWARD[backend] = ops._region_statistics.default, ops._region_statistics_backward.default
 
 
-def _fake_forward(vjp, x, mask, background_grams):
+def _fake_forward(vjp, x, mask, background_grams, precision):
     images = vjp.shape[0]
 
     def new(*shape):
@@ -130,7 +162,7 @@ def _fake_forward(vjp, x, mask, background_grams):
 
 def _fake_backward(
     grad_gram_vjp, grad_gram_x, grad_background_variance, grad_vjp_variance, grad_background_gram_vjp,
-    grad_background_gram_x, vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask,
+    grad_background_gram_x, vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask, precision,
 ):  # fmt: skip
     acc = _checks.accumulation_dtype(vjp.dtype)
 
@@ -149,8 +181,8 @@ if _extension.MISSING["cpu"] is None:
     add_kernels("cuda", "sib_fast")
 if _extension.MISSING["triton"] is None:
     define_triton_op(
-        "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams) -> (Tensor gram_vjp, Tensor gram_x, "
-        "Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
+        "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor gram_vjp, Tensor "
+        "gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
         "background_gram_vjp, Tensor background_gram_x)",
         "sib_fast.ops.region_statistics.triton",
         "forward",
@@ -158,8 +190,8 @@ if _extension.MISSING["triton"] is None:
     define_triton_op(
         "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
         "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, Tensor "
-        "mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask) -> (Tensor grad_vjp, "
-        "Tensor grad_x, Tensor grad_mask)",
+        "mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask, str precision) -> (Tensor "
+        "grad_vjp, Tensor grad_x, Tensor grad_mask)",
         "sib_fast.ops.region_statistics.triton",
         "backward",
     )

@@ -23,7 +23,9 @@ PLANES, CHANNELS, FLAT_PIXELS, FLAT_CHANNELS = (tl.constexpr(order) for order in
 PARTIAL = tl.constexpr(1024)  # products per float32 partial sum, then float64 (SPEC 7)
 CHAIN = tl.constexpr(512)  # products per uninterrupted tensor-core sum: its error grows with its length
 _PROGRAMS = 264  # programs that share a launch's work: two for each SM of an H200. By constant: the split sets the bits
-_LEAST_PRODUCTS = 256  # per split: below this the partial Gram costs more bytes than the rows it is made of
+_LEAST_PRODUCTS = (
+    4096 if INTERPRETING else 256
+)  # per split: below this the partial Gram costs more bytes than the rows it is made of
 
 
 # ---- operands ---------------------------------------------------------------------------------------------------------------
@@ -48,12 +50,12 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
         b_big = _tf32(b)
         part = tl.dot(a - a_big, b_big, input_precision="tf32")
         part = tl.dot(a_big, b - b_big, part, input_precision="tf32")
-        part = tl.dot(a_big, b_big, part, input_precision="tf32")
-        return acc + part
+        acc += tl.dot(a_big, b_big, part, input_precision="tf32")
     elif PRECISION == "tf32":
-        return tl.dot(_tf32(a), _tf32(b), acc, input_precision="tf32")
+        acc = tl.dot(_tf32(a), _tf32(b), acc, input_precision="tf32")
     else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -64,13 +66,13 @@ def _square(a, acc, PRECISION: tl.constexpr):
         small = a - big
         right = tl.trans(big)
         part = tl.dot(small + small, right, input_precision="tf32")
-        part = tl.dot(big, right, part, input_precision="tf32")
-        return acc + part
+        acc += tl.dot(big, right, part, input_precision="tf32")
     elif PRECISION == "tf32":
         big = _tf32(a)
-        return tl.dot(big, tl.trans(big), acc, input_precision="tf32")
+        acc = tl.dot(big, tl.trans(big), acc, input_precision="tf32")
     else:
-        return tl.dot(a, tl.trans(a), acc, input_precision="ieee")
+        acc = tl.dot(a, tl.trans(a), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def _gram_partials_kernel(
     end = tl.minimum(begin + units_per_split, units)
     UNITS: tl.constexpr = PARTIAL // BLOCK_D
     # In tf32x3 every product is a chain of its own already.
-    STEP: tl.constexpr = UNITS if PRECISION == "tf32x3" else CHAIN // BLOCK_D
+    STEP: tl.constexpr = UNITS if PRECISION == "tf32x3" or BLOCK_D > CHAIN else CHAIN // BLOCK_D
 
     if MOMENTS:
         GROUP: tl.constexpr = 4  # neighbours of a row that one thread holds: their sum needs no exchange
@@ -221,7 +223,7 @@ def _gram_partials_kernel(
         else:
             tl.store(to, total)
 
-    if MOMENTS:
+    if MOMENTS:  # noqa: SIM102 (known at compile time, the inner one is not)
         if region == 0:
             n = tl.sum(count, axis=0).to(tl.float64)
             to = moments_ptr + row_i * splits + split
@@ -351,12 +353,12 @@ def _sym_product(big, small, b, acc, PRECISION: tl.constexpr):
         b_big = _tf32(b)
         part = tl.dot(small, b_big, input_precision="tf32")
         part = tl.dot(big, b - b_big, part, input_precision="tf32")
-        part = tl.dot(big, b_big, part, input_precision="tf32")
-        return acc + part
+        acc += tl.dot(big, b_big, part, input_precision="tf32")
     elif PRECISION == "tf32":
-        return tl.dot(big, _tf32(b), acc, input_precision="tf32")
+        acc = tl.dot(big, _tf32(b), acc, input_precision="tf32")
     else:
-        return tl.dot(big, b, acc, input_precision="ieee")
+        acc = tl.dot(big, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["steps", "steps_per_split", "splits", "items", "items_per_program"])
@@ -457,10 +459,7 @@ def _gradient_kernel(
                 product_v = _sym_product(big_v, small_v, value * (1 - m), product_v, PRECISION)
 
         difference = product
-        if VARIANCE:
-            from_v = product_v + slope_v * (value * (1 - m) - mean_v)
-        else:
-            from_v = product_v
+        from_v = product_v + slope_v * (value * (1 - m) - mean_v) if VARIANCE else product_v
         if VARIANCE or BACKGROUND:
             difference = product - from_v
         if NEED_MAP:
@@ -494,7 +493,7 @@ def _mask_gradient_kernel(partials_ptr, grad_mask_ptr, size, slots, BLOCK: tl.co
     """grad_mask [N, P] from its shares [slots, N, P], added in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], grad_mask_ptr.dtype.element_ty)
-    for slot in range(slots):
+    for _ in range(slots):
         total += tl.load(partials_ptr + at, mask=at < size, other=0.0)
         partials_ptr += size
     tl.store(grad_mask_ptr + at, total, mask=at < size)
@@ -513,30 +512,44 @@ class Tile(NamedTuple):
     block_k: int = 0  # gradient: images per product; block_n where S stays in shared memory
 
 
-_SMALL_GRAM = (Tile(16, 32, 4, 3), Tile(32, 32, 4, 3), Tile(64, 16, 4, 3))
-_SMALL_GRAD = (Tile(16, 64, 4, 3, 16), Tile(32, 32, 4, 3, 32), Tile(64, 32, 4, 3, 32))
-# The interpreter has neither registers nor shared memory, and takes as long for an operation on a large block as on a small one.
-_LARGE = tuple(Tile(n, 256, 4, 1, n) for n in (16, 32, 64, 128))
-_INTERPRETER = {kind: _LARGE for kind in ("tensor", "ieee", "float64")}
-GRAM = {
-    "interpreter": _INTERPRETER,
-    "90": {
-        "tensor": (*_SMALL_GRAM, Tile(128, 16, 8, 3)),
-        "ieee": (*_SMALL_GRAM,),
-        "float64": (Tile(16, 16, 4, 2), Tile(32, 16, 4, 2)),
-    },
-}
+# One table per architecture: "80" (163 KiB of shared memory a block), "86" (99 KiB: 8.6, 8.9, 12.x and whatever has no table
+# of its own), "90" and "100" (227 KiB). "tensor": tf32x3 and tf32. Chosen by compiling, never timed [E]: every entry has no
+# stack frame and no spills on the architectures of its table (tests/triton/test_region_statistics.py compiles them again).
+# What else was compiled (registers/stack bytes, tf32x3, triton 3.8): Gram 128×128 with 32 columns 255/24 on sm_90 (with 16:
+# 240/0) and with 16 columns 255/56 on sm_80, 254/16 on sm_120; resident S 128×64 255/168 on sm_90 (128×32: 176/0), 128×32
+# 32/4488 on sm_80; S 64×64 32/5424 on sm_80.
+SMALLEST = "86"
+SHARED_MEMORY = {"80": 163 * 1024, "86": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+# The interpreter has no registers, and takes as long for an operation on a large block as on a small one.
+_LARGE = tuple(Tile(n, 1024, 4, 1, n) for n in (16, 32, 64, 128))
+_INTERPRETER = dict.fromkeys(("tensor", "ieee", "float64"), _LARGE)
+_GRAM_IEEE = (Tile(16, 16, 4, 2), Tile(32, 16, 4, 2), Tile(64, 16, 8, 2))
+_GRAM_FLOAT64 = (Tile(16, 16, 4, 2), Tile(32, 16, 4, 2))
+_GRADIENT_IEEE = (Tile(16, 64, 4, 2, 16), Tile(64, 32, 8, 2, 16))
+_GRADIENT_FLOAT64 = (Tile(16, 32, 4, 2, 16), Tile(32, 32, 4, 2, 16))
+
+
+def _with_fallbacks(tensor: tuple[Tile, ...], ieee: tuple[Tile, ...], float64: tuple[Tile, ...]) -> dict[str, tuple[Tile, ...]]:
+    return {"tensor": tensor, "ieee": ieee, "float64": float64}
+
+
+_GRAM_80 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 16, 4, 3), Tile(64, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64)
+_GRAM_90 = _with_fallbacks(
+    (Tile(16, 16, 4, 3), Tile(32, 16, 4, 3), Tile(64, 32, 8, 3), Tile(128, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64
+)
+_RESIDENT_80 = _with_fallbacks((Tile(16, 64, 4, 3, 16), Tile(32, 32, 4, 3, 32)), (), ())
+_RESIDENT_90 = _with_fallbacks(
+    (Tile(16, 64, 4, 3, 16), Tile(32, 64, 4, 3, 32), Tile(64, 64, 8, 2, 64), Tile(128, 32, 8, 2, 128)), (), ()
+)
+_STREAMED_80 = _with_fallbacks((Tile(64, 32, 8, 3, 32), Tile(128, 32, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
+_STREAMED_90 = _with_fallbacks((Tile(64, 64, 8, 3, 16), Tile(128, 64, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
+GRAM = {"interpreter": _INTERPRETER, "80": _GRAM_80, "86": _GRAM_80, "90": _GRAM_90, "100": _GRAM_90}
 RESIDENT_GRADIENT = {
-    'interpreter': _INTERPRETER,
-    "90": {
-        "tensor": (*_SMALL_GRAD[:2], Tile(64, 32, 4, 3, 64), Tile(128, 32, 8, 2, 128)),
-        "ieee": _SMALL_GRAD,
-        "float64": (Tile(16, 16, 4, 2, 16), Tile(32, 16, 4, 2, 16)),
-    },
-}
-SMALLEST = '90'
-SHARED_MEMORY = {'90': 0}
-STREAMED_GRADIENT = {"interpreter": _INTERPRETER, "90": {"tensor": (_SMALL_GRAD[2], Tile(128, 32, 8, 3, 32)), "ieee": _SMALL_GRAD[2:], "float64": (Tile(32, 16, 4, 2, 16),)}}
+    "interpreter": _INTERPRETER, "80": _RESIDENT_80, "86": _RESIDENT_80, "90": _RESIDENT_90, "100": _RESIDENT_90
+}  # fmt: skip
+STREAMED_GRADIENT = {
+    "interpreter": _INTERPRETER, "80": _STREAMED_80, "86": _STREAMED_80, "90": _STREAMED_90, "100": _STREAMED_90
+}  # fmt: skip
 
 
 def _kind(dtype: torch.dtype, precision: str) -> str:
@@ -715,7 +728,8 @@ def backward(
     for map_, grad, need, which in ((x, grad_x, need_x, 1), (vjp, grad_vjp, need_vjp, 0)):
         if not (need or need_mask):
             continue
-        by_channel = (walk := _walk(map_)).channels_fastest and channels >= tile.block_d or pixels < 16 and channels > pixels
+        walk = _walk(map_)
+        by_channel = (walk.channels_fastest and channels >= tile.block_d) or (pixels < 16 and channels > pixels)
         blocks = pixels if by_channel else _ceil(pixels, tile.block_d)
         steps = _ceil(channels, tile.block_d) if by_channel else channels
         per = _ceil(steps, max(1, min(steps, _PROGRAMS // (blocks * row_tiles))))

@@ -533,9 +533,9 @@ def _with_fallbacks(tensor: tuple[Tile, ...], ieee: tuple[Tile, ...], float64: t
     return {"tensor": tensor, "ieee": ieee, "float64": float64}
 
 
-_GRAM_80 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 16, 4, 3), Tile(64, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64)
+_GRAM_80 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64)
 _GRAM_90 = _with_fallbacks(
-    (Tile(16, 16, 4, 3), Tile(32, 16, 4, 3), Tile(64, 32, 8, 3), Tile(128, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64
+    (Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 32, 8, 3), Tile(128, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64
 )
 _RESIDENT_80 = _with_fallbacks((Tile(16, 64, 4, 3, 16), Tile(32, 32, 4, 3, 32)), (), ())
 _RESIDENT_90 = _with_fallbacks(

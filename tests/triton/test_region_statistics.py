@@ -144,6 +144,22 @@ def test_a_nan_is_not_rounded_away(kernel):
         assert torch.isfinite(out.gram_vjp[0, 0])
 
 
+def test_opcheck_of_the_triton_ops(kernel):
+    """Schemas, fakes and aliasing of the registered ops, with and without background Grams."""
+    vjp, x, mask = inputs_of((3, 2, 3, 4))
+    x = x.contiguous(memory_format=torch.channels_last)
+    ops = torch.ops.sib_fast_triton
+    checks = ("test_schema", "test_faketensor")
+    for background in (False, True):
+        arguments = (vjp, x, mask, background, "tf32x3")
+        torch.library.opcheck(ops._region_statistics.default, arguments, test_utils=checks)
+        out = ops._region_statistics(*arguments)
+        gram, vector = torch.ones_like(out[0]), torch.ones_like(out[2])
+        grads = (gram, gram, vector, vector, *((gram, gram) if background else (None, None)))
+        backward = (*grads, vjp, x, mask, out[4], out[5], True, background, True, "tf32x3")
+        torch.library.opcheck(ops._region_statistics_backward.default, backward, test_utils=checks)
+
+
 # ---- the length of chains, by emulation -------------------------------------------------------------------------------------
 
 

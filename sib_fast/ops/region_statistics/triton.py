@@ -512,14 +512,14 @@ class Tile(NamedTuple):
     block_k: int = 0  # gradient: images per product; block_n where S stays in shared memory
 
 
-# One table per architecture: "80" (163 KiB of shared memory a block), "86" (99 KiB: 8.6, 8.9, 12.x and whatever has no table
-# of its own), "90" and "100" (227 KiB). "tensor": tf32x3 and tf32. Chosen by compiling, never timed [E]: every entry has no
+# One table per architecture: "80" (163 KiB of shared memory a block), "86" (99 KiB: 8.6, 8.9 and what has no table of its
+# own), "120" (99 KiB), "90" and "100" (227 KiB). "tensor": tf32x3 and tf32. Chosen by compiling, never timed [E]: every entry has no
 # stack frame and no spills on the architectures of its table (tests/triton/test_region_statistics.py compiles them again).
 # What else was compiled (registers/stack bytes, tf32x3, triton 3.8): Gram 128×128 with 32 columns 255/24 on sm_90 (with 16:
 # 240/0) and with 16 columns 255/56 on sm_80, 254/16 on sm_120; resident S 128×64 255/168 on sm_90 (128×32: 176/0), 128×32
 # 32/4488 on sm_80; S 64×64 32/5424 on sm_80.
 SMALLEST = "86"
-SHARED_MEMORY = {"80": 163 * 1024, "86": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+SHARED_MEMORY = {"80": 163 * 1024, "86": 99 * 1024, "120": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 # The interpreter has no registers, and takes as long for an operation on a large block as on a small one.
 _LARGE = tuple(Tile(n, 1024, 4, 1, n) for n in (16, 32, 64, 128))
 _INTERPRETER = dict.fromkeys(("tensor", "ieee", "float64"), _LARGE)
@@ -537,18 +537,24 @@ _GRAM_80 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 16,
 _GRAM_90 = _with_fallbacks(
     (Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 32, 8, 3), Tile(128, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64
 )
+_GRAM_120 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 32, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64)
 _RESIDENT_80 = _with_fallbacks((Tile(16, 64, 4, 3, 16), Tile(32, 32, 4, 3, 32)), (), ())
+_RESIDENT_120 = _with_fallbacks((Tile(16, 32, 4, 3, 16), Tile(32, 32, 4, 3, 32)), (), ())
 _RESIDENT_90 = _with_fallbacks(
     (Tile(16, 64, 4, 3, 16), Tile(32, 64, 4, 3, 32), Tile(64, 64, 8, 2, 64), Tile(128, 32, 8, 2, 128)), (), ()
 )
 _STREAMED_80 = _with_fallbacks((Tile(64, 32, 8, 3, 32), Tile(128, 32, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
 _STREAMED_90 = _with_fallbacks((Tile(64, 64, 8, 3, 16), Tile(128, 64, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
-GRAM = {"interpreter": _INTERPRETER, "80": _GRAM_80, "86": _GRAM_80, "90": _GRAM_90, "100": _GRAM_90}
+GRAM = {
+    "interpreter": _INTERPRETER, "80": _GRAM_80, "86": _GRAM_80, "120": _GRAM_120, "90": _GRAM_90, "100": _GRAM_90
+}  # fmt: skip
 RESIDENT_GRADIENT = {
-    "interpreter": _INTERPRETER, "80": _RESIDENT_80, "86": _RESIDENT_80, "90": _RESIDENT_90, "100": _RESIDENT_90
+    "interpreter": _INTERPRETER, "80": _RESIDENT_80, "86": _RESIDENT_80,
+    "120": _RESIDENT_120, "90": _RESIDENT_90, "100": _RESIDENT_90
 }  # fmt: skip
 STREAMED_GRADIENT = {
-    "interpreter": _INTERPRETER, "80": _STREAMED_80, "86": _STREAMED_80, "90": _STREAMED_90, "100": _STREAMED_90
+    "interpreter": _INTERPRETER, "80": _STREAMED_80, "86": _STREAMED_80,
+    "120": _STREAMED_80, "90": _STREAMED_90, "100": _STREAMED_90
 }  # fmt: skip
 
 
@@ -559,7 +565,7 @@ def _kind(dtype: torch.dtype, precision: str) -> str:
 @functools.cache
 def _architecture_of(capability: tuple[int, int], shared_memory: int) -> str:
     """The table for a device: its own where there is one, otherwise the one that needs the least shared memory."""
-    name = {(8, 0): "80", (9, 0): "90", (10, 0): "100", (10, 3): "100"}.get(capability, SMALLEST)
+    name = {(8, 0): "80", (9, 0): "90", (10, 0): "100", (10, 3): "100", (12, 0): "120", (12, 1): "120"}.get(capability, SMALLEST)
     return name if shared_memory >= SHARED_MEMORY[name] else SMALLEST
 
 

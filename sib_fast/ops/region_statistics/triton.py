@@ -513,8 +513,9 @@ class Tile(NamedTuple):
 
 
 # One table per architecture: "80" (163 KiB of shared memory a block), "86" (99 KiB: 8.6, 8.9 and what has no table of its
-# own), "120" (99 KiB), "90" and "100" (227 KiB). "tensor": tf32x3 and tf32. Chosen by compiling, never timed [E]: every entry has no
-# stack frame and no spills on the architectures of its table (tests/triton/test_region_statistics.py compiles them again).
+# own), "120" (99 KiB), "90" and "100" (227 KiB). "tensor": tf32x3 and tf32. Chosen by compiling, never timed [E]: in tf32x3
+# no stack frame or spills on the architectures of a table (tests/triton/test_region_statistics.py compiles them again). Plain
+# tf32 has 8 to 16 bytes of stack in Gram tiles of 64 on 8.x.
 # What else was compiled (registers/stack bytes, tf32x3, triton 3.8): Gram 128×128 with 32 columns 255/24 on sm_90 (with 16:
 # 240/0) and with 16 columns 255/56 on sm_80, 254/16 on sm_120; resident S 128×64 255/168 on sm_90 (128×32: 176/0), 128×32
 # 32/4488 on sm_80; S 64×64 32/5424 on sm_80.

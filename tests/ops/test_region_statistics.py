@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sib_fast import region_statistics
+from sib_fast._backends import INTERPRETING_TRITON
 from sib_fast.ops.region_statistics import reference
 from sib_fast.testing.assertions import assert_no_worse_than
 from sib_fast.testing.problems import PROBLEMS, layouts
@@ -15,6 +16,11 @@ from sib_fast.testing.problems import PROBLEMS, layouts
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("gram_vjp", "gram_x", "background_variance", "vjp_variance", "background_gram_vjp", "background_gram_x")
 INPUTS = ("grad_vjp", "grad_x", "grad_mask")
+
+
+def interpreted(kernel: str) -> bool:
+    """Triton's interpreter takes milliseconds an operation on a block, so it gets less of the same where that loses nothing."""
+    return kernel == "triton" and INTERPRETING_TRITON
 
 
 def run(function, inputs, cotangents):
@@ -116,6 +122,8 @@ def test_grams_are_symmetric_to_the_bit_and_permute_with_the_images(kernel):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout_vjp", "layout_x"), list(itertools.product(layouts(torch.zeros(1, 2, 2, 2)), repeat=2)))
 def test_any_pair_of_layouts(layout_vjp, layout_x, dtype, kernel):
+    if interpreted(kernel) and (dtype != torch.float32 or layout_vjp != layout_x):
+        pytest.skip("each map has launches of its own, which know neither the other's layout nor, under the interpreter, a dtype")
     vjp, x, mask = PROBLEMS[1].make(dtype)
     cotangents = cotangents_of(vjp.shape[0])
 
@@ -198,6 +206,7 @@ def test_gradcheck(background_grams, kernel):
     assert torch.autograd.gradcheck(
         lambda *t: tuple(getattr(region_statistics(*t, background_grams=background_grams, backend=kernel), n) for n in names),
         (*inputs, mask),
+        fast_mode=interpreted(kernel),  # a few random directions instead of every element: minutes against seconds
     )
 
 

@@ -1,0 +1,305 @@
+"""The Triton kernels of region_statistics: what the op's own tests cannot force, and what the compiler makes of them.
+
+Numbers run under TRITON_INTERPRET=1 or on a GPU; compilation needs neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sib_fast import region_statistics
+from sib_fast.testing.problems import layouts
+from tests.triton import aot
+
+pytest.importorskip("triton")
+from sib_fast.ops.region_statistics import triton as kernels
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ["triton"]
+TABLES = ("80", "86", "90", "100", "120")
+TABLE_OF = {80: "80", 86: "86", 89: "86", 90: "90", 100: "100", 120: "120"}
+LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a block may have
+KINDS = {"tensor": (torch.float32, "tf32x3"), "ieee": (torch.float32, "ieee"), "float64": (torch.float64, "ieee")}
+compiled_only = pytest.mark.skipif(aot.INTERPRETING, reason="TRITON_INTERPRET=1 leaves no function that could be compiled")
+
+
+def inputs_of(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator("cpu").manual_seed(seed)
+    vjp, x = (torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") for _ in range(2))
+    mask = torch.rand((shape[0], 1, *shape[2:]), generator=g, dtype=torch.float64, device="cpu")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    to = torch.get_default_device()
+    return vjp.to(to, dtype), x.to(to, dtype), mask.to(to, wide)
+
+
+def value_and_grads(inputs, backend, precision=None):
+    """Every output and the gradient of a fixed combination of them, the Grams' cotangents not symmetric."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = region_statistics(*leaves, background_grams=True, backend=backend, precision=precision)
+    weights = (torch.arange(t.numel(), dtype=torch.float64).view(t.shape).cos() for t in out)
+    grads = torch.autograd.grad(sum((t * w).sum() for t, w in zip(out, weights, strict=True)), leaves)
+    return [t.detach() for t in (*out, *grads)]
+
+
+def assert_matches(inputs, got, bound):
+    want = value_and_grads([t.double() for t in inputs], "reference")
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b).norm() <= bound * b.norm(), index
+
+
+def force(monkeypatch, table):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: table)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"),
+    # All batches in the arithmetic of the default; the others' tiles are smaller, and the interpreter takes as long a tile.
+    [*((n, "tensor") for n in (1, 2, 3, 16, 33, 130, 300)), (33, "ieee"), (3, "float64"), (33, "float64")],
+)
+def test_any_batch_in_the_tiles_of_a_gpu(images, kind, kernel, monkeypatch):
+    """The GPUs' own tiles, and with float32 and one small tile several row tiles, chains and partial sums."""
+    force(monkeypatch, "90")
+    dtype, precision = KINDS[kind]
+    inputs = inputs_of((images, 1, 2, 6), dtype)
+    assert_matches(inputs, value_and_grads(inputs, kernel, precision), 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("table", ["80", "120"])
+@pytest.mark.parametrize("images", [20, 72])
+def test_every_table(table, images, kernel, monkeypatch):
+    force(monkeypatch, table)
+    inputs = inputs_of((images, 2, 3, 5))
+    assert_matches(inputs, value_and_grads(inputs, kernel, "tf32x3"), 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_chains_partial_sums_and_row_tiles(kind, kernel, monkeypatch):
+    """More than 1,024 products in one program, more than 512 images in one product, more tiles than one."""
+    dtype, precision = KINDS[kind]
+    monkeypatch.setattr(kernels, "_PROGRAMS", 12)
+    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 256)
+    tile = kernels.Tile(16, 256, 4, 1, 16)
+    for table in (kernels.GRAM, kernels.RESIDENT_GRADIENT, kernels.STREAMED_GRADIENT):
+        monkeypatch.setitem(table, "interpreter", dict.fromkeys(KINDS, (tile,)))
+    force(monkeypatch, "interpreter")
+    for shape in ((18, 3, 25, 50), (520, 1, 1, 3)) if kind == "tensor" else ((18, 3, 25, 50),):
+        inputs = inputs_of(shape, dtype)
+        assert_matches(inputs, value_and_grads(inputs, kernel, precision), 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 70, 2, 3), (3, 3, 4, 5), (2, 130, 1, 1), (2, 40, 4, 4), (2, 2, 9, 30), (3, 5, 6, 1)], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "transposed"])
+def test_every_walk(shape, layout, kernel, monkeypatch):
+    """Planes, channels, and both with short rows run together; blocks smaller than a row, so that each walk has several.
+
+    One program: the VJP's part of the mask gradient is then added to x's where it stands.
+    """
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    small = dict.fromkeys(KINDS, (kernels.Tile(16, 32, 4, 1, 16),))
+    for table in (kernels.GRAM, kernels.RESIDENT_GRADIENT, kernels.STREAMED_GRADIENT):
+        monkeypatch.setitem(table, "interpreter", small)
+    force(monkeypatch, "interpreter")
+    inputs = inputs_of(shape, torch.float64)
+    laid_out = (*(layouts(t)[layout] for t in inputs[:2]), inputs[2])
+    assert_matches(inputs, value_and_grads(laid_out, kernel), 1e-12)
+
+
+def test_channels_split_over_programs(kernel):
+    """Few pixels and many channels: a pixel's mask gradient comes from several programs, added in a launch of its own."""
+    inputs = inputs_of((3, 80, 4, 5), torch.float64)
+    assert_matches(inputs, value_and_grads(inputs, kernel), 1e-12)
+
+
+def test_the_same_bits_again(kernel):
+    inputs = inputs_of((18, 3, 9, 11))
+    first, second = (value_and_grads(inputs, kernel) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_splitting_into_two_tf32_numbers_keeps_22_bits(kernel, monkeypatch):
+    """Under the interpreter a tf32 product keeps all bits, so what is left out (small·small) and lost can be seen."""
+    inputs = inputs_of((16, 3, 20, 20))
+    ieee, split, rounded = (value_and_grads(inputs, kernel, mode)[:2] for mode in ("ieee", "tf32x3", "tf32"))
+    for a, b, c in zip(ieee, split, rounded, strict=True):
+        assert (b - a).norm() <= 3e-7 * a.norm()
+        assert 1e-6 * a.norm() < (c - a).norm() <= 2**-11 * a.norm()
+
+
+def test_a_nan_is_not_rounded_away(kernel):
+    for precision in ("tf32x3", "tf32"):
+        vjp, x, mask = inputs_of((3, 2, 4, 4))
+        vjp.view(torch.int32)[1, 0, 0, 0] = 0x7FFFFFFF  # what a GPU calls NaN
+        out = region_statistics(vjp, x, mask, backend=kernel, precision=precision)
+        assert out.gram_vjp[1].isnan().all()
+        assert out.gram_vjp[:, 1].isnan().all()
+        assert torch.isfinite(out.gram_vjp[0, 0])
+
+
+def test_opcheck_of_the_triton_ops(kernel):
+    """Schemas, fakes and aliasing of the registered ops, with and without background Grams."""
+    vjp, x, mask = inputs_of((3, 2, 3, 4))
+    x = x.contiguous(memory_format=torch.channels_last)
+    ops = torch.ops.sib_fast_triton
+    checks = ("test_schema", "test_faketensor")
+    for background in (False, True):
+        arguments = (vjp, x, mask, background, "tf32x3")
+        torch.library.opcheck(ops._region_statistics.default, arguments, test_utils=checks)
+        out = ops._region_statistics(*arguments)
+        gram, vector = torch.ones_like(out[0]), torch.ones_like(out[2])
+        grads = (gram, gram, vector, vector, *((gram, gram) if background else (None, None)))
+        backward = (*grads, vjp, x, mask, out[4], out[5], True, background, True, "tf32x3")
+        torch.library.opcheck(ops._region_statistics_backward.default, backward, test_utils=checks)
+
+
+# ---- the length of chains, by emulation -------------------------------------------------------------------------------------
+
+
+def tensor_core_sum(a, b, chain):
+    """Σ a·b as a tensor core adds: 8 products at a time, exactly, then towards zero to 24 bits; float32 between chains."""
+
+    def towards_zero(t):
+        narrow = t.float()
+        return torch.where(narrow.double().abs() > t.abs(), torch.nextafter(narrow, torch.zeros(())), narrow)
+
+    products = (a * b).unflatten(-1, (-1, 8)).sum(-1)
+    total = torch.zeros(a.shape[:-1])
+    for begin in range(0, products.shape[-1], chain // 8):
+        part = torch.zeros_like(total)
+        for index in range(begin, min(begin + chain // 8, products.shape[-1])):
+            part = towards_zero(part.double() + products[..., index])
+        total += part
+    return total.double()
+
+
+def test_error_grows_with_the_chain_and_ours_are_short():
+    """Why a chain has an end: the truncations of a long one add up, all to the same side."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(64, 4608, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2))
+    exact = (a * b).sum(-1)
+    error = {n: ((tensor_core_sum(a, b, n) - exact) / exact).abs().mean().item() for n in (32, 512, 4608)}
+    assert error[32] < 3e-7
+    assert error[512] < 3e-6
+    assert 6 < error[4608] / error[512] < 12  # nine times as long
+    for name, kind in itertools.product(TABLES, KINDS):
+        for tile in kernels.GRAM[name][kind]:
+            products = tile.block_d if kind == "tensor" else kernels.CHAIN.value
+            assert products <= 512
+            assert kernels.CHAIN.value % tile.block_d == 0
+            assert kernels.PARTIAL.value % kernels.CHAIN.value == 0
+        for tile in (*kernels.RESIDENT_GRADIENT[name][kind], *kernels.STREAMED_GRADIENT[name][kind]):
+            assert kernels.CHAIN.value % tile.block_k == 0
+
+
+# ---- launches ---------------------------------------------------------------------------------------------------------------
+
+
+def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, layout="contiguous"):
+    dtype, precision = KINDS[kind]
+    images = shape[0]
+    maps = layouts(torch.zeros(shape, dtype=dtype))[layout]
+    mask = torch.zeros((images, 1, *shape[2:]), dtype=dtype)
+    gram, vector = torch.zeros(images, images, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
+    background_grams = (gram, gram) if background else (None, None)
+    before, kernels._architecture = kernels._architecture, lambda device: table
+    try:
+        forward = aot.record(lambda: kernels.forward(maps, maps, mask, background, precision))
+        return forward + aot.record(
+            lambda: kernels.backward(
+                gram, gram, vector, vector, *background_grams, maps, maps, mask, vector, vector, True, need_x, True, precision
+            )
+        )
+    finally:
+        kernels._architecture = before
+
+
+@compiled_only
+def test_launch_count_and_scratch_at_the_size_of_the_ledger():
+    launches = launches_of((128, 3, 224, 224), "90")
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == [
+        *("_gram_partials_kernel", "_gram_kernel", "_variance_kernel", "_gram_partials_kernel", "_gram_kernel"),
+        *("_symmetrised_kernel", "_gradient_kernel", "_gradient_kernel"),
+    ]
+    programs = [
+        launch.grid[0] * launch.grid[1]
+        for launch in launches
+        if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
+    ]
+    assert all(2 * 132 - 8 <= count <= 2 * 132 for count in programs), programs
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_default_configurations_have_no_stack_and_no_spills(capability):
+    table = TABLE_OF[capability]
+    launches = [launch for images in (16, 32, 64, 128, 200, 384) for launch in launches_of((images, 3, 64, 64), table)]
+    rows = aot.report(launches, [capability])
+    assert all(row.clean for row in rows), aot.table(rows)
+    assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
+
+
+@compiled_only
+@pytest.mark.parametrize("kind", ["ieee", "float64"])
+def test_other_arithmetic_has_no_stack_and_no_spills(kind):
+    rows = []
+    for capability in (80, 90, 120):
+        launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
+        rows += aot.report(launches, [capability])
+    assert all(row.clean for row in rows), aot.table(rows)
+
+
+def test_tables_fit_what_a_device_offers():
+    kib = 1024
+    assert kernels._architecture_of((9, 0), 227 * kib) == "90"
+    assert kernels._architecture_of((10, 0), 227 * kib) == "100"
+    assert kernels._architecture_of((8, 0), 163 * kib) == "80"
+    assert kernels._architecture_of((8, 9), 99 * kib) == kernels._architecture_of((8, 6), 99 * kib) == "86"
+    assert kernels._architecture_of((12, 0), 99 * kib) == "120"
+    assert kernels._architecture_of((9, 0), 99 * kib) == "86"  # a device that offers a block less than its kind does
+    assert kernels._architecture_of((13, 0), 300 * kib) == "86"
+
+
+def test_offsets_beyond_32_bits():
+    """A 2**31-element map would take 16 GiB, so the strides are made large instead: one image's rows lie 2**31 apart."""
+    storage_stride = 2**31 + 16
+    walk = kernels._walk(torch.empty((2, 3, 4, 4), device="meta").as_strided((2, 3, 4, 4), (storage_stride, 16, 4, 1)))
+    assert walk.stride_n == storage_stride
+    assert kernels._order(torch.empty((1, 3, 2**15, 2**15), device="meta"), walk, 32)[0] == kernels.PLANES.value
+
+
+@compiled_only
+def test_gradients_in_place_of_a_copy_for_channels_last():
+    """The kernels read the caller's tensors: no clone, no copy, no transpose among the operators of a step."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        launches_of((4, 3, 16, 16), "90", layout="channels_last")
+    used = {name for name in seen if any(word in name for word in ("copy", "clone", "to.", "item", "nonzero"))}
+    # Making the inputs of the test itself is all that copies: layouts() writes each of seven.
+    assert not {name for name in used if "item" in name or "nonzero" in name}, used
+
+
+def test_importing_the_package_does_not_import_the_kernels():
+    # torch itself may import triton; the kernels' file is what only a first call may import.
+    code = "import sib_fast, sys; assert 'sib_fast.ops.region_statistics.triton' not in sys.modules, 'imported'"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment, cwd=ROOT)

@@ -4,11 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SIB_HOST_DEVICE __host__ __device__
-#else
-#define SIB_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace sib_fast {
 
@@ -16,8 +12,8 @@ namespace sib_fast {
 constexpr double kNormFloor = 1e-12;
 
 // Whether a row's norm is above the floor, and so has a gradient. Not so for a NaN, which shows in its Gram's elements.
-SIB_HOST_DEVICE inline bool has_norm(double diagonal) { return diagonal > kNormFloor * kNormFloor; }
-SIB_HOST_DEVICE inline double inverse_norm(double diagonal) {
+SIB_HOST_DEVICE bool has_norm(double diagonal) { return diagonal > kNormFloor * kNormFloor; }
+SIB_HOST_DEVICE double inverse_norm(double diagonal) {
   return 1.0 / (has_norm(diagonal) ? sqrt(diagonal) : kNormFloor);
 }
 

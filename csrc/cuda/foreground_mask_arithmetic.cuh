@@ -8,11 +8,7 @@
 
 #include "common/rank_window.h"
 
-#if defined(__CUDACC__)
-#define SIB_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SIB_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace sib_fast::cuda {
 

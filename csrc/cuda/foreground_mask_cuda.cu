@@ -127,8 +127,6 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const Sum* sums, T* mask
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 dim3 grid_of(int64_t blocks) {
   SIB_CHECK(kOp, blocks < (int64_t{1} << 31), "the batch is too large for one launch: ", blocks, " blocks");
   return dim3(static_cast<unsigned>(blocks));

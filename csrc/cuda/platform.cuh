@@ -128,3 +128,9 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 #define SIB_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m)
 
 #endif
+
+namespace sib_fast::cuda {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace sib_fast::cuda

@@ -53,8 +53,6 @@ using WideGrad32 = GradientTiles<Wide<4, 2>, 32, 32, 4, 1>;
 // with it every bit, depends on the shape only.
 constexpr int64_t kMultiprocessors = 132, kBlocksWanted = 2 * kMultiprocessors;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Parts of D for `groups` blocks a part: about kBlocksWanted blocks, at most `most` parts, the last round of
 // `resident` blocks a multiprocessor as full as possible (0.97 is good enough, then the fewest parts).
 int64_t parts_of(int64_t groups, int64_t most, int64_t resident) {

@@ -32,8 +32,8 @@ using Tf32Gram64 = GramTiles<Tf32<2, 4>, 64, 32, 8, 2>;
 using Tf32Gram128 = GramTiles<Tf32<2, 4>, 128, 32, 16, 1>;
 using IeeeGram16 = GramTiles<Ieee<4, 2>, 16, 128, 8, 2>;
 using IeeeGram32 = GramTiles<Ieee<8, 4>, 32, 128, 8, 1>;
-using IeeeGram64 = GramTiles<Ieee<8, 4>, 64, 32, 8, 2>;
-using IeeeGram128 = GramTiles<Ieee<8, 4>, 128, 32, 16, 1>;
+// One block: bounded for two, ptxas spills on every architecture; so do 16 warps of the 128-image tile, hence none.
+using IeeeGram64 = GramTiles<Ieee<8, 4>, 64, 32, 8, 1>;
 using WideGram16 = GramTiles<Wide<4, 2>, 16, 32, 4, 1>;
 using WideGram32 = GramTiles<Wide<4, 2>, 32, 32, 4, 1>;
 
@@ -217,12 +217,14 @@ bool takes_large(int64_t images, int64_t block_shared, int64_t large_bytes) {
   return large_bytes <= block_shared && divide_up(images, large) * large <= divide_up(images, small) * small * 9 / 8;
 }
 
+// On 8.0 the 128-image tile of the tensor cores spills.
 template <class G16, class G32, class G64, class G128>
 void pick_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool split, const Statistics& out) {
   const int64_t N = vjp.size(0), shared = device_of(vjp).block_shared;
   if (N <= 16) return run_forward<G16>(vjp, x, mask, split, out);
   if (N <= 32) return run_forward<G32>(vjp, x, mask, split, out);
-  if (N > 64 && takes_large<G128, G64>(N, shared, G128::kMomentBytes + 2 * gram_stage_bytes<G128>(N)))
+  if (N > 64 && device_of(vjp).capability != 80 &&
+      takes_large<G128, G64>(N, shared, G128::kMomentBytes + 2 * gram_stage_bytes<G128>(N)))
     return run_forward<G128>(vjp, x, mask, split, out);
   return run_forward<G64>(vjp, x, mask, split, out);
 }
@@ -247,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regio
     else
       run_forward<WideGram32>(vjp, x, mask, false, out);
   } else if (precision == "ieee") {
-    pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram128>(vjp, x, mask, false, out);
+    pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram64>(vjp, x, mask, false, out);
   } else {
     pick_forward<Tf32Gram16, Tf32Gram32, Tf32Gram64, Tf32Gram128>(vjp, x, mask, precision == "tf32x3", out);
   }

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sib_fast.ops.batch_norm import batch_norm
+from sib_fast._backends import REFERENCE, automatic
+from sib_fast.ops.batch_norm import KERNELS, batch_norm
 from sib_fast.ops.batch_norm.synchronised import synchronised_batch_norm
 
 
@@ -18,7 +19,8 @@ def _recomputing() -> bool:
 class _FusedDoubleBackward:
     """forward of torch.nn's batch norms, with batch statistics by `sib_fast.ops.batch_norm`.
 
-    In eval mode with running statistics the layer is linear in x, has a cheap double backward already, and is PyTorch's.
+    In eval mode with running statistics the layer is linear in x, has a cheap double backward already, and is PyTorch's. So it
+    is where `batch_norm` has no kernel: composed of plain operations, its reference is slower than what it would replace.
     Running statistics move once a step: a forward that checkpointing repeats in backward leaves them alone.
     """
 
@@ -26,10 +28,15 @@ class _FusedDoubleBackward:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             return super().forward(input)
+        if not self._synchronises() and automatic(input.device, KERNELS) == REFERENCE:
+            return super().forward(input)
         y, mean, variance, count = self._normalise(input)
         if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():
             self._track(mean.detach(), variance.detach(), count)
         return y
+
+    def _synchronises(self) -> bool:
+        return False
 
     def _normalise(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
         y, mean, variance = batch_norm(input, self.weight, self.bias, eps=self.eps)
@@ -68,10 +75,14 @@ class SyncBatchNorm(_FusedDoubleBackward, nn.SyncBatchNorm):
         super()._check_input_dim(input)
         super()._check_non_zero_input_channels(input)
 
-    def _normalise(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    def _group(self) -> torch.distributed.ProcessGroup:
+        return self.process_group or torch.distributed.group.WORLD
+
+    def _synchronises(self) -> bool:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.training and distributed:
-            group = self.process_group or torch.distributed.group.WORLD
-            if group.size() > 1:
-                return synchronised_batch_norm(input, self.weight, self.bias, self.eps, group)
+        return self.training and distributed and self._group().size() > 1
+
+    def _normalise(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+        if self._synchronises():
+            return synchronised_batch_norm(input, self.weight, self.bias, self.eps, self._group())
         return super()._normalise(input)

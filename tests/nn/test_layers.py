@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sib_fast
+from sib_fast import _backends
 from sib_fast.nn.prepare import SWAPS
 
 trace_autograd_ops = pytest.mark.skipif(
@@ -180,3 +181,15 @@ def test_every_swap_has_its_namesake_and_returns(plain):
     assert issubclass(SWAPS[plain], plain)
     assert getattr(sib_fast.nn, plain.__name__) is SWAPS[plain]
     assert plain.__name__ in sib_fast.nn.__all__
+
+
+def test_where_batch_norm_has_no_kernel_the_layer_is_pytorchs(monkeypatch):
+    """Composed of plain operations, the reference would be slower than what it replaces; nothing warns."""
+    monkeypatch.setitem(_backends.MISSING, "cpu", "it was not built")
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    plain, ours = nn.BatchNorm2d(3).double(), sib_fast.nn.BatchNorm2d(3).double()
+    got, want = ours(x), plain(x)
+    assert type(got.grad_fn) is type(want.grad_fn)
+    assert torch.equal(got, want)
+    assert torch.equal(ours.running_var, plain.running_var)
+    assert ours.num_batches_tracked == 1

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sib_fast.ops.activation import KINDS, activation, reference
 from sib_fast.testing.assertions import assert_no_worse_than
 
+KERNELS = ("cpu",)
+
 PARAMETERS = {"hardtanh": (-1.5, 2.0), "leaky_relu": (0.1,), "elu": (0.7,), "softplus": (1.5, 20.0)}
 CASES = [(kind, PARAMETERS.get(kind, ())) for kind in KINDS]
 ids = [kind for kind, _ in CASES]

@@ -14,6 +14,7 @@ from sib_fast._backends import REFERENCE, resolve
 from sib_fast.ops.batch_norm import reference
 
 _OP = "batch_norm"
+KERNELS = ("cpu",)
 
 
 def batch_norm(
@@ -43,7 +44,7 @@ def batch_norm(
             _checks.require_same_device(_OP, name, parameter, "x", x)
     acc = _checks.accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
-    chosen = resolve(_OP, backend, x.device)
+    chosen = resolve(_OP, backend, x.device, KERNELS)
     if chosen == REFERENCE:
         y, mean, variance = reference.batch_norm(x.to(acc), weight, bias, eps)
         return y.to(x.dtype), mean, variance

@@ -71,9 +71,12 @@ def region_statistics(
 
 
 # Dynamo has no rule for the getter; a changed setting fails its guards on global state all the same, so that it is asked anew.
-@torch.compiler.assume_constant_result
 def _matmul_precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with this package.
+_matmul_precision._dynamo_marked_constant = True
 
 
 def _precision_of(requested: str | None, backend: str, dtype: torch.dtype) -> str:

@@ -256,7 +256,7 @@ def test_default_configurations_have_no_stack_and_no_spills(capability):
 @pytest.mark.parametrize("kind", ["ieee", "float64"])
 def test_other_arithmetic_has_no_stack_and_no_spills(kind):
     rows = []
-    for capability in (80, 90, 120):
+    for capability in (80, 86, 90, 120):
         launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
         rows += aot.report(launches, [capability])
     assert all(row.clean for row in rows), aot.table(rows)

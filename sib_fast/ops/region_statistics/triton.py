@@ -534,7 +534,12 @@ def _with_fallbacks(tensor: tuple[Tile, ...], ieee: tuple[Tile, ...], float64: t
     return {"tensor": tensor, "ieee": ieee, "float64": float64}
 
 
-_GRAM_80 = _with_fallbacks((Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64)
+# 8.x: the first IEEE tile and the float64 tile of 32 images of the other tables spill there.
+_GRAM_80 = _with_fallbacks(
+    (Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 16, 8, 3)),
+    (Tile(16, 32, 4, 2), *_GRAM_IEEE[1:]),
+    _GRAM_FLOAT64[:1],
+)
 _GRAM_90 = _with_fallbacks(
     (Tile(16, 16, 4, 3), Tile(32, 32, 8, 3), Tile(64, 32, 8, 3), Tile(128, 16, 8, 3)), _GRAM_IEEE, _GRAM_FLOAT64
 )
@@ -544,8 +549,9 @@ _RESIDENT_120 = _with_fallbacks((Tile(16, 32, 4, 3, 16), Tile(32, 32, 4, 3, 32))
 _RESIDENT_90 = _with_fallbacks(
     (Tile(16, 64, 4, 3, 16), Tile(32, 64, 4, 3, 32), Tile(64, 64, 8, 2, 64), Tile(128, 32, 8, 2, 128)), (), ()
 )
-_STREAMED_80 = _with_fallbacks((Tile(64, 32, 8, 3, 32), Tile(128, 32, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
-_STREAMED_120 = {**_STREAMED_80, "float64": _GRADIENT_FLOAT64[:1]}  # 32 images: 254/160 on sm_120
+# float64 with 32 images: 254/160 on sm_120, 255/32 on sm_86
+_STREAMED_80 = _with_fallbacks((Tile(64, 32, 8, 3, 32), Tile(128, 32, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64[:1])
+_STREAMED_120 = _STREAMED_80
 _STREAMED_90 = _with_fallbacks((Tile(64, 64, 8, 3, 16), Tile(128, 64, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
 GRAM = {
     "interpreter": _INTERPRETER, "80": _GRAM_80, "86": _GRAM_80, "120": _GRAM_120, "90": _GRAM_90, "100": _GRAM_90

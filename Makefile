@@ -13,6 +13,9 @@ VENV_PINNED := .venv-pinned
 # The oldest releases of the frameworks that the integrations support; .venv has the newest.
 PINNED := timm==1.0.27 transformers==4.51.3 accelerate==1.3.0 lightning==2.5.0.post0 torchmetrics==1.6.0
 BIN := $(VENV)/bin
+# Processes of the long test runs, a file each, one thread each. JOBS=0 runs them in one process.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
@@ -30,16 +33,16 @@ check: $(VENV)/.built
 	$(BIN)/lint-imports
 
 quick: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" $(PARALLEL) $(ARGS)
 
 # The Triton kernels on the CPU, program by program. `quick` compiles them for six GPUs.
 interpret: $(VENV)/.built
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(PARALLEL) $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
 old: $(VENV)/.built $(if $(TORCH_OLD),$(VENV_OLD)/.installed)
 ifneq ($(TORCH_OLD),)
-	$(VENV_OLD)/bin/python -m pytest -m "not packaging" --ignore tests/lab --ignore tests/test_architecture.py
+	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -m "not packaging" $(PARALLEL) --ignore tests/lab --ignore tests/test_architecture.py
 endif
 
 pinned: $(VENV)/.built $(VENV_PINNED)/.installed
@@ -84,7 +87,7 @@ $(VENV)/.built: $(BUILD_INPUTS) $(VENV)/.extras
 $(VENV_OLD)/.installed: $(VENV)/.built
 	test -x $(VENV_OLD)/bin/python || $(PYTHON) -m venv $(VENV_OLD)
 	$(VENV_OLD)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV_OLD)/bin/python -m pip install --quiet $(TORCH_OLD) numpy pytest pytest-benchmark hypothesis
+	$(VENV_OLD)/bin/python -m pip install --quiet $(TORCH_OLD) numpy pytest pytest-benchmark pytest-xdist hypothesis
 	echo "$(CURDIR)" > $$($(VENV_OLD)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sib_fast.pth
 	touch $@
 

@@ -22,6 +22,14 @@ WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/bat
 BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/cpu/activation_kernels.cpp", "csrc/cpu/activation_cpu.cpp"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
+OBJ, OBJ_HOST = "csrc/cpu/hsic_objective_kernels.cpp", "csrc/cpu/hsic_objective_cpu.cpp"
+OBJ_HEADER, OBJ_OP, CUDA_OBJ = (
+    "csrc/common/objective.h",
+    "sib_fast/ops/hsic_objective/__init__.py",
+    "csrc/cuda/hsic_objective_cuda.cu",
+)
+SELECT, BOX = "csrc/cuda/foreground_mask_select.cuh", "csrc/cuda/foreground_mask_box.cuh"
+CUDA_MASK, ARITHMETIC = "csrc/cuda/foreground_mask_cuda.cu", "csrc/cuda/foreground_mask_arithmetic.cuh"
 
 # (what, file, text, replacement). The text must occur exactly once.
 FAULTS = [
@@ -85,12 +93,56 @@ FAULTS = [
     ("activation: in place not marked", ACT_OP, "        ctx.mark_dirty(x)\n", ""),
     ("convolution: a phase too far", CONV_OP, "taps.append((r, (r + padding - k) // stride, k))", "taps.append((r, (r + padding - k) // stride + (k == kernel - 1), k))"),
     ("convolution: phases need_x of the rest", CONV_OP, "needs, grads = [need_x and not phases, need_weight and not channels_last, need_bias]", "needs, grads = [need_x and not phases, need_weight and not channels_last and not phases, need_bias]"),
-    ("convolution: the VJP is not computed either", CONV_OP, "not (ctx.unread and not torch.is_grad_enabled())", "not ctx.unread"),
     ("convolution: u in the place of grad_y", CONV_OP, "_OPS.backward(grad_y, u, weight, *ctx.geometry, False, True, False)", "_OPS.backward(u, grad_y, weight, *ctx.geometry, False, True, False) if u.shape == grad_y.shape else _OPS.backward(grad_y, 2 * u, weight, *ctx.geometry, False, True, False)"),
     ("pooling: u not gathered", POOL_OP, "indices.flatten(2))", "indices.flatten(2).flip(2))"),
     ("pooling: the mean's u by its backward", POOL_OP, "_OPS.average(u, *ctx.geometry) if wanted", "2 * _OPS.average(u, *ctx.geometry) if wanted"),
     ("second derivative a silent zero", MASK_OP, "def backward(ctx, *_):\n        raise NotImplementedError(", "def backward(ctx, *_):\n        return (None,) * 8\n        raise NotImplementedError("),
     ("saved mask scaled in place", MASK_OP, "        mask, mean_map, levels, ranks = ctx.saved_tensors\n", "        mask, mean_map, levels, ranks = ctx.saved_tensors\n        with torch.no_grad():\n            mask.detach().mul_(0.9)\n"),
+    # CUDA sources, through their emulation
+    ("objective: row's norm has no gradient", OBJ_HOST, 'to_vjp[own] -= along.vjp', 'to_vjp[own] -= 0.0 * along.vjp'),
+    ('objective: gradient through a norm at the floor', OBJ_HEADER, 'return diagonal > kNormFloor * kNormFloor;', 'return diagonal > 0.0;'),
+    ("objective: x's gradient centred with R's mean", OBJ, '(row_vjp[j] * own_vjp * columns.inverse_vjp[j] + (shift_vjp - columns.mean_vjp[j]))', '(row_vjp[j] * own_vjp * columns.inverse_vjp[j] + (shift_vjp - columns.mean_x[j]))'),
+    ('objective: products of means counted once', OBJ_HEADER, '2.0 * images * mean_products', 'images * mean_products'),
+    ('objective: HSIC over N²', OBJ_HEADER, '1.0 / ((n - 1.0) * (n - 1.0))', '1.0 / (n * n)'),
+    ('objective: sign of the foreground', OBJ_HEADER, 'return kind == 1 ? -lambda_fg : -lambda_fg * exp(-foreground);', 'return kind == 1 ? lambda_fg : -lambda_fg * exp(-foreground);'),
+    ('objective: expm1 by exp', OBJ_HEADER, 'lambda_bg * expm1(background)', 'lambda_bg * (exp(background) - 1.0)'),
+    ('objective: variance not averaged', OBJ_HOST, 'total[1] = variance * scale.mean;', 'total[1] = variance;'),
+    ('objective: cotangent of the foreground dropped', OBJ_HOST, '+ scalar("grad_foreground", grad_foreground)) * batch.hsic', ') * batch.hsic'),
+    ('objective: last row of a block left out', CUDA_OBJ, 'const bool has_row = i < N;', 'const bool has_row = i < N && i % 33 != 32;'),
+    ('objective: columns overwritten while read', CUDA_OBJ, '__syncthreads();  // the columns before these have been read', ''),
+    ('objective: columns read before they are there', CUDA_OBJ, '    __syncthreads();\n    if (!has_row) continue;', '    if (!has_row) continue;'),
+    ("objective: half a warp's sum", CUDA_OBJ, 'for (int bits = 16; bits > 0; bits /= 2)', 'for (int bits = 8; bits > 0; bits /= 2)'),
+    ('objective: diagonal by the wrong lane', CUDA_OBJ, 'if (lane != i % 32) return;', 'if (lane != 0) return;'),
+    ("objective: diagonal's own term dropped", CUDA_OBJ, 'diagonal_vjp = grad_k * pair_vjp;', 'diagonal_vjp = 0.0;'),
+    ('objective: partial sums of one warp lost', CUDA_OBJ, 'for (int w = 0; w < kHsicWarps; ++w) sums[s]', 'for (int w = 1; w < kHsicWarps; ++w) sums[s]'),
+    ("objective: x's norms in place of R's", CUDA_OBJ, 'rows[N + i] = own_x;', 'rows[N + i] = own_vjp;'),
+    ("objective: variances out of the gradient's graph", OBJ_OP, 'ctx.save_for_backward(background_variance, gram_vjp', 'ctx.save_for_backward(background_variance.detach(), gram_vjp'),
+    ('objective: gradient of base scaled', OBJ_OP, 'grads = (grad_loss, *grads)', 'grads = (2 * grad_loss, *grads)'),
+    ('cuda mask: mean not divided by C', CUDA_MASK, 'out.value[v] = sum[v] * scale;', 'out.value[v] = sum[v];'),
+    ('cuda mask: ties by the higher pixel', SELECT, 'below += shared->chosen[j] < mine;', 'below += (shared->chosen[j] ^ 0xffffffffu) < (mine ^ 0xffffffffu);'),
+    ('cuda mask: one rank too high', SELECT, 'static_cast<int64_t>(range.base) + below - window.first;', 'static_cast<int64_t>(range.base) + below - window.first + 1;'),
+    ('cuda mask: histogram flushed without its barrier', SELECT, '  __syncthreads();\n  finish_histogram(s, n, low, shift, s.chunks', '  finish_histogram(s, n, low, shift, s.chunks'),
+    ('cuda mask: prefix sums read without their barrier', BOX, 'prefix[x] = sum += prefix[x];\n  __syncwarp();', 'prefix[x] = sum += prefix[x];'),
+    ('cuda mask: candidates ranked without their barrier', SELECT, '    if (rank < 0 || rank >= pixels) rank_pixels[j] = -1;\n  }\n  __syncthreads();\n  for (uint32_t i', '    if (rank < 0 || rank >= pixels) rank_pixels[j] = -1;\n  }\n  for (uint32_t i'),
+    ("cuda mask: wide row's first pixel never leaves", BOX, 'if (x - reach - 1 >= 0) step -=', 'if (x - reach - 1 > 0) step -='),
+    ('cuda mask: fixed point truncates', BOX, 'uint32_t) { return __float2uint_rn(h * one); }', 'uint32_t) { return static_cast<uint32_t>(h * one); }'),
+    ('cuda mask: ten bits of fraction', CUDA_MASK, 'sizeof(Sum) == 4 ? 24 : 30', 'sizeof(Sum) == 4 ? 10 : 30'),
+    ('cuda mask: window sums overflow', ARITHMETIC, 'const int bits = sum_bits - bit_length(', 'const int bits = 2 + sum_bits - bit_length('),
+    ('cuda mask: alpha and rho swapped', BOX, 'l == kLo ? -rho : l == kHi ? rho : -alpha;', 'l == kLo ? -alpha : l == kHi ? alpha : -rho;'),
+    ('cuda mask: sign of rho', BOX, 'rho -= static_cast<double>(grad_g)', 'rho += static_cast<double>(grad_g)'),
+    ('cuda mask: strides of rows and columns swapped', CUDA_MASK, 'offset = y * vjp.stride_h + x * vjp.stride_w;', 'offset = x * vjp.stride_h + y * vjp.stride_w;'),
+    ('cuda mask: alpha of the first image for all', BOX, 'alpha += g.sums[2 * (n * blocks + b)];', 'alpha += g.sums[2 * b];'),
+    ('cuda mask: rank terms of t within the wrong reach', BOX, 'if (across <= g.reach_x && -across <= g.reach_x)', 'if (across <= c.reach && -across <= c.reach)'),
+    ('cuda mask: rank terms of t forgotten', BOX, 'if (down <= c.reach && -down <= c.reach) sum -= spike_weight[k];', ''),
+    ('cuda mask: rank terms of a long window added', BOX, '-= static_cast<T>(window.weight(j) * total);', '+= static_cast<T>(window.weight(j) * total);'),
+    ('cuda mask: one zero too few is a tie', SELECT, 'stop < state.ties;', 'stop <= state.ties;'),
+    ('cuda mask: NaN hidden', SELECT, 'if (s.state[n].not_finite != 0) quantile = NAN;', ''),
+    ('cuda mask: top digit not sorted', SELECT, 'bit < static_cast<int>(8 * sizeof(typename Plane::Key));', 'bit < static_cast<int>(8 * sizeof(typename Plane::Key)) - kDigitBits;'),
+    ('cuda mask: counters not cleared', CUDA_MASK, 'clear(counters.state_d[n]);', ''),
+    ('cuda mask: narrowing forgets what lies below', SELECT, 'range.base += shared->found[1];', ''),
+    ('cuda mask: gradient where hi <= lo', BOX, 'rho = level[kHi] <= level[kLo] ? 0.0 : rho / g.slope;', 'rho = rho / g.slope;'),
+    ('cuda mask: packed channels lose one', CUDA_MASK, 'for (int v = 0; v < V * A; ++v) sum[v % V]', 'for (int v = 0; v < V * A - (A > 1); ++v) sum[v % V]'),
+    ('cuda mask: range of the first chunk only', SELECT, 'const Key* range = ranges + 2 * (n * s.chunks + c);', 'const Key* range = ranges + 2 * n * s.chunks;'),
 ]  # fmt: skip
 
 

@@ -358,8 +358,19 @@ def ledger() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def collected() -> list[str]:
-    """Every test of tests/gpu and tests/ops by its full name."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/ops"]
+    """Every test that a row of the ledger may name, by its full name."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/gpu",
+        "tests/ops",
+        "tests/distributed",
+    ]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     return [line for line in lines if "::" in line]
 

@@ -92,9 +92,9 @@ def gather_terms(rank, world):
 
 
 def global_statistics(rank, world):
-    generator = torch.Generator().manual_seed(rank)
-    vjp, x = (torch.randn(3, 2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand(3, 1, 5, 7, generator=generator, dtype=torch.float64)
+    like = {"generator": torch.Generator("cpu").manual_seed(rank), "dtype": torch.float64, "device": "cpu"}
+    vjp, x = (torch.randn(3, 2, 5, 7, **like).to(torch.get_default_device()) for _ in range(2))
+    mask = torch.rand(3, 1, 5, 7, **like).to(torch.get_default_device())
     vjp = vjp.contiguous(memory_format=torch.channels_last)
     out = global_region_statistics(vjp, x, mask, background_grams=True)
     return {**out._asdict(), "inputs": torch.cat([vjp, x, mask], dim=1)}
@@ -112,7 +112,7 @@ def _fsdp(rank, world, allow: bool):
     from sib_fast.integrations.fsdp import allow_double_backward
 
     net = network()
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(torch.get_default_device().type, (world,))
     for layer in (net[0], net[3]):
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
@@ -159,13 +159,20 @@ CASES = {
 }  # fmt: skip
 
 
-def run_all(rank: int, world: int, folder: str, names: tuple[str, ...]) -> None:
+def run_all(rank: int, world: int, folder: str, names: tuple[str, ...], device: str) -> None:
     """Runs the cases; what each returned or raised goes to <folder>/<rank>.pt. A store each: a case may break its group."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     results: dict[str, object] = {}
     for name in names:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{folder}/{name}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
         )
         try:
             results[name] = CASES[name](rank, world)

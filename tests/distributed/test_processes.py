@@ -1,4 +1,4 @@
-"""Several processes (gloo): DDP in its settings, the global batch, FSDP2; each against one process."""
+"""Several processes (gloo; NCCL where GPUs are): DDP in its settings, the global batch, FSDP2; each against one process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 FOUR = ("ddp", "ddp_gather", "global_statistics")  # what could depend on the number of processes
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[(2, "cpu"), (4, "cpu"), (2, "cuda")], ids=["2", "4", "2-nccl"])
 def ranks(request, tmp_path_factory):
     """One start of the processes for all cases: what every rank returned, or the words of what it raised."""
-    world = request.param
-    folder = tmp_path_factory.mktemp(f"{world}_processes")
-    mp.spawn(run_all, (world, str(folder), tuple(CASES) if world == 2 else FOUR), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    world, device = request.param
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"NCCL needs {world} GPUs, torch sees {torch.cuda.device_count()}")
+    folder = tmp_path_factory.mktemp(f"{world}_processes_{device}")
+    names = tuple(CASES) if world == 2 else FOUR
+    if device == "cuda":
+        names = tuple(name for name in names if name != "unequal_batches")  # NCCL waits for ever
+    mp.spawn(run_all, (world, str(folder), names, device), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world)]
 
 
 def results(ranks, name):
     if name not in ranks[0]:
-        pytest.skip("run with two processes only")
+        pytest.skip("not run with these processes")
     out = [rank[name] for rank in ranks]
     assert not any(isinstance(o, str) for o in out), out
     return out
@@ -33,7 +38,7 @@ def results(ranks, name):
 
 def refusals(ranks, name):
     if name not in ranks[0]:
-        pytest.skip("run with two processes only")
+        pytest.skip("not run with these processes")
     assert all(isinstance(rank[name], str) for rank in ranks)
     return [rank[name] for rank in ranks]
 

@@ -119,9 +119,33 @@ def test_failures_come_from_the_junit_report(tool, run, tmp_path, monkeypatch):
 def test_prepare_writes_commit_and_libraries(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "CARRIED", tmp_path / "gpu")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "LIBRARIES", tmp_path / "lib")
+    monkeypatch.setattr(tool.shutil, "which", lambda name: None)  # nothing to strip
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libsib_fast_cuda.so").write_text("one")
+    (tmp_path / "lib/build_info.json").write_text('{"cuda_architectures": "90a-real"}')
     assert tool.prepare() == 0
     assert (tmp_path / "gpu/commit").read_text().strip() == commit()
-    assert {p.name for p in (tmp_path / "gpu/lib").glob("*")} == {p.name for p in tool.LIBRARIES.glob("*")}
+    assert {p.name for p in (tmp_path / "gpu/lib").glob("*")} == {"libsib_fast_cuda.so", "build_info.json"}
+
+
+def test_prepare_rebuilds_libraries_of_several_architectures_for_the_lent_one(tool, tmp_path, monkeypatch):
+    """All of them together would be more than may travel."""
+    asked = {}
+
+    def build(command, env, **options):
+        asked.update(env)
+        out = Path(command[command.index("--build-lib") + 1]) / "sib_fast/lib"
+        out.mkdir(parents=True)
+        (out / "libsib_fast_cuda.so").write_text("small")
+
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "LIBRARIES", tmp_path / "lib")
+    monkeypatch.setattr(tool.subprocess, "run", build)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/build_info.json").write_text('{"cuda_architectures": "80-real 90a-real"}')
+    assert (tool._of_one_architecture() / "libsib_fast_cuda.so").read_text() == "small"
+    assert asked["TORCH_CUDA_ARCH_LIST"] == "9.0a"
 
 
 def test_the_calls_of_the_document_fit_the_lent_machine():

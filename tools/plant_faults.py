@@ -1,7 +1,7 @@
 """Plants one fault at a time in the kernels and says which test goes red: `python tools/plant_faults.py /tmp/faults`,
 with a word as second argument only those whose name holds it.
 
-Works on a copy of the tree, builds it there, and runs tests/ops. A fault that no test notices is printed as SURVIVED, and
+Works on a copy of the tree, builds it there, and runs tests/ops and tests/cuda. A fault that no test notices is printed as SURVIVED, and
 the exit status is then 1. Minutes; not part of `make test`. A new kernel adds its faults to FAULTS.
 """
 
@@ -29,6 +29,8 @@ OBJ_HEADER, OBJ_OP, CUDA_OBJ = (
     "csrc/cuda/hsic_objective_cuda.cu",
 )
 SELECT, BOX = "csrc/cuda/foreground_mask_select.cuh", "csrc/cuda/foreground_mask_box.cuh"
+CUDA_GRAMS, CUDA_GRADS = "csrc/cuda/region_statistics_forward.cuh", "csrc/cuda/region_statistics_backward.cuh"
+CUDA_MATH, CUDA_STATS = "csrc/cuda/region_statistics_math.cuh", "csrc/cuda/region_statistics_cuda.cu"
 CUDA_MASK, ARITHMETIC = "csrc/cuda/foreground_mask_cuda.cu", "csrc/cuda/foreground_mask_arithmetic.cuh"
 
 # (what, file, text, replacement). The text must occur exactly once.
@@ -143,6 +145,31 @@ FAULTS = [
     ('cuda mask: gradient where hi <= lo', BOX, 'rho = level[kHi] <= level[kLo] ? 0.0 : rho / g.slope;', 'rho = rho / g.slope;'),
     ('cuda mask: packed channels lose one', CUDA_MASK, 'for (int v = 0; v < V * A; ++v) sum[v % V]', 'for (int v = 0; v < V * A - (A > 1); ++v) sum[v % V]'),
     ('cuda mask: range of the first chunk only', SELECT, 'const Key* range = ranges + 2 * (n * s.chunks + c);', 'const Key* range = ranges + 2 * n * s.chunks;'),
+    ('cuda statistics: Gram not mirrored', CUDA_GRAMS, '      gram[j * shape.images + i] = value;\n', ''),
+    ('cuda statistics: diagonal tile shifted', CUDA_GRAMS, '(diagonal ? 0 : kTile)', '(diagonal ? 8 : kTile)'),
+    ('cuda statistics: no barrier before the products', CUDA_GRAMS, '    __syncthreads();\n    // Everyone is past the products', '    // Everyone is past the products'),
+    ('cuda statistics: one copy too many under way, forward', CUDA_GRAMS, 'wait_for_copies(args.stages - 2);', 'wait_for_copies(args.stages - 1);'),
+    ('cuda statistics: one copy too many under way, backward', CUDA_GRADS, 'wait_for_copies(args.stages - 2);', 'wait_for_copies(args.stages - 1);'),
+    ('cuda statistics: one panel lost', CUDA_GRAMS, 'for (int p = 0; p < kDepth / kPanel / Tiles::kGroups;', 'for (int p = 0; p < kDepth / kPanel / Tiles::kGroups - (kDepth / kPanel / Tiles::kGroups > 1);'),
+    ('cuda statistics: last part cut short', CUDA_GRAMS, 'static_cast<uint32_t>(static_cast<uint64_t>(chunks) * (part + 1) / args.parts);', 'static_cast<uint32_t>(static_cast<uint64_t>(chunks) / args.parts * (part + 1));'),
+    ('cuda statistics: variance without its mean', CUDA_GRAMS, 'const double squares = sums[2 * m + 1] - sums[2 * m] * sums[2 * m] / count;', 'const double squares = sums[2 * m + 1];'),
+    ('cuda statistics: padding counted in the variance', CUDA_GRAMS, 'if (j >= left) break;', ''),
+    ("cuda statistics: x's mask gradient only where x's own is needed", CUDA_STATS, '(grad == nullptr && grad_mask == nullptr)', '(grad == nullptr)'),
+    ('cuda statistics: need_vjp ignored', CUDA_STATS, 'Tensor grad_vjp = grad_like(vjp, need_vjp)', 'Tensor grad_vjp = grad_like(vjp, false)'),
+    ('cuda statistics: cotangent not symmetrised', CUDA_GRADS, 'static_cast<T>(grad[i * N + j] + grad[j * N + i])', 'static_cast<T>(2 * grad[i * N + j])'),
+    ('cuda statistics: small part dropped (twin)', CUDA_MATH, '    product(1, 0);\n    product(0, 1);\n', '    product(1, 0);\n'),
+    ('cuda statistics: chain of a whole part', CUDA_GRAMS, 'for (int e = 0; e < Math::kAcc; ++e) sum[e] += chain[e];', 'for (int e = 0; e < Math::kAcc; ++e) sum[e] = chain[e];'),
+    ('cuda statistics: flush forgets the sum before', CUDA_GRAMS, 'first ? static_cast<double>(sum[e]) : sums[e * 32] + static_cast<double>(sum[e]);', 'static_cast<double>(sum[e]);'),
+    ("cuda statistics: grad_M of the vjp overwrites x's", CUDA_STATS, 'args.add_mask = mask_written && !in_parts;', 'args.add_mask = false;'),
+    ('cuda statistics: channel parts of grad_M overwrite', CUDA_STATS, 'args.channel_parts, mask_written);', 'args.channel_parts, false);'),
+    ('cuda statistics: background sign in grad_M', CUDA_GRADS, 'args.foreground ? r * product : -r * product', 'r * product'),
+    ('cuda statistics: background gradient overwrites', CUDA_STATS, 'args.add_grad = which >= 2;', 'args.add_grad = false;'),
+    ('cuda statistics: variance gradient without its mean', CUDA_GRADS, '((r * (T(1) - m) - variance.background_high) - variance.background_low)', '(r * (T(1) - m))'),
+    ('cuda statistics: no barrier in the backward', CUDA_GRADS, '        __syncthreads();\n        // Everyone', '        // Everyone'),
+    ('cuda statistics: swizzle of one side only', CUDA_MATH, 'b + in_panel(8 * n + g, 2 * t)', 'b + (8 * n + g) * kPanel + 2 * t'),
+    ("cuda statistics: a group's part lost", CUDA_GRAMS, 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups;', 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups - (Tiles::kGroups > 1);'),
+    ('cuda statistics: channels_last mask by the wrong axis', CUDA_GRAMS, 'const int64_t p = !valid ? 0 : map.channels_fastest ? slow_at : fast_at;', 'const int64_t p = !valid ? 0 : map.channels_fastest ? fast_at % shape.pixels : fast_at;'),
+    ('cuda statistics: tf32 asked, tf32x3 run', CUDA_STATS, 'precision == "tf32x3", out)', 'true, out)'),
 ]  # fmt: skip
 
 
@@ -157,8 +184,8 @@ def build_and_test(tree: Path) -> tuple[bool, str]:
     built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree)
     if built.returncode != 0:
         return False, "DOES NOT COMPILE: " + built.stderr[-300:]
-    tested = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops"], tree)
-    red = re.search(r"^FAILED tests/ops/(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
+    tested = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "tests/cuda"], tree)
+    red = re.search(r"^FAILED tests/(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
     return tested.returncode == 0, red.group(1) if red else tested.stdout[-300:]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sib_fast import SIBLoss
+from sib_fast import SIBLoss, prepare
 
 try:
     from timm.task import ClassificationTask
@@ -47,8 +47,6 @@ class SIBTask(ClassificationTask):
         if not isinstance(criterion, SIBLoss):
             raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
         if fast:
-            from sib_fast import prepare
-
             model = prepare(model)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         if not criterion.attached:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
 import pytest
 import torch
 
-from sib_fast import _backends, region_statistics
+from sib_fast import _backends
 
 
 def pytest_configure(config):
@@ -37,7 +36,3 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
-
-
-def has_precision() -> bool:
-    return "precision" in inspect.signature(region_statistics).parameters

@@ -10,7 +10,6 @@ from sib_fast.ops.foreground_mask import MaskOptions, mask_with_ranks
 from sib_fast.ops.foreground_mask import reference as mask_reference
 from sib_fast.ops.region_statistics import reference as statistics_reference
 from sib_fast.testing.assertions import assert_no_worse_than, exact_orders, rank_pixels_of
-from tests.gpu.conftest import has_precision
 from tests.gpu.heads import STEPS, inputs
 
 KERNELS = ("cuda", "triton")
@@ -64,7 +63,7 @@ def test_statistics_are_no_worse_than_autograd(shape, kernel):
     from tests.gpu.heads import statistics_step
 
     made = inputs(*shape)
-    mode = {"precision": "ieee"} if has_precision() else {}
+    mode = {"precision": "ieee"}
     got = statistics_step(*made, backend=kernel, **mode)
     low = statistics_step(*made, backend="reference")
     exact = statistics_step(*(t.double() for t in made), backend="reference")
@@ -78,8 +77,6 @@ def test_statistics_are_no_worse_than_autograd(shape, kernel):
 @pytest.mark.parametrize("shape", [(128, 3, 64, 64), (97, 3, 40, 50), (16, 256, 28, 28), (256, 3, 32, 32)], ids=str)
 def test_precision_modes(precision, shape, kernel):
     """SPEC 7 for ieee and tf32x3; tf32 within the rounding of its operands, 2^-11 each, of the rows' norms."""
-    if not has_precision():
-        pytest.skip("this version has one product mode")
     from tests.gpu.heads import statistics_step
 
     made = inputs(*shape)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sib_fast import _checks, _extension
+from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
-from sib_fast.ops._registration import TRITON, define_triton_op, register_fakes
+from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.foreground_mask import reference
 
 _OP = "foreground_mask"
@@ -50,7 +50,7 @@ def foreground_mask(
              for float64 and float32 for all others. Any N, C, H, W >= 1.
     Args:    window_size: odd width of the averaging window, zero padding that counts. temperature: of the soft quantiles,
              in ranks. slope: of both sigmoids. quantiles: (lo, hi, gate, area). eps: added to the value range.
-             backend: "auto", "reference" or "cpu".
+             backend: "auto" or one of `sib_fast.BACKENDS`.
     Scale:   per image; multiplying an image's vjp by a positive number leaves its mask unchanged (up to eps).
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable;
              NotImplementedError when a kernel's gradient is differentiated again.
@@ -158,22 +158,14 @@ def _fake_backward(grad_mask, mask, mean_map, levels, rank_pixels, channels, win
 FAKES = (("_foreground_mask", _fake_forward), ("_foreground_mask_backward", _fake_backward))
 _OPTIONS = "int window_size, float temperature, float slope, float[] quantiles, float eps"
 
-if _extension.MISSING["cpu"] is None:
-    register_fakes("sib_fast", FAKES)
-    add_kernels("cpu", "sib_fast")
-    add_kernels("cuda", "sib_fast")
-if _extension.MISSING["triton"] is None:
-    define_triton_op(
+register_head_op(
+    _OP,
+    (
         f"_foreground_mask(Tensor vjp, Tensor? rank_pixels, {_OPTIONS}) "
         "-> (Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels)",
-        "sib_fast.ops.foreground_mask.triton",
-        "forward",
-    )
-    define_triton_op(
         "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
         f"int channels, {_OPTIONS}) -> Tensor",
-        "sib_fast.ops.foreground_mask.triton",
-        "backward",
-    )
-    register_fakes(TRITON, FAKES)
-    add_kernels("triton", TRITON)
+    ),
+    FAKES,
+    add_kernels,
+)

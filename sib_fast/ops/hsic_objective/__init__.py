@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sib_fast import _checks, _extension
+from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
-from sib_fast.ops._registration import TRITON, define_triton_op, register_fakes
+from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.hsic_objective import reference
 
 _OP = "hsic_objective"
@@ -157,23 +157,15 @@ def _fake_backward(
 
 FAKES = (("_hsic_objective", _fake_forward), ("_hsic_objective_backward", _fake_backward))
 
-if _extension.MISSING["cpu"] is None:
-    register_fakes("sib_fast", FAKES)
-    add_kernels("cpu", "sib_fast")
-    add_kernels("cuda", "sib_fast")
-if _extension.MISSING["triton"] is None:
-    define_triton_op(
+register_head_op(
+    _OP,
+    (
         "_hsic_objective(Tensor base, Tensor gram_vjp, Tensor gram_x, Tensor background_variance, float lambda_fg, float "
         "lambda_bg, int objective) -> (Tensor loss, Tensor foreground, Tensor background, Tensor rows, Tensor totals)",
-        "sib_fast.ops.hsic_objective.triton",
-        "forward",
-    )
-    define_triton_op(
         "_hsic_objective_backward(Tensor? grad_loss, Tensor? grad_foreground, Tensor? grad_background, Tensor gram_vjp, "
         "Tensor gram_x, Tensor rows, Tensor totals, float lambda_fg, float lambda_bg, int objective, bool need_vjp, bool "
         "need_x, bool need_variance) -> (Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance)",
-        "sib_fast.ops.hsic_objective.triton",
-        "backward",
-    )
-    register_fakes(TRITON, FAKES)
-    add_kernels("triton", TRITON)
+    ),
+    FAKES,
+    add_kernels,
+)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sib_fast import _checks, _extension
+from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
-from sib_fast.ops._registration import TRITON, define_triton_op, register_fakes
+from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.region_statistics import reference
 from sib_fast.types import RegionStatistics
 
@@ -178,25 +178,17 @@ def _fake_backward(
 
 FAKES = (("_region_statistics", _fake_forward), ("_region_statistics_backward", _fake_backward))
 
-if _extension.MISSING["cpu"] is None:
-    register_fakes("sib_fast", FAKES)
-    add_kernels("cpu", "sib_fast")
-    add_kernels("cuda", "sib_fast")
-if _extension.MISSING["triton"] is None:
-    define_triton_op(
+register_head_op(
+    _OP,
+    (
         "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor gram_vjp, Tensor "
         "gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "
         "background_gram_vjp, Tensor background_gram_x)",
-        "sib_fast.ops.region_statistics.triton",
-        "forward",
-    )
-    define_triton_op(
         "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
         "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, Tensor "
         "mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp, bool need_x, bool need_mask, str precision) -> (Tensor "
         "grad_vjp, Tensor grad_x, Tensor grad_mask)",
-        "sib_fast.ops.region_statistics.triton",
-        "backward",
-    )
-    register_fakes(TRITON, FAKES)
-    add_kernels("triton", TRITON)
+    ),
+    FAKES,
+    add_kernels,
+)

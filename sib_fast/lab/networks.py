@@ -1,0 +1,105 @@
+"""Networks by name, and the file that a trained one is kept in: everything needed to run it again on an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sib_fast.lab.models import SmallConvNet, SmallResNet
+from sib_fast.lab.results import write_atomically
+
+SMALL = {"small_conv_net": SmallConvNet, "small_resnet": SmallResNet}
+_FORMAT = "sib_fast.network.1"
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a network is besides its weights; JSON keeps it.
+
+    Attributes:
+        arch: a name in :data:`SMALL` or of torchvision's classification models (``torchvision.models.list_models()``).
+        classes: their names, in the order of the logits.
+        image_size: side of the square images it was trained on.
+        mean, std: an image in [0, 1] becomes (image - mean) / std, per channel.
+        options: further arguments of the architecture, e.g. ``{"width": 16}``.
+        training: free notes on how it was trained; strings and numbers only.
+    """
+
+    arch: str
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network with freshly drawn weights. Errors: as :func:`build_network`."""
+        return build_network(self.arch, len(self.classes), **self.options)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Shapes: image [..., 3, H, W] in [0, 1] -> the same."""
+        mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (image - mean) / std
+
+    def denormalise(self, image: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`, clamped to [0, 1] for display."""
+        mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (image * std + mean).clamp(0, 1)
+
+
+def build_network(arch: str, num_classes: int, **options: Any) -> nn.Module:
+    """A network with weights drawn from torch's generator; nothing is downloaded.
+
+    Errors:  ValueError for an unknown name; ImportError where the name needs torchvision and it is missing.
+    """
+    if arch in SMALL:
+        return SMALL[arch](num_classes=num_classes, **options)
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ImportError(f"network: arch {arch!r} needs torchvision, got {error}; pip install 'sib_fast[lab]'") from error
+    known = torchvision.models.list_models(module=torchvision.models)
+    if arch not in known:
+        raise ValueError(
+            f"network: arch must be one of {', '.join(SMALL)} or a torchvision classification model "
+            f"(torchvision.models.list_models()), got {arch!r}"
+        )
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+
+
+def save_network(path: Path, spec: NetworkSpec, model: nn.Module) -> None:
+    """One file, replaced in one step; tensors are on the CPU, whatever device the model is on."""
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()
+    torch.save({"format": _FORMAT, "spec": dataclasses.asdict(spec), "state_dict": weights}, content)
+    write_atomically(path, content.getvalue())
+
+
+def load_network(path: Path) -> tuple[NetworkSpec, nn.Module]:
+    """The network of a file of :func:`save_network`, on the CPU, in eval mode.
+
+    The file is read with ``weights_only=True``: no code in it runs.
+
+    Errors:  FileNotFoundError; ValueError for a file that is not one of ours or whose weights do not fit.
+    """
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        fields = document["spec"]
+        spec = NetworkSpec(**fields | {name: tuple(fields[name]) for name in ("classes", "mean", "std")})
+        model = spec.build()
+        model.load_state_dict(document["state_dict"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever an unpickler can throw at a foreign file
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"network: {path} must be a file that sib-fast train wrote, got {got}") from error
+    return spec, model.eval()

@@ -26,16 +26,18 @@ class Recipe(lightning.LightningModule):
     Nothing below knows about S-IB: an attached :class:`sib_fast.SIBLoss` is called as cross entropy is.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float):
+    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float, true_masks: bool = False):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.lr = lr
         self.weight_decay = weight_decay
+        self.true_masks = true_masks
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
-        image, target, _ = batch
-        loss = self.criterion(self.model(image), target)
+        image, target, mask = batch
+        extra = {"mask": mask} if self.true_masks else {}
+        loss = self.criterion(self.model(image), target, **extra)
         terms = self.criterion.terms if isinstance(self.criterion, SIBLoss) else {"loss": loss.detach()}
         self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(target))
         self.log("train_loss", loss.detach(), prog_bar=True, logger=False)
@@ -86,9 +88,12 @@ def fit(
     device: str,
     log_folder: Path,
     progress: bool,
+    precision: str = "32-true",
+    true_masks: bool = False,
 ) -> tuple[int, float, dict[str, float]]:
     """Train the model in place, metrics of every epoch in ``log_folder/metrics.csv``.
 
+    Args:    precision: Lightning's, e.g. "bf16-mixed". true_masks: hand the data's masks to the criterion, a SIBLoss.
     Returns: steps taken, seconds they took, and the last epoch's mean of every logged term.
     Errors:  KeyboardInterrupt when the user interrupts.
     """
@@ -98,6 +103,7 @@ def fit(
             max_epochs=epochs,
             accelerator=device,
             devices=1,
+            precision=precision,
             logger=CSVLogger(log_folder.parent, name="", version=log_folder.name),
             default_root_dir=log_folder,
             callbacks=[_ProgressBar(leave=False)] if progress else [],
@@ -109,7 +115,7 @@ def fit(
         )
         begin = time.perf_counter()
         try:
-            trainer.fit(Recipe(model, criterion, lr, weight_decay), loader)
+            trainer.fit(Recipe(model, criterion, lr, weight_decay, true_masks), loader)
         except SystemExit as error:
             # Lightning turns an interrupt into an exit
             if trainer.interrupted:

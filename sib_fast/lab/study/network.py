@@ -1,0 +1,143 @@
+"""One network of a study: train it, explain it, score it, put all of it on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+import sib_fast
+from sib_fast.explain import METHODS, explain
+from sib_fast.explain.controls import insertion_deletion, randomisation
+from sib_fast.explain.metrics import localisation
+from sib_fast.lab.data import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, EmbeddedDigits
+from sib_fast.lab.evaluate import accuracy, gradient_map
+from sib_fast.lab.networks import NetworkSpec, build_network, save_network
+from sib_fast.lab.recipe import fit
+from sib_fast.lab.results import commit, write_atomically
+from sib_fast.lab.study.variants import Variant
+
+METHOD_OPTIONS: dict[str, dict[str, int]] = {"integrated_gradients": {"n_steps": 16}, "smoothgrad": {"n_samples": 16}}
+_BATCH = 100  # images explained at a time; the maps do not depend on it
+CLASSES = tuple(map(str, range(NUM_CLASSES)))
+
+
+def file_stem(arch: str, variant: str, seed: int) -> str:
+    # a colon is no character for a file on every system
+    return f"{arch}.{variant.replace(':', '@')}.seed{seed}"
+
+
+def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Train and score one network; its result file is written last, so where it stands the network is done.
+
+    Returns: the record, as `results/<stem>.json` holds it.
+    """
+    stem = file_stem(arch, variant.name, seed)
+    common = {"image_size": settings["image_size"], "seed": seed}
+    train = EmbeddedDigits("train", settings["train_size"], correlation=settings["correlation"], **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_network(arch, NUM_CLASSES, width=settings["width"])
+    sib_fast.prepare(model)
+    steps, seconds, terms = fit(
+        model,
+        variant.criterion(model),
+        train,
+        epochs=settings["epochs"],
+        batch_size=settings["batch_size"],
+        lr=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        seed=seed,
+        device="cpu",
+        log_folder=out / "logs" / stem,
+        progress=False,
+        precision=variant.precision,
+        true_masks=variant.mask == "true",
+    )
+    sib_fast.restore(model)
+    spec = NetworkSpec(
+        arch,
+        CLASSES,
+        settings["image_size"],
+        (PIXEL_MEAN,) * 3,
+        (PIXEL_STD,) * 3,
+        {"width": settings["width"]},
+        variant.settings(),
+    )
+    weights = Path("networks") / f"{stem}.pt"
+    save_network(out / weights, spec, model)
+
+    begin = time.perf_counter()
+    same = EmbeddedDigits("test", settings["test_size"], correlation=settings["correlation"], **common)
+    shifted = EmbeddedDigits("test", settings["test_size"], correlation=0.0, **common)
+    record = {
+        "arch": arch,
+        "variant": variant.name,
+        "seed": seed,
+        "settings": variant.settings(),
+        "accuracy": {"in_distribution": accuracy(model, same), "shifted": accuracy(model, shifted)},
+        "test_images": len(shifted),
+        **score(model, shifted, settings["explained"], settings["methods"]),
+        "terms": terms,
+        "steps": steps,
+        "train_seconds": seconds,
+        "evaluate_seconds": time.perf_counter() - begin,
+        "weights": str(weights),
+        "commit": commit(),
+    }
+    document = json.dumps(_without_nan(record), indent=1, allow_nan=False)
+    write_atomically(out / "results" / f"{stem}.json", (document + "\n").encode())
+    return record
+
+
+def score(model: nn.Module, data: EmbeddedDigits, explained: int, methods: list[str]) -> dict[str, Any]:
+    """Every method's maps of the first images of a set, for the true class, against the true masks.
+
+    Insertion and deletion on a fifth of the images, randomisation on a twentieth: they cost as much as the maps.
+    """
+    images, labels, masks = data.images[:explained], data.labels[:explained], data.masks[:explained]
+    few, fewer = -(-explained // 5), -(-explained // 20)
+    explanations = {}
+    for method in methods:
+        options = METHOD_OPTIONS.get(method, {})
+        batches = zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
+        maps = torch.cat([explain(model, x, y, method, **options) for x, y in batches])
+        insertion, deletion = insertion_deletion(model, images[:few], labels[:few], maps[:few])
+        survives = randomisation(model, images[:fewer], labels[:fewer], method, **options)
+        explanations[method] = _localisation(maps, masks) | {
+            "insertion": float(insertion.mean()),
+            "deletion": float(deletion.mean()),
+            "randomisation": float(survives.nanmean()),
+        }
+    return {
+        "explained_images": len(images),
+        "mask_area": float(masks.double().mean()),
+        "explanations": explanations,
+        "vjp": _localisation(gradient_map(model, images), masks),
+    }
+
+
+def _localisation(maps: Tensor, masks: Tensor) -> dict[str, float]:
+    metrics: MetricCollection = localisation()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*compute.*before.*update.*")
+        metrics.update(maps, masks)
+        values = {name: float(value) for name, value in metrics.compute().items()}
+    return values | {"undefined": metrics["energy"].undefined}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a mean over no image is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+ALL_METHODS = tuple(METHODS)

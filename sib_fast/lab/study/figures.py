@@ -58,15 +58,23 @@ def figures(study: Study, arch: str) -> dict[str, tuple[Figure, str]]:
     return {name: (figure, f"{label}. {caption}") for name, (figure, caption) in made.items()}
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as "svg" or "png"; equal figures give equal bytes."""
+def rendered(figure: Figure) -> dict[str, bytes]:
+    """The figure as "png" and "svg"; equal figures give equal bytes."""
     from matplotlib import rc_context
 
-    content = io.BytesIO()
+    contents = {}
     # text as paths: the reader's fonts do not matter. No date and no random ids: a report made again changes no byte.
     with rc_context({"svg.hashsalt": "sib_fast", "svg.fonttype": "path"}):
-        figure.savefig(content, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {})
-    return content.getvalue()
+        for kind in ("png", "svg"):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {})
+            contents[kind] = content.getvalue()
+            if kind == "png":
+                # Laid out once: it is most of the time. Its solver's last digits change from run to run, and with them ids.
+                figure.set_layout_engine("none")
+                for axis in figure.axes:
+                    axis.set_position([round(edge, 6) for edge in axis.get_position().bounds])
+    return contents
 
 
 def _figure(height: float) -> Figure:

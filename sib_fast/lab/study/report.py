@@ -59,7 +59,7 @@ __all__ = ["Study", "console_tables", "load_study", "write_report"]
 _PANEL_BYTES = 600_000  # of panel.png, beyond which the page takes a smaller copy
 _SHOWN_GAPS = 40
 _NOTE = (
-    "Mean ± standard deviation over seeds; paired difference [95 % interval]. **Bold**: the interval excludes 0 on the better "
+    "Mean ± standard deviation over seeds; paired difference [95 % CI]. **Bold**: the interval excludes 0 on the better "
     "side; (worse): on the other."
 )
 
@@ -97,9 +97,9 @@ def write_report(study: Study) -> list[Path]:
     encoded: dict[str, bytes] = {}
     for arch in study.architectures:
         for name, (figure, caption) in figures(study, arch).items():
-            for kind in ("png", "svg"):
-                encoded[f"figures/{name}-{arch}.{kind}"] = rendered(figure, kind)
-            pictures.append((_data_url("svg+xml", encoded[f"figures/{name}-{arch}.svg"]), caption))
+            files_of = rendered(figure)
+            encoded |= {f"figures/{name}-{arch}.{kind}": content for kind, content in files_of.items()}
+            pictures.append((_data_url("svg+xml", files_of["svg"]), caption))
     encoded |= {name: text.encode() for name, text in contents.items()}
     encoded["report.html"] = _html(study, pictures).encode()
     for name, content in encoded.items():
@@ -203,7 +203,7 @@ def _comparison(
     study: Study, arch: str, title: str, rows: Sequence[tuple[str, Quantity]], note: str = _NOTE, of: str = ""
 ) -> Table:
     """Rows of quantities; columns: the baseline, the headline variant, the paired difference. of: heading of the first column."""
-    header = (of, _label(study, study.baseline), _label(study, study.headline), "difference [95 % interval]")
+    header = (of, _label(study, study.baseline), _label(study, study.headline), "difference [95 % CI]")
     made = []
     for label, quantity in rows:
         spreads = [_spread(study, arch, v, quantity) for v in (study.baseline, study.headline)]
@@ -336,7 +336,7 @@ def not_improved(study: Study, arch: str) -> list[Table]:
                     names = f"{_label(study, variant)} − {_label(study, against)}"
                     rows.append([Cell(names, "head"), Cell(quantity.label), _change(part)])
     title = "Worse in the other comparisons: accuracies and means of the six methods"
-    header = ("", "quantity", "difference [95 % interval]")
+    header = ("", "quantity", "difference [95 % CI]")
     tables.append(Table(title, header, rows) if rows else Table(title, (), [], "None."))
     return tables
 
@@ -419,7 +419,7 @@ def gaps(study: Study) -> list[str]:
         lines.append(f"Missing: {study.architectures[arch]}, {_label(study, variant)}: seeds {_seeds(seeds)}.")
     for arch, variant, seed in study.unplanned:
         lines.append(f"Left out, not planned: {arch}, {variant}, seed {seed}.")
-    undefined: dict[tuple[str, str, str], list[float]] = {}
+    undefined: dict[tuple[str, str], dict[str, float]] = {}
     lost = []
     for network in study.networks:
         where = f"{study.architectures[network.arch]}, {_label(study, network.variant)}, seed {network.seed}"
@@ -431,15 +431,15 @@ def gaps(study: Study) -> list[str]:
             lost.append(f"Without a value: {where}: {', '.join(names[:6])}{more}.")
         for quantity, value in network.values.items():
             if quantity.metric == "undefined" and value > 0:
-                undefined.setdefault((network.arch, network.variant, quantity.method), []).append(value)
+                each = undefined.setdefault((network.arch, quantity.method), {})
+                each[network.variant] = each.get(network.variant, 0) + value
     lines += lost[:_SHOWN_GAPS]
     if len(lost) > _SHOWN_GAPS:
         lines.append(f"… and {len(lost) - _SHOWN_GAPS} more networks without some value.")
-    for (arch, variant, method), each in undefined.items():
-        lines.append(
-            f"Maps left out (zero everywhere, or an empty mask): {study.architectures[arch]}, {_label(study, variant)}, "
-            f"{METHOD_LABELS.get(method, method or 'VJP')}: {sum(each):.0f} images over {len(each)} networks."
-        )
+    for (arch, method), each in undefined.items():
+        where = f"{study.architectures[arch]}, {METHOD_LABELS.get(method, method or 'VJP')}"
+        listed = ", ".join(f"{_label(study, variant)} {images:.0f}" for variant, images in each.items())
+        lines.append(f"Maps left out (zero everywhere, or an empty mask), images over all seeds: {where}: {listed}.")
     for name, what in (("test_images", "test images"), ("explained_images", "explained images"), ("steps", "training steps")):
         values = sorted({n.values[Quantity(name)] for n in study.networks if Quantity(name) in n.values})
         if len(values) > 1:

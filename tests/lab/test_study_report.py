@@ -223,6 +223,11 @@ def test_a_rise_whose_interval_contains_zero_decides_nothing(tmp_path):
     assert only(verdicts(study(tmp_path / "s", wide, seeds=(1, 2)), "net"), "Energy inside up by ≥ 0.10") == NOT_DECIDABLE
 
 
+def test_a_fall_whose_interval_contains_zero_decides_nothing(tmp_path):
+    wide = [{"log_background": d} for d in (-0.4, 0.2)]  # lower is better: the other end of the interval counts
+    assert only(verdicts(study(tmp_path / "s", wide, seeds=(1, 2)), "net"), "Background suppression") == NOT_DECIDABLE
+
+
 @pytest.mark.parametrize(
     ("shift", "verdict"), [(-0.01, MET), (0.01, NOT_MET), (0.0, NOT_MET)], ids=["suppressed", "raised", "same"]
 )

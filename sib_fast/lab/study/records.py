@@ -1,0 +1,309 @@
+"""What a study leaves in its folder, read back and checked: one number per network, quantity, method and metric.
+
+out/study.json                                the settings, what was planned, where it ran
+out/results/<arch>.<variant>.seed<k>.json     one finished network each
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sib_fast.explain import METHODS, REPORTED
+
+STATUSES = ("running", "interrupted", "complete")
+MEAN_OF_SIX = "mean_of_six"
+
+
+class Metric(NamedTuple):
+    """direction: +1 if higher is better, −1 if lower is, 0 if neither, so that it is shown and never judged."""
+
+    label: str
+    direction: int
+    definition: str
+
+    @property
+    def heading(self) -> str:
+        return self.label + {1: " ↑", -1: " ↓", 0: ""}[self.direction]
+
+
+METRICS = {
+    "accuracy_in_distribution": Metric(
+        "accuracy, in distribution",
+        1,
+        "Share of test images classified rightly; backgrounds correlated with the class as in training.",
+    ),
+    "accuracy_shifted": Metric("accuracy, shifted", 1, "The same objects on backgrounds that are independent of the class."),
+    "energy": Metric(
+        "energy inside",
+        1,
+        "Share of the map's mass inside the true object. A uniform map scores the object's share of the image.",
+    ),
+    "energy_gain": Metric("energy gain", 1, "Energy inside over the object's share of the image: 1 for a uniform map."),
+    "rank_accuracy": Metric(
+        "rank accuracy", 1, "Of as many most relevant pixels as the object has, the share that lies inside the object."
+    ),
+    "pointing_game": Metric("pointing game", 1, "Share of images whose most relevant pixel lies inside the object."),
+    "iou": Metric("IoU", 1, "Intersection over union of the object and the part of the map above half of its range."),
+    "log_background": Metric(
+        "background, log10",
+        -1,
+        "log10 of mean relevance outside over mean relevance inside: 0 for a uniform map, lower is better.",
+    ),
+    "background_variance": Metric(
+        "background variance", -1, "Variance of the map with the true object set to zero, over the variance of the whole map."
+    ),
+    "insertion": Metric(
+        "insertion", 1, "Area under the class probability as pixels are put into a blank image, the most relevant ones first."
+    ),
+    "deletion": Metric(
+        "deletion", -1, "Area under the class probability as pixels are blanked out, the most relevant ones first."
+    ),
+    "randomisation": Metric(
+        "randomisation",
+        0,
+        "Rank correlation with the map of the same network with weights drawn anew: near 0 for a method that explains the "
+        "network, near 1 for one that draws edges whatever the network knows. A property of the method, so not judged.",
+    ),
+}
+METHOD_LABELS = {
+    "saliency": "vanilla gradient",
+    "input_x_gradient": "input × gradient",
+    "integrated_gradients": "integrated gradients",
+    "smoothgrad": "SmoothGrad",
+    "guided_backprop": "guided backpropagation",
+    "grad_cam": "Grad-CAM",
+    "grad_cam_plusplus": "Grad-CAM++",
+    "layer_cam": "LayerCAM",
+    MEAN_OF_SIX: "mean of six",
+}
+
+
+class Quantity(NamedTuple):
+    """One number of a network: ("accuracy_shifted",), ("explanation", "saliency", "energy"), ("vjp", "", "energy"), …"""
+
+    name: str
+    method: str = ""
+    metric: str = ""
+
+    @property
+    def kind(self) -> Metric:
+        """What it measures; a metric that is not in METRICS has no direction and is not judged."""
+        if self.name in ("explanation", "vjp"):
+            return METRICS.get(self.metric, Metric(self.metric, 0, ""))
+        return METRICS.get(self.name, Metric(" ".join(filter(None, (self.name, self.metric))), 0, ""))
+
+    @property
+    def label(self) -> str:
+        whose = {"explanation": METHOD_LABELS.get(self.method, self.method), "vjp": "VJP"}.get(self.name)
+        return f"{whose}: {self.kind.heading}" if whose else self.kind.heading
+
+
+SHIFTED = Quantity("accuracy_shifted")
+IN_DISTRIBUTION = Quantity("accuracy_in_distribution")
+
+
+def explanation(method: str, metric: str) -> Quantity:
+    return Quantity("explanation", method, metric)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One finished network.
+
+    Attributes:
+        values: every number of the record, NaN where it is null or not finite; and for each metric the mean over the six
+            reported methods, as method ``mean_of_six``: NaN unless all six have it.
+    """
+
+    arch: str
+    variant: str
+    seed: int
+    values: dict[Quantity, float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.arch, self.variant, self.seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as far as it has come.
+
+    Attributes:
+        variants, architectures: name -> label, in the order of display.
+        planned: (arch, variant, seed) of every network it is to hold; empty: whatever is there counts.
+        baseline, headline, control: variants: what is compared with (plain training), what is judged, and the same penalty
+            without a mask.
+        networks: in the order of architectures, variants and seeds.
+        unplanned: results in the folder that were not planned: left out, so that no seed is chosen after the fact.
+        command: what repeats it.
+    """
+
+    out: Path
+    settings: dict[str, Any]
+    variants: dict[str, str]
+    architectures: dict[str, str]
+    environment: dict[str, Any]
+    status: str
+    planned: tuple[tuple[str, str, int], ...]
+    baseline: str
+    headline: str
+    control: str
+    networks: tuple[Network, ...]
+    unplanned: tuple[tuple[str, str, int], ...] = ()
+    command: str = "sib-fast study"
+
+    @property
+    def missing(self) -> list[tuple[str, str, int]]:
+        """Planned networks that have no result."""
+        there = {n.key for n in self.networks}
+        return [key for key in self.planned if key not in there]
+
+    def of(self, arch: str, variant: str | None = None) -> list[Network]:
+        return [n for n in self.networks if n.arch == arch and variant in (None, n.variant)]
+
+    def values(self, arch: str, variant: str, quantity: Quantity) -> dict[int, float]:
+        """seed -> value, only where it is defined."""
+        found = ((n.seed, n.values.get(quantity, math.nan)) for n in self.of(arch, variant))
+        return {seed: value for seed, value in found if math.isfinite(value)}
+
+    def quantities(self, arch: str) -> list[Quantity]:
+        """Everything that any network of this architecture reports."""
+        return list(dict.fromkeys(q for n in self.of(arch) for q in n.values))
+
+    def present(self, arch: str) -> dict[str, str]:
+        """The variants that have a network of this architecture, name -> label."""
+        return {v: label for v, label in self.variants.items() if self.of(arch, v)}
+
+
+def load_study(out: Path) -> Study:
+    """Read a study's folder. Keys that are not known are ignored, or kept where they are numbers.
+
+    Errors:  FileNotFoundError without ``study.json``; ValueError that names the file for one that is not as promised.
+    """
+    out = Path(out)
+    path = out / "study.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"study: out must hold study.json, got {out}: run `sib-fast study` first")
+    document = _read(path)
+    for name, kind in _STUDY_KEYS.items():
+        _require(isinstance(document.get(name), kind), path, f"{name} must be {_name(kind)}", document.get(name))
+    status, variants, architectures = (document[k] for k in ("status", "variants", "architectures"))
+    _require(status in STATUSES, path, f"status must be one of {', '.join(STATUSES)}", status)
+    baseline = document["baseline"]
+    _require(baseline in variants, path, f"baseline must be one of {', '.join(variants)}", baseline)
+    planned = []
+    for entry in document["planned"]:
+        good = isinstance(entry, list) and len(entry) == 3 and entry[0] in architectures and entry[1] in variants
+        _require(good and _is_int(entry[2]), path, "planned must hold [arch, variant, seed] of the study", entry)
+        planned.append(tuple(entry))
+
+    found = [_network(file) for file in sorted((out / "results").glob("*.json"))]
+    known = [n for n in found if (n.key in planned if planned else n.arch in architectures and n.variant in variants)]
+    rows, columns = list(architectures), list(variants)
+    return Study(
+        out=out,
+        settings=document["settings"],
+        variants=variants,
+        architectures=architectures,
+        environment=document["environment"],
+        status=status,
+        planned=tuple(planned),
+        baseline=baseline,
+        headline=document.get("headline", "sib"),
+        control=document.get("control", "unmasked"),
+        networks=tuple(sorted(known, key=lambda n: (rows.index(n.arch), columns.index(n.variant), n.seed))),
+        unplanned=tuple(n.key for n in found if n not in known),
+        command=document.get("command", "sib-fast study"),
+    )
+
+
+_STUDY_KEYS = {
+    "settings": dict,
+    "variants": dict,
+    "architectures": dict,
+    "environment": dict,
+    "status": str,
+    "planned": list,
+    "baseline": str,
+}
+_BLOCKS = ("accuracy", "explanations", "vjp", "terms")
+
+
+def _network(path: Path) -> Network:
+    record = _read(path)
+    arch, variant, seed = (record.get(k) for k in ("arch", "variant", "seed"))
+    for name, value in (("arch", arch), ("variant", variant)):
+        _require(isinstance(value, str), path, f"{name} must be a string", value)
+    _require(_is_int(seed), path, "seed must be an integer", seed)
+    expected = f"{arch}.{variant}.seed{seed}.json"
+    _require(path.name == expected, path, f"the file's name must be {expected}", path.name)
+    settings = record.get("settings") or {}
+    _require(isinstance(settings, dict), path, "settings must be an object", settings)
+    values = dict(_numbers(path, record))
+    for quantity in (IN_DISTRIBUTION, SHIFTED):
+        value = values.get(quantity, math.nan)
+        _require(math.isnan(value) or 0 <= value <= 1, path, f"{quantity.name} must be a share in [0, 1]", value)
+    metrics = dict.fromkeys(q.metric for q in values if q.name == "explanation" and q.metric != "undefined")
+    for metric in metrics:
+        six = [values.get(explanation(method, metric), math.nan) for method in REPORTED]
+        values[explanation(MEAN_OF_SIX, metric)] = math.fsum(six) / len(six)
+    return Network(arch, variant, seed, values, settings, record.get("commit"))
+
+
+def _numbers(path: Path, record: dict[str, Any]) -> Iterator[tuple[Quantity, float]]:
+    blocks = {name: record.get(name) or {} for name in _BLOCKS}
+    for name, block in blocks.items():
+        _require(isinstance(block, dict), path, f"{name} must be an object", block)
+    for name, value in blocks["accuracy"].items():
+        yield Quantity(f"accuracy_{name}"), _number(path, f"accuracy.{name}", value)
+    # the methods that we know in their own order, others after them
+    methods = [*(m for m in METHODS if m in blocks["explanations"]), *(m for m in blocks["explanations"] if m not in METHODS)]
+    for method in methods:
+        scores = blocks["explanations"][method] or {}
+        _require(isinstance(scores, dict), path, f"explanations.{method} must be an object", scores)
+        for metric, value in scores.items():
+            yield explanation(method, metric), _number(path, f"explanations.{method}.{metric}", value)
+    for name, block in (("vjp", "vjp"), ("term", "terms")):
+        for metric, value in blocks[block].items():
+            yield Quantity(name, "", metric), _number(path, f"{block}.{metric}", value)
+    for name, value in record.items():
+        if name != "seed" and isinstance(value, int | float) and not isinstance(value, bool):
+            yield Quantity(name), _number(path, name, value)
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    if value is None:
+        return math.nan
+    _require(isinstance(value, int | float) and not isinstance(value, bool), path, f"{name} must be a number or null", value)
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"study: {path} must be JSON, got {error}") from error
+    _require(isinstance(document, dict), path, "it must be a JSON object", document)
+    return document
+
+
+def _name(kind: type) -> str:
+    return {dict: "an object", list: "a list", str: "a string"}[kind]
+
+
+def _require(good: bool, path: Path, rule: str, got: Any) -> None:
+    if not good:
+        text = repr(got)
+        raise ValueError(f"study: {path}: {rule}, got {text if len(text) <= 80 else text[:77] + '...'}")

@@ -1,0 +1,538 @@
+"""A study as CSV, tables (console, Markdown), plots and one self-contained HTML page: everything computed, nothing assumed.
+
+    write_report(load_study(out))      # also of a study that is still running: what is missing is listed
+
+Needs the extra [lab]; importing this module does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sib_fast.explain import METHODS, REPORTED
+from sib_fast.lab.report import summary
+from sib_fast.lab.results import write_atomically
+from sib_fast.lab.study.figures import figures, rendered
+from sib_fast.lab.study.records import (
+    IN_DISTRIBUTION,
+    MEAN_OF_SIX,
+    METHOD_LABELS,
+    METRICS,
+    SHIFTED,
+    Quantity,
+    Study,
+    explanation,
+    load_study,
+)
+from sib_fast.lab.study.statistics import (
+    DEFINITIONS,
+    ENERGY_MARK,
+    LEVEL,
+    MET,
+    Difference,
+    counts,
+    difference,
+    differences,
+    judged,
+    of_six,
+    reaches,
+    summary_quantities,
+    verdicts,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+__all__ = ["Study", "console_tables", "load_study", "write_report"]
+
+_PANEL_BYTES = 600_000  # of panel.png, beyond which the page takes a smaller copy
+_SHOWN_GAPS = 40
+_NOTE = (
+    "Mean ± standard deviation over seeds; paired difference [95 % CI]. **Bold**: the interval excludes 0 on the better "
+    "side; (worse): on the other."
+)
+
+
+class Cell(NamedTuple):
+    """tone: "better", "worse" or "" as the interval says; "head" for a row's title."""
+
+    text: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table for the console, Markdown and HTML alike."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+def write_report(study: Study) -> list[Path]:
+    """Write results.csv, differences.csv, table.md, figures/*.png and *.svg and report.html; each in one step.
+
+    Errors:  ImportError without the extra [lab].
+    """
+    found = differences(study)
+    contents = {
+        "results.csv": _results_csv(study),
+        "differences.csv": _differences_csv(found),
+        "table.md": markdown(study),
+    }
+    (study.out / "figures").mkdir(exist_ok=True)
+    pictures = []
+    encoded: dict[str, bytes] = {}
+    for arch in study.architectures:
+        for name, (figure, caption) in figures(study, arch).items():
+            files_of = rendered(figure)
+            encoded |= {f"figures/{name}-{arch}.{kind}": content for kind, content in files_of.items()}
+            pictures.append((_data_url("svg+xml", files_of["svg"]), caption))
+    encoded |= {name: text.encode() for name, text in contents.items()}
+    encoded["report.html"] = _html(study, pictures).encode()
+    for name, content in encoded.items():
+        write_atomically(study.out / name, content)
+    return [study.out / name for name in encoded]
+
+
+def console_tables(study: Study) -> list[RichTable]:
+    """Verdicts, the headline table and the variants, for rich's console."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = [t for arch in _reported(study) for t in (verdict_table(study, arch), headline(study, arch), variants(study, arch))]
+    rich = []
+    for table in shown:
+        made = RichTable(title=table.title, caption=_plain(table.note) or None, title_justify="left", caption_justify="left")
+        for i, column in enumerate(table.header):
+            made.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
+            made.add_row(*(Text(cell.text, style=_STYLES.get(cell.tone, "")) for cell in row))
+        rich.append(made)
+    return rich
+
+
+_STYLES = {"better": "bold", "worse": "bold red"}
+
+
+def markdown(study: Study) -> str:
+    """For a README: energy and accuracy, then the variants, one block per architecture."""
+    blocks = [f"{text}\n" for text in status_lines(study)]
+    for arch in _reported(study):
+        for table in (headline(study, arch), variants(study, arch), verdict_table(study, arch)):
+            lines = [f"**{table.title}**", ""]
+            lines.append("| " + " | ".join(map(_escape, table.header)) + " |")
+            lines.append("|---" + "|---:" * (len(table.header) - 1) + "|")
+            for row in table.rows:
+                cells = (f"**{_escape(c.text)}**" if c.tone == "better" else _escape(c.text) for c in row)
+                lines.append("| " + " | ".join(cells) + " |")
+            if table.note:
+                lines += ["", table.note]
+            blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _unbroken(text: str) -> str:
+    """Where a narrow screen may break a number: before ± and before an interval, not within."""
+    return re.sub(r"\[[^]]*\]|\(n = \d+\)|± \S+", lambda found: found[0].replace(" ", "\u00a0"), text)
+
+
+def _plain(text: str) -> str:
+    return text.replace("**", "")
+
+
+# ---- numbers as text ----------------------------------------------------------------------------------------------------
+
+
+def _number(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _spread(study: Study, arch: str, variant: str, quantity: Quantity) -> Cell:
+    """Mean ± standard deviation, of the seeds where it is defined; says so if some are not."""
+    values = study.values(arch, variant, quantity)
+    text = summary(list(values.values())).replace("-", "−")
+    networks = len(study.of(arch, variant))
+    return Cell(text if len(values) in (0, networks) else f"{text} (n = {len(values)})")
+
+
+def _change(part: Difference) -> Cell:
+    """Mean of the differences [interval]; as many words as the case needs."""
+    if part.n == 0:
+        return Cell("–")
+    if part.n == 1:
+        return Cell(f"{_number(part.mean)} (one seed)")
+    text = f"{_number(part.mean)} [{_number(part.low)}, {_number(part.high)}]"
+    if part.dropped:
+        text += f" (n = {part.n})"
+    return Cell(f"{text} (worse)", "worse") if part.effect == "worse" else Cell(text, "better" if part.effect == "better" else "")
+
+
+def _seeds(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
+def _label(study: Study, variant: str) -> str:
+    return study.variants.get(variant, variant)
+
+
+def _reported(study: Study) -> list[str]:
+    return [arch for arch in study.architectures if study.of(arch)]
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------------
+
+
+def _comparison(
+    study: Study, arch: str, title: str, rows: Sequence[tuple[str, Quantity]], note: str = _NOTE, of: str = ""
+) -> Table:
+    """Rows of quantities; columns: the baseline, the headline variant, the paired difference. of: heading of the first column."""
+    header = (of, _label(study, study.baseline), _label(study, study.headline), "difference [95 % CI]")
+    made = []
+    for label, quantity in rows:
+        spreads = [_spread(study, arch, v, quantity) for v in (study.baseline, study.headline)]
+        change = _change(difference(study, arch, study.headline, study.baseline, quantity))
+        made.append([Cell(label, "head"), *spreads, change])
+    return Table(title, header, made, note)
+
+
+def headline(study: Study, arch: str) -> Table:
+    """Energy for the six methods and their mean, and the accuracies."""
+    rows = [(METHOD_LABELS[m], explanation(m, "energy")) for m in (*REPORTED, MEAN_OF_SIX)]
+    rows += [(q.kind.heading, q) for q in (SHIFTED, IN_DISTRIBUTION)]
+    seeds = {n.seed for v in (study.baseline, study.headline) for n in study.of(arch, v)}
+    areas = [a for v in study.present(arch) for a in study.values(arch, v, Quantity("mask_area")).values()]
+    note = f"Seeds {_seeds(seeds) or 'none'}. {_NOTE}"
+    if areas:
+        note += f" The object covers {statistics.fmean(areas):.3f} of an image: the energy of a uniform map."
+    return _comparison(study, arch, study.architectures[arch], rows, note, METRICS["energy"].heading)
+
+
+def variants(study: Study, arch: str) -> Table:
+    """One row per variant: accuracies, energy, background, and the differences from the baseline."""
+    baseline = _label(study, study.baseline)
+    columns = (SHIFTED, explanation(MEAN_OF_SIX, "energy"), explanation(MEAN_OF_SIX, "log_background"))
+    header = ["", "seeds", IN_DISTRIBUTION.kind.heading]
+    for quantity in columns:
+        header += [quantity.kind.heading, f"− {baseline} [95 %]"]
+    rows = []
+    for variant, label in study.present(arch).items():
+        row = [Cell(label, "head"), Cell(str(len(study.of(arch, variant)))), _spread(study, arch, variant, IN_DISTRIBUTION)]
+        for quantity in columns:
+            itself = variant == study.baseline
+            change = Cell("") if itself else _change(difference(study, arch, variant, study.baseline, quantity))
+            row += [_spread(study, arch, variant, quantity), change]
+        rows.append(row)
+    note = f"Energy and background: mean of the six methods. {_NOTE}"
+    return Table(f"Variants, {study.architectures[arch]}", tuple(header), rows, note)
+
+
+def against_variants(study: Study, arch: str) -> Table:
+    """The headline variant minus every other one: what each ingredient, and the mask itself, is worth."""
+    label = _label(study, study.headline)
+    columns = (SHIFTED, IN_DISTRIBUTION, *(explanation(MEAN_OF_SIX, m) for m in ("energy", "log_background")))
+    rows = []
+    for variant, other in study.present(arch).items():
+        if variant not in (study.headline, study.baseline) and study.of(arch, study.headline):
+            parts = [difference(study, arch, study.headline, variant, q) for q in columns]
+            rows.append([Cell(other, "head"), Cell(str(max(d.n for d in parts))), *map(_change, parts)])
+    header = (f"{label} minus", "pairs", *(q.kind.heading for q in columns))
+    title = f"{label} against the other variants, {study.architectures[arch]}"
+    return Table(title, header, rows, f"Bold: {label} is ahead, the interval excludes 0; (worse): behind.")
+
+
+def counts_table(study: Study, arch: str) -> Table:
+    """For every metric: for how many of the six methods the interval excludes 0, on which side."""
+    others = [v for v in (study.baseline, study.control) if v in study.present(arch)]
+    header = ["of six methods"]
+    for against in others:
+        header += [f"better than {_label(study, against)}", "worse", "no clear change"]
+    rows = []
+    for metric, kind in METRICS.items():
+        if kind.direction and explanation(MEAN_OF_SIX, metric) in study.quantities(arch):
+            row = [Cell(kind.heading, "head")]
+            for against in others:
+                row += [Cell(str(n)) for n in counts(of_six(study, arch, study.headline, against, metric)).values()]
+            rows.append(row)
+    title = f"{_label(study, study.headline)}: for how many of the six methods the interval excludes 0"
+    return Table(title, tuple(header), rows)
+
+
+def controls(study: Study, arch: str) -> Table:
+    rows = [
+        (explanation(method, metric).label, explanation(method, metric))
+        for metric in ("insertion", "deletion", "randomisation")
+        for method in (*REPORTED, MEAN_OF_SIX)
+    ]
+    return _comparison(study, arch, "Are the maps faithful, or merely prettier?", rows)
+
+
+def everything(study: Study, arch: str) -> list[Table]:
+    """All eight methods by all localisation metrics, and the VJP that training acts on."""
+    quantities = study.quantities(arch)
+    made = []
+    for metric in METRICS:
+        rows = [(METHOD_LABELS[m], explanation(m, metric)) for m in (*REPORTED, MEAN_OF_SIX)]
+        rows += [(f"{METHOD_LABELS[m]} (not of the six)", explanation(m, metric)) for m in METHODS if m not in REPORTED]
+        rows.append(("VJP, as in training (not of the six)", Quantity("vjp", "", metric)))
+        rows = [(label, quantity) for label, quantity in rows if quantity in quantities]
+        if rows:
+            made.append(_comparison(study, arch, METRICS[metric].heading, rows, METRICS[metric].definition))
+    return made
+
+
+def verdict_table(study: Study, arch: str) -> Table:
+    rows = []
+    for verdict in verdicts(study, arch):
+        changes = [(d, _change(d).text) for d in verdict.parts]
+        if len(changes) == 1:
+            numbers = changes[0][1]
+        else:
+            worst = min((d for d in verdict.parts if d.n > 1), key=lambda d: d.gain[1], default=None)
+            numbers = verdict.summary
+            if worst is not None:
+                numbers += f"; least favourable: {worst.quantity.label} {_change(worst).text}"
+        tone = {"met": "better", "not met": "worse"}.get(verdict.verdict, "")
+        rows.append([Cell(verdict.expectation, "head"), Cell(verdict.verdict, tone), Cell(numbers)])
+    return Table(f"Expectations, {study.architectures[arch]}", ("expected before the study", "verdict", "measured"), rows)
+
+
+def not_improved(study: Study, arch: str) -> list[Table]:
+    """What got worse and what did not change clearly: the headline variant first, then every other by its summary."""
+    pair = (study.headline, study.baseline)
+    label = _label(study, study.headline)
+    found = judged(study, arch, *pair)
+    worse = [d for d in found if d.effect == "worse"]
+    # the ones whose mean lies on the worse side first
+    unclear = sorted((d for d in found if d.effect == "unclear"), key=lambda d: d.gain[0])
+    tables = []
+    for title, parts in ((f"{label}: worse than {_label(study, study.baseline)}", worse), (f"{label}: no clear change", unclear)):
+        rows = [(d.quantity.label, d.quantity) for d in parts]
+        note = f"{len(parts)} of {len(found)} comparisons."
+        tables.append(_comparison(study, arch, title, rows, note) if rows else Table(title, (), [], f"None of {len(found)}."))
+    others = [(study.headline, study.control), *((v, study.baseline) for v in study.variants if v not in pair)]
+    rows = []
+    for variant, against in others:
+        if {variant, against} <= study.present(arch).keys():
+            for quantity in summary_quantities(study, arch):
+                part = difference(study, arch, variant, against, quantity)
+                if part.effect == "worse":
+                    names = f"{_label(study, variant)} − {_label(study, against)}"
+                    rows.append([Cell(names, "head"), Cell(quantity.label), _change(part)])
+    title = "Worse in the other comparisons: accuracies and means of the six methods"
+    header = ("", "quantity", "difference [95 % CI]")
+    tables.append(Table(title, header, rows) if rows else Table(title, (), [], "None."))
+    return tables
+
+
+def differing_settings(study: Study, arch: str) -> Table:
+    """What the variants were trained with, as far as they differ."""
+    first = {v: study.of(arch, v)[0].settings for v in study.present(arch)}
+    keys = [k for k in dict.fromkeys(k for s in first.values() for k in s) if k not in ("seed", "variant")]
+    keys = [k for k in keys if len({json.dumps(s.get(k), sort_keys=True) for s in first.values()}) > 1]
+    rows = [[Cell(study.variants[v], "head"), *(Cell(_text(s.get(k, "–"))) for k in keys)] for v, s in first.items()]
+    return Table(f"What the variants differ in, {study.architectures[arch]}", ("", *keys), rows if keys else [])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- sentences ----------------------------------------------------------------------------------------------------------
+
+
+def answer(study: Study) -> list[str]:
+    """Three sentences: where the energy went, what accuracy did, and what the control and the losses say."""
+    label, baseline = _label(study, study.headline), _label(study, study.baseline)
+    energy, shifted, inside, control, losses = [], [], [], [], []
+    for arch in _reported(study):
+        name = study.architectures[arch]
+        six, *accuracies = (
+            difference(study, arch, study.headline, study.baseline, q)
+            for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED, IN_DISTRIBUTION)
+        )
+        reached = sum(reaches(d, ENERGY_MARK) == MET for d in of_six(study, arch, study.headline, study.baseline, "energy"))
+        energy.append(f"{_moved(six)} on {name} (by at least {ENERGY_MARK:.2f} for {reached} of the six)")
+        for sentence, part in zip((shifted, inside), accuracies, strict=True):
+            sentence.append(f"{_moved(part)} on {name}")
+        ahead = [
+            _change(difference(study, arch, study.headline, study.control, q)).text
+            for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED)
+        ]
+        control.append(f"energy {ahead[0]} and shifted accuracy {ahead[1]} on {name}")
+        tally = counts(judged(study, arch, study.headline, study.baseline))
+        losses.append(f"{tally['better']} are better, {tally['worse']} worse and {tally['unclear']} unclear on {name}")
+    if not energy:
+        return ["No network has finished yet."]
+    return [
+        f"With {label} instead of {baseline}, energy inside the object (mean of six methods) {'; '.join(energy)}.",
+        f"Accuracy on shifted backgrounds {'; '.join(shifted)}. In distribution it {'; '.join(inside)}.",
+        f"{label} minus “{_label(study, study.control)}”: {'; '.join(control)}. Of all comparisons with {baseline}, "
+        f"methods by metrics, {'; '.join(losses)}.",
+    ]
+
+
+def _moved(part: Difference) -> str:
+    if part.n == 0:
+        return "is unknown (no pair of seeds)"
+    if part.n == 1:
+        return f"changed by {_number(part.mean)} (one seed, no interval)"
+    verb = {"better": "rose", "worse": "fell", "unclear": "did not change clearly,"}[part.effect]
+    by = "by " if part.effect != "unclear" else ""
+    return f"{verb} {by}{_number(part.mean)} [{_number(part.low)}, {_number(part.high)}] (n = {part.n})"
+
+
+def status_lines(study: Study) -> list[str]:
+    """What a reader must know before the first number of an unfinished study."""
+    lines = []
+    if study.status != "complete" or study.missing:
+        done = f"{len(study.networks)} of {len(study.planned)} planned" if study.planned else str(len(study.networks))
+        lines.append(f"A partial study (status: {study.status}): {done} networks.")
+    if study.unplanned:
+        lines.append(f"{len(study.unplanned)} results that were not planned are left out.")
+    return lines
+
+
+def gaps(study: Study) -> list[str]:
+    """Everything that is missing, undefined or uneven, one line each."""
+    lines = []
+    by_cell: dict[tuple[str, str], list[int]] = {}
+    for arch, variant, seed in study.missing:
+        by_cell.setdefault((arch, variant), []).append(seed)
+    for (arch, variant), seeds in by_cell.items():
+        lines.append(f"Missing: {study.architectures[arch]}, {_label(study, variant)}: seeds {_seeds(seeds)}.")
+    for arch, variant, seed in study.unplanned:
+        lines.append(f"Left out, not planned: {arch}, {variant}, seed {seed}.")
+    undefined: dict[tuple[str, str], dict[str, float]] = {}
+    lost = []
+    for network in study.networks:
+        where = f"{study.architectures[network.arch]}, {_label(study, network.variant)}, seed {network.seed}"
+        required = [IN_DISTRIBUTION, SHIFTED, *(explanation(m, "energy") for m in REPORTED)]
+        names = [q.label for q in required if q not in network.values]
+        names += [q.label for q, v in network.values.items() if math.isnan(v) and q.method != MEAN_OF_SIX]
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            lost.append(f"Without a value: {where}: {', '.join(names[:6])}{more}.")
+        for quantity, value in network.values.items():
+            if quantity.metric == "undefined" and value > 0:
+                each = undefined.setdefault((network.arch, quantity.method), {})
+                each[network.variant] = each.get(network.variant, 0) + value
+    lines += lost[:_SHOWN_GAPS]
+    if len(lost) > _SHOWN_GAPS:
+        lines.append(f"… and {len(lost) - _SHOWN_GAPS} more networks without some value.")
+    for (arch, method), each in undefined.items():
+        where = f"{study.architectures[arch]}, {METHOD_LABELS.get(method, method or 'VJP')}"
+        listed = ", ".join(f"{_label(study, variant)} {images:.0f}" for variant, images in each.items())
+        lines.append(f"Maps left out (zero everywhere, or an empty mask), images over all seeds: {where}: {listed}.")
+    for name, what in (("test_images", "test images"), ("explained_images", "explained images"), ("steps", "training steps")):
+        values = sorted({n.values[Quantity(name)] for n in study.networks if Quantity(name) in n.values})
+        if len(values) > 1:
+            lines.append(f"Networks differ in {what}: {', '.join(f'{v:.0f}' for v in values)}.")
+    commits = sorted({n.commit for n in study.networks if n.commit})
+    if len(commits) > 1:
+        lines.append(f"Networks were trained at {len(commits)} commits: {', '.join(c[:12] for c in commits)}.")
+    return lines
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+def _results_csv(study: Study) -> str:
+    """Long format: one row per network and number, NaN where it is undefined."""
+    rows = ((*network.key, *quantity, value) for network in study.networks for quantity, value in network.values.items())
+    return _csv(("arch", "variant", "seed", "quantity", "method", "metric", "value"), rows)
+
+
+def _differences_csv(found: Iterable[Difference]) -> str:
+    keys = ("arch", "variant", "against", "quantity", "method", "metric", "better", "n", "seeds", "dropped")
+    better = {1: "higher", -1: "lower", 0: ""}
+    rows = []
+    for d in found:
+        seeds = (" ".join(map(str, each)) for each in (d.seeds, d.dropped))
+        rows.append([d.arch, d.variant, d.against, *d.quantity, better[d.quantity.kind.direction], d.n, *seeds])
+        rows[-1] += [d.mean, d.sd, d.low, d.high, d.effect]
+    return _csv((*keys, "mean", "sd", "low", "high", "effect"), rows)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _panel(path: Path) -> str | None:
+    """panel.png as a data URL, made smaller if it would be most of the page; None where there is none."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if len(content) <= _PANEL_BYTES:
+        return _data_url("png", content)
+    from PIL import Image
+
+    smaller = io.BytesIO()
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        image.thumbnail((1600, 2400))
+        image.save(smaller, "JPEG", quality=85)
+    return _data_url("jpeg", smaller.getvalue())
+
+
+def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files(__package__) / "report.html.j2").read_text(encoding="utf-8"))
+    architectures = [
+        {
+            "label": study.architectures[arch],
+            "verdicts": verdict_table(study, arch),
+            "headline": headline(study, arch),
+            "variants": [variants(study, arch), against_variants(study, arch)],
+            "counts": counts_table(study, arch),
+            "controls": controls(study, arch),
+            "everything": everything(study, arch),
+            "not_improved": not_improved(study, arch),
+            "settings": differing_settings(study, arch),
+        }
+        for arch in _reported(study)
+    ]
+    seconds = [n.values.get(Quantity("train_seconds"), math.nan) for n in study.networks]
+    hours = sum(s for s in seconds if math.isfinite(s)) / 3600
+    return template.render(
+        study=study,
+        status=status_lines(study),
+        answer=answer(study),
+        architectures=architectures,
+        pictures=pictures,
+        panel=_panel(study.out / "panel.png"),
+        settings={k: _text(v) for k, v in study.settings.items()},
+        environment={k: _text(v) for k, v in study.environment.items()} | {"training time, all networks": f"{hours:.2f} hours"},
+        metrics=METRICS,
+        definitions=DEFINITIONS,
+        gaps=gaps(study),
+        chance=(1 - LEVEL) / 2,
+        plain=_plain,
+        unbroken=_unbroken,
+    )

@@ -1,0 +1,236 @@
+"""Paired differences over seeds, and what they say about the expectations. The unit is the network (seed), never the image.
+
+A seed fixes data, initial weights and order of the batches, so two variants of one seed are a pair:
+
+    d_k = variant_k − against_k        mean d̄, standard deviation s over the n seeds that both have (divisor n − 1)
+    95 % interval:  d̄ ± t_{.975, n−1} · s / √n        none for n = 1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from sib_fast.explain import REPORTED
+from sib_fast.lab.study.records import (
+    IN_DISTRIBUTION,
+    MEAN_OF_SIX,
+    SHIFTED,
+    Quantity,
+    Study,
+    explanation,
+)
+
+LEVEL = 0.95
+MET, NOT_MET, NOT_DECIDABLE = "met", "not met", "not decidable"
+ENERGY_MARK, METHODS_NEEDED, ACCURACY_MARK = 0.10, 5, 0.02  # the expectations, as issue 5 words them
+_ROUNDING = 1e-9  # 0.65 − 0.55 is below 0.10 in float64
+
+DEFINITIONS = {
+    "paired difference": (
+        "Variant minus what it is compared with, seed by seed, then the mean over seeds. A seed fixes data, initial weights and "
+        "order of the batches. The unit is the network (seed), not the image: n counts seeds."
+    ),
+    "95 % interval": (
+        "Student's t interval of the paired differences (standard error s/√n, n − 1 degrees of freedom); none for one seed. "
+        "It is about new seeds of this recipe on this data, not about other data. Not adjusted for the number of comparisons."
+    ),
+    "better, worse, no clear change": "The 95 % interval of the paired difference excludes 0 on that side; or it contains 0.",
+    "met": (
+        "The mean paired difference reaches the mark and its interval excludes 0. For a count over methods: enough methods do. "
+        "For “not worse”: no interval excludes 0 on the worse side; that is no proof of equality, so the least favourable "
+        "interval is given too."
+    ),
+    "not met": "The mean is short of the mark; for “not worse”: an interval excludes 0 on the worse side.",
+    "not decidable": (
+        "Too few seeds: fewer than two pairs, or the mean reaches the mark but its interval contains 0; or a variant is missing."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """variant − against, paired by seed.
+
+    Attributes:
+        seeds: the pairs. dropped: seeds of either side without a defined value on both.
+        mean, sd: NaN without pairs, sd for one pair too.
+        low, high: the ends of the 95 % interval; NaN for fewer than two pairs.
+    """
+
+    arch: str
+    variant: str
+    against: str
+    quantity: Quantity
+    seeds: tuple[int, ...]
+    dropped: tuple[int, ...]
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+    @property
+    def n(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Mean, and the interval's end nearer to "worse", both counted so that more is better."""
+        return (self.mean, self.low) if self.quantity.kind.direction >= 0 else (-self.mean, -self.high)
+
+    @property
+    def effect(self) -> str:
+        """ "better" or "worse" where the interval excludes 0, "unclear" where not, "" for what is not judged or has no pair."""
+        direction = self.quantity.kind.direction
+        if direction == 0 or self.n == 0:
+            return ""
+        if self.low > 0 or self.high < 0:
+            return "better" if self.mean * direction > 0 else "worse"
+        return "unclear"
+
+
+def difference(study: Study, arch: str, variant: str, against: str, quantity: Quantity) -> Difference:
+    """The paired difference of one quantity. Needs scipy (extra [lab])."""
+    ours, theirs = (study.values(arch, v, quantity) for v in (variant, against))
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    every = {n.seed for v in (variant, against) for n in study.of(arch, v)}
+    pairs = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    mean = float(pairs.mean()) if seeds else math.nan
+    sd = float(pairs.std(ddof=1)) if len(seeds) > 1 else math.nan
+    half = _t_quantile(len(seeds) - 1) * sd / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    return Difference(
+        arch, variant, against, quantity, seeds, tuple(sorted(every - set(seeds))), mean, sd, mean - half, mean + half
+    )
+
+
+@cache
+def _t_quantile(freedom: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
+
+
+def comparisons(study: Study, arch: str) -> list[tuple[str, str]]:
+    """(variant, against): every variant against the baseline, and the headline against every other variant."""
+    present = study.present(arch)
+    pairs = [(v, study.baseline) for v in present if v != study.baseline]
+    pairs += [(study.headline, v) for v in present if v not in (study.headline, study.baseline)]
+    return [(v, w) for v, w in pairs if v in present and w in present]
+
+
+def differences(study: Study) -> list[Difference]:
+    """Every quantity of every comparison of every architecture."""
+    return [
+        difference(study, arch, variant, against, quantity)
+        for arch in study.architectures
+        for variant, against in comparisons(study, arch)
+        for quantity in study.quantities(arch)
+    ]
+
+
+def judged(study: Study, arch: str, variant: str, against: str) -> list[Difference]:
+    """What has a better direction: accuracies, every method × metric, the VJP. Not the means of six, which repeat the methods."""
+    chosen = [q for q in study.quantities(arch) if q.kind.direction and q.method != MEAN_OF_SIX]
+    return [d for d in (difference(study, arch, variant, against, q) for q in chosen) if d.n]
+
+
+def counts(found: Iterable[Difference]) -> dict[str, int]:
+    """How many are better, worse and unclear."""
+    effects = [d.effect for d in found]
+    return {effect: effects.count(effect) for effect in ("better", "worse", "unclear")}
+
+
+def of_six(study: Study, arch: str, variant: str, against: str, metric: str) -> list[Difference]:
+    """One metric for each of the six reported methods."""
+    return [difference(study, arch, variant, against, explanation(method, metric)) for method in REPORTED]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One expectation of the issue on one architecture.
+
+    Attributes:
+        verdict: ``"met"``, ``"not met"`` or ``"not decidable"``: DEFINITIONS.
+        summary: the count or the difference that it rests on.
+        parts: the differences behind it.
+    """
+
+    arch: str
+    expectation: str
+    verdict: str
+    summary: str
+    parts: tuple[Difference, ...]
+
+
+def verdicts(study: Study, arch: str) -> list[Verdict]:
+    """The expectations of issue 5, judged on one architecture."""
+    pair = (study.headline, study.baseline)
+    ahead = (study.headline, study.control)
+    label = study.variants.get(study.headline, study.headline)
+
+    def counted(expectation: str, parts: list[Difference], needed: int, judge: Callable[[Difference], str]) -> Verdict:
+        each = [judge(d) for d in parts]
+        text = f"{each.count(MET)} of {len(each)}"
+        if each.count(NOT_DECIDABLE):
+            text += f" ({each.count(NOT_DECIDABLE)} not decidable)"
+        return Verdict(arch, expectation, at_least(needed, each), text, tuple(parts))
+
+    def single(expectation: str, quantity: Quantity, against: tuple[str, str], mark: float) -> Verdict:
+        part = difference(study, arch, *against, quantity)
+        return Verdict(arch, expectation, reaches(part, mark), "", (part,))
+
+    six = len(REPORTED)
+    energy = of_six(study, arch, *pair, "energy")
+    background = of_six(study, arch, *pair, "log_background")
+    faithful = [d for metric in ("insertion", "deletion") for d in of_six(study, arch, *pair, metric)]
+    result = [
+        counted(
+            f"Energy inside up by ≥ {ENERGY_MARK:.2f} for at least {METHODS_NEEDED} of the six methods",
+            energy,
+            METHODS_NEEDED,
+            lambda d: reaches(d, ENERGY_MARK),
+        ),
+        counted("Background suppression better for all six methods", background, six, lambda d: reaches(d, 0.0)),
+        single(f"Accuracy on shifted backgrounds up by ≥ {ACCURACY_MARK:.2f}", SHIFTED, pair, ACCURACY_MARK),
+        counted("Insertion and deletion not worse, six methods each", faithful, 2 * six, not_worse),
+    ]
+    control = study.variants.get(study.control, study.control)
+    result += [
+        single(f"{label} ahead of “{control}”: energy inside, mean of six", explanation(MEAN_OF_SIX, "energy"), ahead, 0.0),
+        single(f"{label} ahead of “{control}”: accuracy on shifted backgrounds", SHIFTED, ahead, 0.0),
+    ]
+    return result
+
+
+def reaches(part: Difference, mark: float) -> str:
+    """Whether the gain reaches the mark (exceeds it, for 0) with an interval that excludes 0."""
+    if part.n < 2:
+        return NOT_DECIDABLE
+    gain, nearest_to_worse = part.gain
+    if not (gain >= mark - _ROUNDING if mark else gain > 0):
+        return NOT_MET
+    return MET if nearest_to_worse > 0 else NOT_DECIDABLE
+
+
+def not_worse(part: Difference) -> str:
+    """Whether the interval does not exclude 0 on the worse side."""
+    if part.n < 2:
+        return NOT_DECIDABLE
+    return NOT_MET if part.effect == "worse" else MET
+
+
+def at_least(needed: int, each: list[str]) -> str:
+    """Of several verdicts: met if enough are, not met if the undecided ones could not make enough."""
+    if each.count(MET) >= needed:
+        return MET
+    return NOT_DECIDABLE if each.count(MET) + each.count(NOT_DECIDABLE) >= needed else NOT_MET
+
+
+def summary_quantities(study: Study, arch: str) -> list[Quantity]:
+    """What a variant is summed up by: accuracies, and the mean of six of every metric."""
+    means = [q for q in study.quantities(arch) if q.method == MEAN_OF_SIX and q.kind.direction]
+    return [IN_DISTRIBUTION, SHIFTED, *means]

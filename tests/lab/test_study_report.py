@@ -1,0 +1,588 @@
+"""The study's report on made-up studies with known answers: intervals by hand, verdicts at their boundaries, every file."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+from rich.console import Console
+from scipy import stats
+
+from sib_fast.explain import METHODS, REPORTED
+from sib_fast.lab.study import figures, report
+from sib_fast.lab.study.records import IN_DISTRIBUTION, MEAN_OF_SIX, METRICS, SHIFTED, Quantity, explanation, load_study
+from sib_fast.lab.study.statistics import (
+    MET,
+    NOT_DECIDABLE,
+    NOT_MET,
+    at_least,
+    comparisons,
+    counts,
+    difference,
+    judged,
+    of_six,
+    verdicts,
+)
+
+TRIPLE = ("net", "sib", "plain")  # architecture, variant, against
+VARIANTS = {"plain": "plain training", "sib": "S-IB", "unmasked": "no mask (control)"}
+BASE = {
+    "energy": 0.4,
+    "energy_gain": 2.2,
+    "rank_accuracy": 0.5,
+    "pointing_game": 0.6,
+    "iou": 0.3,
+    "log_background": -0.5,
+    "background_variance": 0.6,
+    "insertion": 0.6,
+    "deletion": 0.2,
+    "randomisation": 0.1,
+}
+
+
+def record(variant, seed, *, shifted=0.0, inside=0.0, arch="net", **shifts):
+    """One network. shifts: added to a metric of every method, or to "method.metric" alone.
+
+    The seed moves every value of all variants by ±0.05, far more than the effects differ between seeds: only pairs see through.
+    """
+    luck = 0.05 * math.sin(37.0 * seed)
+
+    def score(method, metric):
+        return BASE[metric] + luck + shifts.get(metric, 0.0) + shifts.get(f"{method}.{metric}", 0.0)
+
+    unknown = {name for name in shifts if name.rpartition(".")[2] not in BASE}
+    assert not unknown
+    return {
+        "arch": arch,
+        "variant": variant,
+        "seed": seed,
+        "settings": {"epochs": 2, "seed": seed, "lambda_bg": 0.0 if variant == "plain" else 1e6},
+        "accuracy": {"in_distribution": 0.85 + luck + inside, "shifted": 0.75 + luck + shifted},
+        "test_images": 500,
+        "explained_images": 50,
+        "mask_area": 0.18,
+        "explanations": {m: {k: score(m, k) for k in BASE} | {"undefined": 0} for m in METHODS},
+        "vjp": {"energy": 0.4 + luck + shifts.get("energy", 0.0)},
+        "terms": {"bg": 1e-7},
+        "steps": 10,
+        "train_seconds": 36.0,
+        "weights": "networks/x.pt",
+        "commit": "abc",
+    }
+
+
+def write(out, records, **changed):
+    """The folder of a study with these networks; planned are exactly these unless told otherwise."""
+    (out / "results").mkdir(parents=True)
+    keys = [[r["arch"], r["variant"], r["seed"]] for r in records]
+    document = {
+        "settings": {"seeds": sorted({k[2] for k in keys})},
+        "variants": VARIANTS,
+        "architectures": {"net": "small net"},
+        "environment": {"torch": "2.14.1"},
+        "status": "complete",
+        "planned": keys,
+        "baseline": "plain",
+    } | changed
+    (out / "study.json").write_text(json.dumps(document))
+    for r in records:
+        (out / "results" / f"{r['arch']}.{r['variant']}.seed{r['seed']}.json").write_text(json.dumps(r))
+    return out
+
+
+def study(out, sib, control=None, seeds=(100, 101, 102, 103, 104)):
+    """A study of plain, S-IB and, if told, the control. sib, control: one dict of shifts for all seeds, or one per seed."""
+    records = [record("plain", s) for s in seeds]
+    for variant, shifts in (("sib", sib), ("unmasked", control)):
+        if shifts is not None:
+            each = [shifts] * len(seeds) if isinstance(shifts, dict) else shifts
+            records += [record(variant, s, **e) for s, e in zip(seeds, each, strict=True)]
+    return load_study(write(out, records))
+
+
+def only(verdict_list, words):
+    (found,) = (v for v in verdict_list if words in v.expectation)
+    return found.verdict
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_computed_by_hand(tmp_path):
+    found = difference(study(tmp_path / "s", [{"shifted": d} for d in (0.01, 0.02, 0.03)], seeds=(1, 2, 3)), *TRIPLE, SHIFTED)
+    # mean .02, standard deviation .01, t_{.975, 2} = 4.302652730 (tables), over √3
+    half = 4.302652730 * 0.01 / 1.7320508075688772
+    assert (found.n, found.seeds) == (3, (1, 2, 3))
+    assert (found.mean, found.sd) == pytest.approx((0.02, 0.01), abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((0.02 - half, 0.02 + half), abs=1e-10)
+    assert found.effect == "unclear"
+
+
+def test_intervals_are_scipys_paired_ones_and_not_the_unpaired(tmp_path):
+    random = np.random.default_rng(0)
+    shifts = [{"energy": d, "deletion": -d} for d in random.normal(0.05, 0.01, 6)]
+    made = study(tmp_path / "s", shifts, seeds=tuple(range(100, 106)))
+    for metric in ("energy", "deletion"):
+        quantity = explanation("smoothgrad", metric)
+        ours, theirs = (list(made.values("net", v, quantity).values()) for v in ("sib", "plain"))
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        found = difference(made, *TRIPLE, quantity)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert found.effect == "better"
+        unpaired = stats.ttest_ind(ours, theirs).confidence_interval(0.95)
+        assert unpaired.high - unpaired.low > 3 * (found.high - found.low)  # or the comparison would prove nothing
+
+
+def test_seeds_without_both_networks_are_dropped_and_named(tmp_path):
+    records = [record("plain", s) for s in (1, 2, 3, 4)]
+    records += [record("sib", s, shifted=d) for s, d in ((2, 0.1), (3, 0.1), (5, 0.2))]
+    found = difference(load_study(write(tmp_path / "s", records)), *TRIPLE, SHIFTED)
+    assert (found.seeds, found.dropped) == ((2, 3), (1, 4, 5))
+    assert found.mean == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "absent"], ids=str)
+def test_a_value_that_is_not_defined_drops_its_pair_and_is_listed(tmp_path, value):
+    records = [record(v, s, energy=0.2 * (v == "sib")) for v in ("plain", "sib") for s in (1, 2, 3)]
+    scores = records[4]["explanations"]["grad_cam"]  # S-IB, seed 2
+    assert (records[4]["variant"], records[4]["seed"]) == ("sib", 2)
+    scores["undefined"] = 50
+    if value == "absent":
+        del scores["energy"]
+    else:
+        scores["energy"] = value
+    made = load_study(write(tmp_path / "s", records))
+    hit, other = (difference(made, *TRIPLE, explanation(m, "energy")) for m in ("grad_cam", "saliency"))
+    assert (hit.seeds, hit.dropped) == ((1, 3), (2,))
+    assert hit.mean == pytest.approx(0.2)
+    assert other.seeds == (1, 2, 3)
+    # five methods are no mean of six
+    assert difference(made, *TRIPLE, explanation(MEAN_OF_SIX, "energy")).seeds == (1, 3)
+    lines = "\n".join(report.gaps(made))
+    assert "Without a value: small net, S-IB, seed 2: Grad-CAM: energy inside ↑" in lines
+    assert "images over all seeds: small net, Grad-CAM: S-IB 50" in lines
+    cells = report.headline(made, "net").rows[list(REPORTED).index("grad_cam")]
+    assert cells[2].text.endswith("(n = 2)")
+    assert cells[3].text.endswith("(n = 2)")
+
+
+def test_the_mean_of_six_is_of_the_reported_methods(tmp_path):
+    made = study(tmp_path / "s", {"saliency.energy": 0.06, "layer_cam.energy": 0.9})
+    found = difference(made, *TRIPLE, explanation(MEAN_OF_SIX, "energy"))
+    assert found.mean == pytest.approx(0.06 / 6)
+
+
+def test_comparisons_are_against_the_baseline_and_of_s_ib_against_every_other(tmp_path):
+    made = study(tmp_path / "s", {"shifted": 0.05}, {"shifted": 0.02})
+    assert comparisons(made, "net") == [("sib", "plain"), ("unmasked", "plain"), ("sib", "unmasked")]
+    assert difference(made, "net", "sib", "unmasked", SHIFTED).mean == pytest.approx(0.03)
+
+
+def test_effects_follow_the_better_side(tmp_path):
+    seeds = [{"deletion": d, "insertion": d, "randomisation": d} for d in (0.050, 0.051, 0.049)]
+    made = study(tmp_path / "s", seeds, seeds=(1, 2, 3))
+    effects = {
+        m: difference(made, *TRIPLE, explanation("saliency", m)).effect for m in ("deletion", "insertion", "randomisation")
+    }
+    assert effects == {"deletion": "worse", "insertion": "better", "randomisation": ""}
+    assert counts(of_six(made, *TRIPLE, "deletion")) == {"better": 0, "worse": 6, "unclear": 0}
+    assert all(d.quantity.metric != "randomisation" and d.quantity.method != MEAN_OF_SIX for d in judged(made, *TRIPLE))
+
+
+# ---- verdicts -----------------------------------------------------------------------------------------------------------
+
+
+def energies(*shifts):
+    return {f"{m}.energy": s for m, s in zip(REPORTED, shifts, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("shifts", "verdict"),
+    [
+        (energies(0.10, 0.10, 0.10, 0.10, 0.10, -0.2), MET),
+        (energies(0.10, 0.10, 0.10, 0.10, 0.0999, 0.0999), NOT_MET),
+        (energies(0.3, 0.3, 0.3, 0.3, 0.0, 0.0), NOT_MET),
+        (energies(-0.3, -0.3, -0.3, -0.3, -0.3, -0.3), NOT_MET),
+    ],
+)
+def test_energy_must_rise_by_the_mark_for_five_methods(tmp_path, shifts, verdict):
+    assert only(verdicts(study(tmp_path / "s", shifts), "net"), "Energy inside up by ≥ 0.10") == verdict
+
+
+def test_a_rise_whose_interval_contains_zero_decides_nothing(tmp_path):
+    wide = [energies(0.5, 0.5, 0.5, 0.5, d, 0.0) for d in (0.4, -0.2)]  # mean .1, interval ± 3.8
+    assert only(verdicts(study(tmp_path / "s", wide, seeds=(1, 2)), "net"), "Energy inside up by ≥ 0.10") == NOT_DECIDABLE
+
+
+def test_a_fall_whose_interval_contains_zero_decides_nothing(tmp_path):
+    wide = [{"log_background": d} for d in (-0.4, 0.2)]  # lower is better: the other end of the interval counts
+    assert only(verdicts(study(tmp_path / "s", wide, seeds=(1, 2)), "net"), "Background suppression") == NOT_DECIDABLE
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"), [(-0.01, MET), (0.01, NOT_MET), (0.0, NOT_MET)], ids=["suppressed", "raised", "same"]
+)
+def test_background_must_fall_for_all_six(tmp_path, shift, verdict):
+    shifts = {f"{m}.log_background": -0.2 for m in REPORTED[1:]} | {f"{REPORTED[0]}.log_background": shift}
+    assert only(verdicts(study(tmp_path / "s", shifts), "net"), "Background suppression") == verdict
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.02, MET), (0.0199, NOT_MET), (-0.02, NOT_MET)])
+def test_shifted_accuracy_must_rise_by_two_points(tmp_path, shift, verdict):
+    assert only(verdicts(study(tmp_path / "s", {"shifted": shift}), "net"), "shifted backgrounds up by") == verdict
+
+
+@pytest.mark.parametrize(
+    ("shifts", "verdict"),
+    [
+        ([{}, {}, {}], MET),
+        ([{"insertion": 0.1, "deletion": -0.1}] * 3, MET),
+        ([{"saliency.insertion": -0.01}] * 3, NOT_MET),
+        ([{"grad_cam.deletion": 0.01}] * 3, NOT_MET),
+        ([{"grad_cam.deletion": d} for d in (0.01, 0.0, 0.0)], MET),  # worse, but the interval contains 0
+        ([{"layer_cam.deletion": 0.1}] * 3, MET),  # not one of the six
+    ],
+    ids=["same", "better", "insertion falls", "deletion rises", "noise", "seventh method"],
+)
+def test_insertion_and_deletion_not_worse(tmp_path, shifts, verdict):
+    assert only(verdicts(study(tmp_path / "s", shifts, seeds=(1, 2, 3)), "net"), "Insertion and deletion") == verdict
+
+
+@pytest.mark.parametrize(
+    ("sib", "control", "energy", "accuracy"),
+    [
+        ({"energy": 0.1, "shifted": 0.05}, {"energy": 0.05, "shifted": 0.02}, MET, MET),
+        ({"energy": 0.1, "shifted": 0.05}, {"energy": 0.15, "shifted": 0.05}, NOT_MET, NOT_MET),
+        ({"energy": 0.1, "shifted": 0.05}, None, NOT_DECIDABLE, NOT_DECIDABLE),
+    ],
+    ids=["ahead", "behind and equal", "no control"],
+)
+def test_ahead_of_the_control(tmp_path, sib, control, energy, accuracy):
+    found = verdicts(study(tmp_path / "s", sib, control), "net")
+    assert only(found, ": energy inside, mean of six") == energy
+    assert only(found, ": accuracy on shifted") == accuracy
+
+
+def test_one_seed_decides_nothing_and_has_no_interval(tmp_path):
+    made = study(tmp_path / "s", {"energy": 0.5, "shifted": 0.1, "log_background": -1.0}, {}, seeds=(7,))
+    assert {v.verdict for v in verdicts(made, "net")} == {NOT_DECIDABLE}
+    found = difference(made, *TRIPLE, SHIFTED)
+    assert found.mean == pytest.approx(0.1)
+    assert all(map(math.isnan, (found.sd, found.low, found.high)))
+    assert "(one seed)" in report.headline(made, "net").rows[-2][3].text
+
+
+@pytest.mark.parametrize(
+    ("needed", "each", "verdict"),
+    [
+        (2, [MET, MET, NOT_MET], MET),
+        (3, [MET, MET, NOT_MET], NOT_MET),
+        (3, [MET, MET, NOT_DECIDABLE], NOT_DECIDABLE),
+        (3, [MET, NOT_DECIDABLE, NOT_MET], NOT_MET),
+    ],
+)
+def test_enough_of_several(needed, each, verdict):
+    assert at_least(needed, each) == verdict
+
+
+# ---- what is written ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report of three variants × three seeds, with hostile labels, a gap, a worsening and a picture."""
+    from PIL import Image
+
+    records = [record("plain", s) for s in (1, 2, 3)]
+    for s in (1, 2, 3):
+        noise = 0.001 * s
+        records.append(
+            record("sib", s, energy=0.15 + noise, shifted=0.04 + noise, log_background=-0.3, deletion=0.03 + noise, iou=-0.02)
+        )
+    records += [record("unmasked", s, energy=0.05, shifted=0.04) for s in (1, 2)]
+    records[4]["explanations"]["saliency"]["energy"] = None
+    planned = [["net", v, s] for v in VARIANTS for s in (1, 2, 3)]
+    labels = VARIANTS | {"unmasked": 'no <mask> | "control" & co'}
+    out = write(
+        tmp_path_factory.mktemp("study") / "s", records, planned=planned, variants=labels, status="interrupted", command="go & do"
+    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)).save(out / "panel.png")
+    made = load_study(out)
+    return made, report.write_report(made)
+
+
+class Page(HTMLParser):
+    """Checks nesting, and keeps text, ids and every address that a browser would fetch."""
+
+    EMPTY = ("meta", "img", "br", "hr", "link", "input")
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.ids, self.fetched, self.anchors, self.text = [], [], [], [], [], []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "srcset", "data", "poster", "style") or (name == "href" and tag != "a"):
+                self.fetched.append(value)
+            elif name == "href":
+                self.anchors.append(value)
+            assert not name.startswith("on")
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written):
+    made, paths = written
+    content = (made.out / "report.html").read_text()
+    assert len(content) < 2_000_000
+    page = Page(content)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.fetched
+    assert all(address.startswith("data:image/") for address in page.fetched)
+    assert "url(" not in content
+    assert "@import" not in content
+    assert sorted(page.anchors) == sorted(f"#{name}" for name in page.ids)
+    assert page.tags.count("img") == 4 + 1  # the plots, and the panel: noise of 1.5 MB, so made smaller
+    assert (made.out / "panel.png").stat().st_size > 1_000_000
+    assert sum(address.startswith("data:image/jpeg") for address in page.fetched) == 1
+    text = "".join(page.text)
+    assert 'no <mask> | "control" & co' in text
+    assert "go & do" in text
+    for metric in METRICS.values():
+        assert metric.definition in text
+    for verdict in verdicts(made, "net"):
+        assert verdict.expectation in text
+    for line in (*report.answer(made), *report.gaps(made), *report.status_lines(made)):
+        assert line in text
+    assert [p for p in paths if not p.is_file()] == []
+    assert not list(made.out.rglob("*.partial"))
+
+
+def test_csv_files_hold_every_number(written):
+    made, _ = written
+    with (made.out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    read = {}
+    for r in rows:
+        key = (r["arch"], r["variant"], int(r["seed"]))
+        read.setdefault(key, {})[Quantity(r["quantity"], r["method"], r["metric"])] = float(r["value"])
+    assert set(read) == {n.key for n in made.networks}
+    for network in made.networks:
+        np.testing.assert_equal(read[network.key], network.values)  # exact, NaN equal to NaN
+    with (made.out / "differences.csv").open() as file:
+        rows = {(r["variant"], r["against"], r["quantity"], r["method"], r["metric"]): r for r in csv.DictReader(file)}
+    row = rows["sib", "plain", "explanation", "saliency", "energy"]
+    assert (row["n"], row["seeds"], row["dropped"], row["better"], row["effect"]) == ("2", "1 3", "2", "higher", "better")
+    assert float(row["mean"]) == pytest.approx(0.152)
+    row = rows["sib", "unmasked", "accuracy_shifted", "", ""]
+    assert (row["seeds"], row["dropped"], float(row["mean"])) == ("1 2", "3", pytest.approx(0.0015))
+    assert rows["sib", "plain", "explanation", "saliency", "deletion"]["better"] == "lower"
+
+
+def test_markdown_table(written):
+    made, _ = written
+    text = (made.out / "table.md").read_text()
+    assert "A partial study (status: interrupted): 8 of 9 planned networks." in text
+    cells = next(line.split(" | ") for line in text.splitlines() if line.startswith("| integrated gradients"))
+    d = difference(made, *TRIPLE, explanation("integrated_gradients", "energy"))
+    assert cells[3].strip(" |*") == f"+{d.mean:.3f} [+{d.low:.3f}, +{d.high:.3f}]"
+    assert cells[3].startswith("**")
+    assert 'no <mask> \\| "control" & co' in text
+    blocks = [b.splitlines() for b in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    assert len(blocks) == 3
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block}) == 1  # as many cells in every row
+    assert len(blocks[1]) == 2 + len(made.present("net"))
+
+
+def test_what_got_worse_has_its_place(written):
+    made, _ = written
+    worse, unclear, others = report.not_improved(made, "net")
+    # deletion rose and IoU fell for all eight methods; nothing else did
+    assert len(worse.rows) == 16
+    assert {row[0].text.split(": ")[1] for row in worse.rows} == {"deletion ↓", "IoU ↑"}
+    assert all(row[3].tone == "worse" and row[3].text.endswith("(worse)") for row in worse.rows)
+    assert worse.note == f"16 of {len(judged(made, *TRIPLE))} comparisons."
+    assert len(unclear.rows) == counts(judged(made, *TRIPLE))["unclear"] > 0
+    # behind the control in the same two
+    assert {row[0].text for row in others.rows} == {f"S-IB − {made.variants['unmasked']}"}
+    assert [row[1].text for row in others.rows] == ["mean of six: IoU ↑", "mean of six: deletion ↓"]
+    assert "16 worse" in report.answer(made)[2]
+
+
+def test_the_answer_says_which_way_things_went(tmp_path):
+    up = study(tmp_path / "up", {"energy": 0.15, "shifted": 0.05, "inside": -0.03}, {})
+    first, second, third = report.answer(up)
+    assert "rose by +0.150 [+0.150, +0.150] (n = 5) on small net (by at least 0.10 for 6 of the six)" in first
+    assert "shifted backgrounds rose by +0.050" in second
+    assert "In distribution it fell by −0.030" in second
+    assert "energy +0.150 [+0.150, +0.150] and shifted accuracy +0.050" in third
+    same = study(tmp_path / "same", [{"shifted": d} for d in (-0.01, 0.0, 0.01, 0.0, 0.0)], {})
+    assert "did not change clearly" in report.answer(same)[1]
+
+
+def test_plots_show_the_differences(written):
+    made, _ = written
+    panels = figures.figures(made, "net")["differences"][0].axes
+
+    def drawn(panel, comparison):
+        return np.array(panel.containers[comparison].lines[0].get_xdata(), dtype=float)
+
+    energy = drawn(panels[0], 0)
+    expected = [
+        difference(made, *TRIPLE, q).mean for q in (*(explanation(m, "energy") for m in REPORTED), SHIFTED, IN_DISTRIBUTION)
+    ]
+    np.testing.assert_allclose(energy, expected)
+    deletion = [d.mean for d in of_six(made, "net", "sib", "unmasked", "deletion")]
+    np.testing.assert_allclose(drawn(panels[3], 1), deletion)
+    (bars,) = panels[3].containers[0].lines[2]
+    part = difference(made, *TRIPLE, explanation(REPORTED[0], "deletion"))
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [part.low, part.high])
+
+
+def test_the_same_study_gives_the_same_bytes(written):
+    made, paths = written
+    before = {p: p.read_bytes() for p in paths}
+    report.write_report(load_study(made.out))
+    assert [p.name for p in paths if p.read_bytes() != before[p]] == []
+
+
+def test_console_tables(written):
+    made, _ = written
+    console = Console(file=io.StringIO(), width=220)
+    for table in report.console_tables(made):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "not decidable" in text
+    assert "Grad-CAM++" in text
+    assert 'no <mask> | "control" & co' in text
+
+
+def test_two_architectures_are_told_apart(tmp_path):
+    records = [record("plain", s, arch=a) for a in ("net", "other") for s in (1, 2)]
+    records += [record("sib", s, arch=a, shifted=d) for a, d in (("net", 0.05), ("other", -0.05)) for s in (1, 2)]
+    out = write(tmp_path / "s", records, architectures={"net": "small net", "other": "other net", "third": "third net"})
+    made = load_study(out)
+    effects = {a: difference(made, a, "sib", "plain", SHIFTED).effect for a in made.architectures}
+    assert effects == {"net": "better", "other": "worse", "third": ""}
+    assert "rose by +0.050 [+0.050, +0.050] (n = 2) on small net; fell by −0.050" in report.answer(made)[1]
+    text = report.markdown(made)
+    assert "**other net**" in text
+    assert "third net" not in text
+
+
+@pytest.mark.parametrize("left", ["nothing", "plain only", "one network of S-IB"])
+def test_a_study_that_has_just_begun_has_a_report(tmp_path, left):
+    records = {"nothing": [], "plain only": [record("plain", s) for s in (1, 2)], "one network of S-IB": [record("sib", 1)]}[left]
+    planned = [["net", v, s] for v in VARIANTS for s in (1, 2)]
+    made = load_study(write(tmp_path / "s", records, planned=planned, status="running"))
+    assert len(made.missing) == 6 - len(records)
+    report.write_report(made)
+    text = "".join(Page((made.out / "report.html").read_text()).text)
+    assert f"{len(records)} of 6 planned networks" in text
+    assert "Missing: small net, no mask (control): seeds 1, 2." in text
+    console = Console(file=io.StringIO(), width=200)
+    for table in report.console_tables(made):
+        console.print(table)
+
+
+def test_results_that_were_not_planned_are_left_out_and_named(tmp_path):
+    records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)] + [record("sib", 3), record("odd", 1)]
+    made = load_study(write(tmp_path / "s", records, planned=[["net", v, s] for v in ("plain", "sib") for s in (1, 2)]))
+    assert sorted(n.seed for n in made.networks) == [1, 1, 2, 2]
+    assert made.unplanned == (("net", "odd", 1), ("net", "sib", 3))
+    assert "Left out, not planned: net, sib, seed 3." in report.gaps(made)
+    assert report.status_lines(made) == ["2 results that were not planned are left out."]
+
+
+def test_uneven_networks_are_named(tmp_path):
+    records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)]
+    records[1] |= {"test_images": 400, "commit": "def"}
+    lines = report.gaps(load_study(write(tmp_path / "s", records)))
+    assert "Networks differ in test images: 400, 500." in lines
+    assert "Networks were trained at 2 commits: abc, def." in lines
+
+
+def test_unknown_keys_and_metrics_are_kept_and_not_judged(tmp_path):
+    records = [record(v, s) | {"note": "x", "peak_memory": 12.5} for v in ("plain", "sib") for s in (1, 2)]
+    for r in records:
+        r["explanations"]["saliency"]["sharpness"] = 1.0 + (r["variant"] == "sib")
+    made = load_study(write(tmp_path / "s", records, future=1))
+    assert made.networks[0].values[Quantity("peak_memory")] == 12.5
+    assert difference(made, *TRIPLE, explanation("saliency", "sharpness")).effect == ""
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------------
+
+
+def change(**changed):
+    return lambda text: json.dumps(json.loads(text) | changed)
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "words"),
+    [
+        ("study.json", lambda text: text[:40], "study.json must be JSON, got"),
+        ("study.json", change(status="done"), "study.json: status must be one of running, interrupted, complete, got 'done'"),
+        ("study.json", change(baseline="none"), "study.json: baseline must be one of plain, sib, unmasked, got 'none'"),
+        ("study.json", change(variants=["plain"]), r"study.json: variants must be an object, got \['plain'\]"),
+        ("study.json", change(planned=[["net", "sib"]]), r"study.json: planned must hold \[arch, variant, seed\] .*got \['net'"),
+        ("study.json", change(planned=[["net", "new", 1]]), r"study.json: planned must hold .*got \['net', 'new', 1\]"),
+        ("results/net.sib.seed1.json", lambda _: "[]", r"net.sib.seed1.json: it must be a JSON object, got \[\]"),
+        ("results/net.sib.seed1.json", change(seed=2), "the file's name must be net.sib.seed2.json, got 'net.sib.seed1.json'"),
+        ("results/net.sib.seed1.json", change(seed="1"), "net.sib.seed1.json: seed must be an integer, got '1'"),
+        ("results/net.sib.seed1.json", change(arch=None), "net.sib.seed1.json: arch must be a string, got None"),
+        ("results/net.sib.seed1.json", change(settings=[1]), r"net.sib.seed1.json: settings must be an object, got \[1\]"),
+        (
+            "results/net.sib.seed1.json",
+            change(accuracy={"shifted": 85.0}),
+            r"net.sib.seed1.json: accuracy_shifted must be a share in \[0, 1\], got 85.0",
+        ),
+        (
+            "results/net.sib.seed1.json",
+            change(explanations={"saliency": {"energy": "0.5"}}),
+            "net.sib.seed1.json: explanations.saliency.energy must be a number or null, got '0.5'",
+        ),
+        ("results/net.sib.seed1.json", change(vjp=[1]), r"net.sib.seed1.json: vjp must be an object, got \[1\]"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, file, edit, words):
+    out = write(tmp_path / "s", [record("plain", 1), record("sib", 1)])
+    (out / file).write_text(edit((out / file).read_text()))
+    with pytest.raises(ValueError, match=words):
+        load_study(out)
+
+
+def test_a_folder_without_a_study(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"study: out must hold study.json, got .*: run `sib-fast study` first"):
+        load_study(tmp_path)
+
+
+def test_labels_of_the_study_name_its_headline_and_control(tmp_path):
+    """Other names for the two judged variants may stand in study.json."""
+    records = [record("plain", 1), record("best", 1), record("grey", 1)]
+    out = write(tmp_path / "s", records, variants={v: v for v in ("plain", "best", "grey")}, headline="best", control="grey")
+    made = load_study(out)
+    assert comparisons(made, "net") == [("best", "plain"), ("grey", "plain"), ("best", "grey")]
+    assert dataclasses.replace(made, headline="sib").present("net") == made.present("net")

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _QUICK = {
+    "out": Path("runs/quick"),
     "architectures": ("small_conv_net",),
     "variants": ("plain", "sib"),
     "seeds": (100, 101, 102),
     "test_size": 1000,
     "explained": 200,
+    "timing_steps": 20,
 }
 
 
@@ -44,6 +47,7 @@ class StudyConfig:
         explained: how many of the shifted composites are explained.
         methods: explanation methods.
         jobs: networks trained at a time, one thread each.
+        timing_steps: training steps of each kind to time at the end; 0 leaves the timing out.
         progress: show a progress bar.
 
     Errors:  ValueError, naming the option, for a value out of range.
@@ -65,6 +69,7 @@ class StudyConfig:
     explained: int = 500
     methods: tuple[str, ...] = ()
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    timing_steps: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -90,6 +95,8 @@ class StudyConfig:
                 raise ValueError(f"study: {name} must be at least 1, got {getattr(self, name)}")
         if not 2 <= self.batch_size <= self.train_size:
             raise ValueError(f"study: batch_size must lie in [2, {self.train_size}], got {self.batch_size}")
+        if self.timing_steps < 0:
+            raise ValueError(f"study: timing_steps must not be negative, got {self.timing_steps}")
         if self.explained > self.test_size:
             raise ValueError(f"study: explained must not exceed test_size {self.test_size}, got {self.explained}")
         if self.image_size < 16:
@@ -103,9 +110,19 @@ class StudyConfig:
 
     def settings(self) -> dict[str, Any]:
         """What a network's numbers depend on besides its architecture, variant and seed, as JSON keeps it."""
-        free = {"out", "jobs", "progress", "architectures", "variants", "seeds"}
+        free = {"out", "jobs", "timing_steps", "progress", "architectures", "variants", "seeds"}
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         return fields | {"methods": list(self.methods)}
+
+    def command(self) -> str:
+        """The command line that makes this configuration."""
+        words = ["sib-fast", "study"]
+        default = StudyConfig()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(default, field.name) and field.name not in ("jobs", "progress"):
+                words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        return shlex.join(words)
 
     def planned(self) -> list[tuple[str, str, int]]:
         """Networks in the order of training: every variant of a seed before the next seed, so that pairs are complete early."""
@@ -127,7 +144,9 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from sib_fast.lab.study.network import file_stem
-        from sib_fast.lab.study.report import write_report
+        from sib_fast.lab.study.records import load_study
+        from sib_fast.lab.study.report import console_tables, write_report
+        from sib_fast.lab.study.timing import time_steps
     except ImportError as error:
         raise ImportError(f"study: needs extras, got {error}; pip install 'sib_fast[lab,explain]'") from error
 
@@ -151,13 +170,23 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
                 progress.console.print(_line(record), soft_wrap=True)
 
             _train(config, missing, report_done)
+        if config.timing_steps:
+            console.print("timing one training step of each kind …")
+            study["step_seconds"] = {a: time_steps(a, config.settings(), config.timing_steps) for a in config.architectures}
         status = "complete"
     finally:
         _save(config.out, study | {"status": status})
-        report = write_report(config.out, console)
+        finished = load_study(config.out)
+        if finished.networks:
+            write_report(finished)
         if status != "complete":
             console.print(f"study: interrupted. The same command goes on from what is in {config.out}.", soft_wrap=True)
-    return report
+    for table in console_tables(finished):
+        console.print(table)
+    for arch, seconds in study.get("step_seconds", {}).items():
+        console.print(_step_table(arch, seconds, config))
+    console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
+    return config.out / "report.html"
 
 
 def _open(config: StudyConfig) -> dict[str, Any]:
@@ -180,8 +209,9 @@ def _open(config: StudyConfig) -> dict[str, Any]:
         "settings": config.settings(),
         "architectures": {arch: label for arch, label in ARCHITECTURES.items() if any(arch == p[0] for p in planned)},
         "variants": {name: find_variant(names[name], name).label for name in ordered},
-        "baseline": "plain",
+        "baseline": "plain" if "plain" in names else ordered[0],
         "planned": planned,
+        "command": config.command(),
         "environment": environment(1, "cpu", "auto"),
     }
 
@@ -197,6 +227,23 @@ def _line(record: dict[str, Any]) -> str:
         f"{accuracy['shifted']:.3f}, VJP inside the object {record['vjp']['energy']:.3f}; {record['train_seconds']:.0f} + "
         f"{record['evaluate_seconds']:.0f} s"
     )
+
+
+def _step_table(arch: str, seconds: dict[str, float], config: StudyConfig) -> Any:
+    import torch
+    from rich.table import Table
+
+    from sib_fast.lab.study.timing import LABELS
+
+    table = Table(title=f"Seconds per training step, {arch}", title_justify="left", caption_justify="left")
+    threads = torch.get_num_threads()
+    table.caption = f"median of {config.timing_steps}, interleaved on one batch of {config.batch_size}; CPU, {threads} threads"
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("plain = 1", justify="right")
+    for name, label in LABELS.items():
+        table.add_row(label, f"{seconds[name]:.4f}", f"{seconds[name] / seconds['plain']:.2f}×")
+    return table
 
 
 def _train(config: StudyConfig, missing: list[tuple[str, str, int]], report_done: Callable[[dict[str, Any]], None]) -> None:
@@ -251,9 +298,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "explained": ("N", "shifted composites that are explained"),
         "methods": ("NAME", "explanation methods (default: all)"),
         "jobs": ("N", "networks at a time, one thread each"),
+        "timing_steps": ("N", "training steps of each kind to time at the end, 0 for none"),
     }
     kinds: dict[str, Callable[[str], Any]] = {"out": Path, "seeds": int, "lr": float, "weight_decay": float, "correlation": float}
-    for name in ("epochs", "batch_size", "width", "train_size", "image_size", "test_size", "explained", "jobs"):
+    for name in ("epochs", "batch_size", "width", "train_size", "image_size", "test_size", "explained", "jobs", "timing_steps"):
         kinds[name] = int
     for field in dataclasses.fields(StudyConfig):
         if field.name not in texts:

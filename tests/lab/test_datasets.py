@@ -76,7 +76,10 @@ TRIMAP[6:10, 8:14] = 1
 
 def write_pets(root):
     base = root / "oxford-iiit-pet"
-    lists = {"trainval": [("Abyssinian_1", 1), ("Maine_Coon_7", 2), ("Abyssinian_2", 1)], "test": [("Maine_Coon_12", 2)]}
+    lists = {
+        "trainval": [("Abyssinian_1", 1), ("american_bulldog_7", 2), ("Abyssinian_2", 1)],
+        "test": [("american_bulldog_12", 2)],
+    }
     lists["test"] += [("Abyssinian_33", 1)]
     grey = 10
     for name, entries in lists.items():
@@ -244,6 +247,14 @@ def test_train_and_test_share_no_image_and_all_classes(tree, name):
     assert test.samples == val.samples
 
 
+def test_only_augmented_items_change(tree):
+    root = tree("pets")
+    for augment in (True, False):
+        data = open_dataset("pets", root, "train", image_size=SIZE, augment=augment)
+        torch.manual_seed(0)
+        assert (len({data[0][2].numpy().tobytes() for _ in range(10)}) > 1) == augment
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_relative_root_and_a_string_do(tree, name, monkeypatch):
     monkeypatch.chdir(tree(name))
@@ -264,7 +275,7 @@ def test_spawned_workers_read_the_same_items(tree):
 def test_pets(tree):
     root = tree("pets")
     train, test = (open_dataset("pets", root, split, image_size=SIZE) for split in ("train", "test"))
-    assert train.classes == ("Abyssinian", "Maine Coon")
+    assert train.classes == ("Abyssinian", "American Bulldog")
     assert [int(label) for _, label, _ in train] == [0, 1, 0]
     assert [int(label) for _, label, _ in test] == [1, 0]
     assert (greys(train), greys(test)) == ([10, 30, 50], [70, 90])
@@ -417,7 +428,7 @@ def test_digits_are_the_embedded_set():
         ("pets", "oxford-iiit-pet", r"https://www\.robots\.ox\.ac\.uk/~vgg/data/pets/ and unpack both in .*oxford-iiit-pet$"),
         ("pets", "oxford-iiit-pet/annotations/trainval.txt", r"annotations\.tar\.gz"),
         ("pets", "oxford-iiit-pet/annotations/trimaps", r"annotations\.tar\.gz"),
-        ("pets", "oxford-iiit-pet/images/Maine_Coon_7.jpg", r"\(1 of 6 are missing\).*images\.tar\.gz"),
+        ("pets", "oxford-iiit-pet/images/american_bulldog_7.jpg", r"\(1 of 6 are missing\).*images\.tar\.gz"),
         ("voc", "VOCdevkit", r"VOCtrainval_11-May-2012\.tar from http://host\.robots\.ox\.ac\.uk/pascal/VOC/voc2012/"),
         ("voc", "VOCdevkit/VOC2012/SegmentationClass", "VOCtrainval"),
         ("voc", "VOCdevkit/VOC2012/Annotations/2007_000032.xml", "VOCtrainval"),

@@ -1,0 +1,135 @@
+"""Sets of image files: what their modules list, how annotations are read, and the one class that serves the items."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sib_fast.lab.datasets.base import LabelledImages
+from sib_fast.lab.transforms import IMAGENET_MEAN, IMAGENET_STD, JointTransform, read_rgb
+from sib_fast.masks import GivenMask, boxes_to_mask
+
+
+class Sample(NamedTuple):
+    """annotation: whatever the set's ``read_mask`` reads the object from: a path, a box."""
+
+    image: str
+    label: int
+    annotation: Any = None
+
+
+class Listing(NamedTuple):
+    """A split as its module found it. ``read_mask(sample, height, width)`` -> bool [1, height, width], None without masks."""
+
+    classes: tuple[str, ...]
+    samples: list[Sample]
+    mask_kind: str
+    read_mask: Callable[[Sample, int, int], Tensor] | None
+
+
+class ImageFiles(LabelledImages):
+    """Images read when they are asked for; picklable, so that DataLoader workers may be forked or spawned."""
+
+    def __init__(self, listing: Listing, image_size: int, augment: bool):
+        super().__init__(listing.classes, image_size, IMAGENET_MEAN, IMAGENET_STD, listing.mask_kind)
+        self.samples = listing.samples
+        self._read_mask = listing.read_mask
+        self._transform = JointTransform(image_size, augment)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | GivenMask]:
+        sample = self.samples[index]
+        image = read_rgb(sample.image)
+        mask = self._read_mask(sample, *image.shape[-2:]) if self._read_mask else None
+        image, mask = self._transform(image, mask)
+        if mask is None:
+            # default_collate batches the two fields, and the batch is again a GivenMask
+            mask = GivenMask(torch.zeros(1, *image.shape[-2:], dtype=torch.bool), torch.tensor(False))
+        return image, torch.tensor(sample.label), mask
+
+
+def require(op: str, source: str, paths: Iterable[str | Path]) -> None:
+    """FileNotFoundError for the first of the paths that does not exist. Every folder is listed once: sets have 10^4 files."""
+    wanted = [os.path.split(os.path.abspath(path)) for path in paths]
+    present = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in {f for f, _ in wanted}}
+    missing = [os.path.join(folder, name) for folder, name in wanted if name not in present[folder]]
+    if missing:
+        count = f" ({len(missing)} of {len(wanted)} are missing)" if len(wanted) > 1 else ""
+        raise FileNotFoundError(f"{op}: root must hold {missing[0]}, got no such file or folder{count}; {source}")
+
+
+def class_names(op: str, path: Path, names: Mapping[int, str]) -> tuple[str, ...]:
+    """Names of the labels 0, 1, 2, …; a gap would shift what a logit means."""
+    if not names or sorted(names) != list(range(len(names))):
+        raise ValueError(f"{op}: {path} must name every class from 1 on, got {sorted(k + 1 for k in names)}")
+    return tuple(names[k] for k in range(len(names)))
+
+
+def read_values(op: str, path: str, height: int, width: int, mode: str | None = None) -> np.ndarray:
+    """The stored values of an annotation image, a palette's indices rather than its colours; mode: convert to it first.
+
+    Shapes:  -> [height, width] uint8. Errors: ValueError for a damaged file, for colours, or for another size.
+    """
+    try:
+        with Image.open(path) as file:
+            values = np.array(file.convert(mode) if mode else file)
+    except Exception as error:
+        raise ValueError(f"{op}: {path} must be a readable annotation image, got {error!r}") from error
+    if values.shape != (height, width) or values.dtype != np.uint8:
+        raise ValueError(
+            f"{op}: {path} must hold one 8-bit value per pixel of its {width}x{height} image, "
+            f"got {'x'.join(map(str, values.shape[1::-1] + values.shape[2:]))} {values.dtype}"
+        )
+    return values
+
+
+class VocObject(NamedTuple):
+    name: str
+    box: tuple[float, float, float, float]
+
+
+def read_voc_xml(op: str, path: str) -> tuple[tuple[float, float], list[VocObject]]:
+    """An annotation in the format of Pascal VOC, which ImageNet and Stanford Dogs share.
+
+    Returns: (width, height) of the annotated image, and its objects with (x0, y0, x1, y1). A VOC object can have parts
+             with names and boxes of their own, which are not objects.
+    Errors:  ValueError naming the file.
+    """
+    try:
+        tree = ElementTree.parse(path)
+        size = (_number(tree, "size/width"), _number(tree, "size/height"))
+        objects = []
+        for node in tree.findall("object"):
+            x0, y0, x1, y1 = (_number(node, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append(VocObject((node.findtext("name") or "").strip(), (x0, y0, x1, y1)))
+        if not objects or min(size) <= 0:
+            raise ValueError(f"{len(objects)} objects, size {size}")
+    except (ElementTree.ParseError, ValueError, OSError) as error:
+        raise ValueError(f"{op}: {path} must be a Pascal VOC annotation with objects, got {error!r}") from error
+    return size, objects
+
+
+def _number(node: ElementTree.Element | ElementTree.ElementTree, tag: str) -> float:
+    text = node.findtext(tag)
+    if text is None:
+        raise ValueError(f"no {tag}")
+    return float(text)
+
+
+def box_mask(op: str, where: str, boxes: Iterable[tuple[float, ...]], height: int, width: int) -> Tensor:
+    """The union of boxes as a mask. Shapes: -> [1, height, width] bool. Errors: ValueError where no pixel lies inside."""
+    boxes = list(boxes)
+    mask = boxes_to_mask(torch.tensor(boxes), height, width).bool()
+    if not mask.any():
+        raise ValueError(f"{op}: {where} must hold a box with a pixel of its {width}x{height} image inside, got {boxes}")
+    return mask

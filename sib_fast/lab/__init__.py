@@ -1,1 +1,1 @@
-"""Experiments with S-IB training on data that ships with the package (extra `[lab]`); `import sib_fast` skips it."""
+"""Training, data sets, explanations as pictures, and studies (extra `[lab]`); `import sib_fast` skips it."""

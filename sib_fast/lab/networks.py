@@ -64,7 +64,9 @@ def build_network(arch: str, num_classes: int, **options: Any) -> nn.Module:
     try:
         import torchvision
     except ImportError as error:
-        raise ImportError(f"network: arch {arch!r} needs torchvision, got {error}; pip install 'sib_fast[lab]'") from error
+        raise ImportError(
+            f"network: arch {arch!r} needs torchvision, got {error}; install the release that goes with your torch"
+        ) from error
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         raise ValueError(

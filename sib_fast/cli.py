@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sib_fast import doctor
 from sib_fast._version import __version__
-from sib_fast.lab import train
+from sib_fast.lab import panel, train
 from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
 from sib_fast.nn.inspect import main as inspect_main
 
@@ -20,6 +20,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help=what, description=what)
     train.add_arguments(command)
     command.set_defaults(main=train.main)
+    what = "a picture of where trained networks find their evidence, by every explanation method (extra [explain])"
+    command = commands.add_parser("explain", help=what, description=what)
+    panel.add_arguments(command)
+    command.set_defaults(main=panel.main)
     command = commands.add_parser("doctor", help="what was built, which backends are usable here, and why not")
     command.set_defaults(main=lambda _: doctor.main())
     what = "what `prepare` would change in a model, and what of it cannot be differentiated twice"

@@ -48,10 +48,10 @@ _WINDOW = 31  # of sib_fast.SIBLoss
 
 # Inches and points. Six columns are then 8 in wide: on a page of 900 px a title is 17 px high, on a phone 7.
 _CELL, _GAP, _LEFT, _MARGIN = 1.2, 0.06, 0.46, 0.1
-_TITLE_SIZE, _TEXT_SIZE = 11.5, 9.5
+_TITLE_SIZE, _TEXT_SIZE = 11.5, 10
 _TITLE_HEIGHT, _LINE_HEIGHT, _BAND_GAP = 0.44, 0.17, 0.14
 _DPI = 150
-_CHARACTER = 0.6  # of the font size: wider than the mean character of matplotlib's font, so that what is wrapped by it fits
+_CHARACTER = 0.58  # of the font size: wider than the mean character of matplotlib's font, so that what is wrapped by it fits
 _COLOURS, _MARK = "inferno", "#c8511b"
 
 
@@ -363,9 +363,9 @@ def _draw(blocks: Sequence[_Block], *, caption: str, marked: Collection[str], wr
             strips.append((_LINE_HEIGHT * (header.count("\n") + 1) + 0.04, _text(header, _MARGIN)))
         for band in bands:
             if number == 0 or len(bands) > 1:
-                strips.append((_TITLE_HEIGHT, _titles(band, marked)))
+                strips.append((_TITLE_HEIGHT, _titles(band, marked, _shared(block) if band is bands[0] else 0)))
             for place, row in enumerate(block.rows):
-                strips.append((_CELL + _GAP, _cells(block, place, row, band)))
+                strips.append((_CELL + _GAP, _cells(block, place, band, _shared(block) if band is bands[0] else 0)))
             strips.append((_BAND_GAP, lambda figure, top: None))
     words = _fold(caption, width - _LEFT - 2 * _CELL - 2 * _GAP - _MARGIN, _TEXT_SIZE)
     strips.append((max(0.4, _LINE_HEIGHT * (words.count("\n") + 1)) + _MARGIN, _foot(words)))
@@ -404,18 +404,25 @@ def _text(text: str, left: float) -> Callable[[Figure, float], None]:
     return lambda figure, top: _write(figure, left, top, text)
 
 
-def _place(column: int) -> float:
-    return _LEFT + column * (_CELL + _GAP)
+def _shared(block: _Block) -> int:
+    """How many leading columns all networks share, each drawn once: with the same preprocessing they see the same picture."""
+    first = block.rows[0]
+    return (1 if first.mask is None else 2) if all(torch.equal(row.image, first.image) for row in block.rows) else 0
 
 
-def _titles(band: Sequence[str], marked: Collection[str]) -> Callable[[Figure, float], None]:
+def _place(column: int, shared: int = 0) -> float:
+    """Left edge of a column; the labels of the rows stand between the shared columns and the others."""
+    return (_MARGIN if column < shared else _LEFT) + column * (_CELL + _GAP)
+
+
+def _titles(band: Sequence[str], marked: Collection[str], shared: int) -> Callable[[Figure, float], None]:
     def draw(figure: Figure, top: float) -> None:
         from matplotlib.lines import Line2D
 
         whole_width, whole_height = figure.get_size_inches()
         for i, column in enumerate(band):
             title = TITLES.get(column) or _fold(column, _CELL, _TITLE_SIZE)
-            middle, bottom = _place(i) + _CELL / 2, top + _TITLE_HEIGHT - 0.04
+            middle, bottom = _place(i, shared) + _CELL / 2, top + _TITLE_HEIGHT - 0.04
             _write(figure, middle, bottom, title, ha="center", va="bottom", fontsize=_TITLE_SIZE, linespacing=1.0)
             if column in marked:
                 end = _place(i) + _CELL + (_GAP if i + 1 < len(band) and band[i + 1] in marked else 0)
@@ -432,25 +439,20 @@ def _titles(band: Sequence[str], marked: Collection[str]) -> Callable[[Figure, f
     return draw
 
 
-def _cells(block: _Block, place: int, row: _Row, band: Sequence[str]) -> Callable[[Figure, float], None]:
-    count = len(block.rows)
-    # Networks with the same preprocessing share one picture, drawn once, half way down their rows.
-    shared = all(torch.equal(row.image, other.image) for other in block.rows)
+def _cells(block: _Block, place: int, band: Sequence[str], shared: int) -> Callable[[Figure, float], None]:
+    row = block.rows[place]
 
     def draw(figure: Figure, top: float) -> None:
-        if count > 1 or row.label:
-            name = _fold(row.label, _CELL, _TEXT_SIZE).splitlines()
-            name = name if len(name) < 3 else [name[0], name[1][:-1] + "…"]
-            middle, centre = (_LEFT - 0.06), top + _CELL / 2
-            _write(figure, middle, centre, "\n".join(name), ha="right", va="center", rotation=90, rotation_mode="default",
-                   multialignment="center")  # fmt: skip
+        name = _fold(row.label, _CELL, _TEXT_SIZE).splitlines()
+        name = name if len(name) < 3 else [name[0], name[1][:-1] + "…"]
+        edge, centre = _place(shared) - 0.06, top + _CELL / 2
+        _write(figure, edge, centre, "\n".join(name), ha="right", va="center", rotation=90, multialignment="center")
         for i, column in enumerate(band):
-            lower = 0.0
-            if column in (IMAGE, OBJECT) and shared:
-                if place > 0:
-                    continue
-                lower = (count - 1) * (_CELL + _GAP) / 2
-            axes = _axes(figure, _place(i), top + lower, _CELL, _CELL, f"{row.label}: {column}")
+            if i < shared and place > 0:
+                continue
+            # A shared picture stands half way down its rows.
+            lower = (len(block.rows) - 1) * (_CELL + _GAP) / 2 if i < shared else 0.0
+            axes = _axes(figure, _place(i, shared), top + lower, _CELL, _CELL, f"{row.label}: {column}")
             if column == IMAGE:
                 axes.imshow(row.image.permute(1, 2, 0).numpy(), vmin=0, vmax=1)
                 _note(axes, block.note)
@@ -500,7 +502,8 @@ def _outline(axes: Axes, mask: Tensor) -> None:
 def _note(axes: Axes, text: str) -> None:
     if text:
         box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
-        axes.text(0.05, 0.05, text, transform=axes.transAxes, color="white", fontsize=_TEXT_SIZE, bbox=box)
+        text = _fold(text, _CELL, _TITLE_SIZE)
+        axes.text(0.05, 0.05, text, transform=axes.transAxes, color="white", fontsize=_TITLE_SIZE, bbox=box)
 
 
 def _foot(words: str) -> Callable[[Figure, float], None]:

@@ -202,7 +202,8 @@ def _smoothgrad(model: nn.Module, x: Tensor, labels: Tensor, n_samples: int = 16
     maps = torch.zeros_like(x)
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tunnel = captum.NoiseTunnel(captum.Saliency(model))
+        # Captum's noise is float32 and would make a half-precision image float32.
+        tunnel = captum.NoiseTunnel(captum.Saliency(lambda noisy: model(noisy.to(x.dtype))))
         # Captum takes one deviation for the batch; ours is relative to each image.
         for i in range(len(x)):
             maps[i : i + 1] = tunnel.attribute(

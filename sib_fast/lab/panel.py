@@ -171,7 +171,7 @@ def _explained(
         raise ValueError(f"{_OP}: masks must be as many as images, in their order, got {len(masks)} for {len(images)}")
     if window_size is not None:
         _checks.require_window(_OP, window_size)
-    _require_extras(methods, masks is not None)
+    _require_extras(methods)
     pictures = [_open(path, "image") for path in images]
     objects = [None if masks is None else _open_mask(masks[i], picture) for i, picture in enumerate(pictures)]
     networks = _load(checkpoints, layer, window_size)
@@ -225,16 +225,18 @@ def _why_no_cam(model: nn.Module, x: Tensor) -> str | None:
 
 def _load(checkpoints: Sequence[Path | str], layer: str | None, window_size: int | None) -> list[_Network]:
     paths = [Path(path) for path in checkpoints]
-    names = [path.stem for path in paths]
+    labels = _labels(paths)
     networks = []
     for i, path in enumerate(paths):
         if not path.is_file():
             raise FileNotFoundError(f"{_OP}: checkpoint must be an existing file, got {path}")
-        spec, model = load_network(path)
+        try:
+            spec, model = load_network(path)
+        except ValueError as error:  # torch's unpickler says a page
+            raise ValueError(str(error).splitlines()[0]) from error
         window = window_size or spec.training.get("window_size") or _WINDOW
-        label = names[i] if names.count(names[i]) == 1 else str(path)
         # The largest odd window that is not larger than the image.
-        networks.append(_Network(label, spec, model, min(window, spec.image_size - 1 + spec.image_size % 2)))
+        networks.append(_Network(labels[i], spec, model, min(window, spec.image_size - 1 + spec.image_size % 2)))
         if spec.classes != networks[0].spec.classes:
             raise ValueError(
                 f"{_OP}: checkpoints must have the same classes, got {_listed(networks[0].spec.classes)} in {paths[0]} and "
@@ -244,6 +246,15 @@ def _load(checkpoints: Sequence[Path | str], layer: str | None, window_size: int
             first = _listed([name for name, _ in model.named_children()])
             raise ValueError(f"{_OP}: layer must be a name in every network's named_modules(), got {layer!r}; {path} has {first}")
     return networks
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """File names without suffix, with as many folders before them as tell them apart."""
+    for length in range(1, 1 + max(len(path.parts) for path in paths)):
+        labels = ["/".join(path.with_suffix("").parts[-length:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _class_index(target: str | int, classes: Sequence[str]) -> int:
@@ -260,8 +271,8 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
     return f"{len(names)} ({', '.join(names[:most])}{', …' if len(names) > most else ''})"
 
 
-def _require_extras(methods: Sequence[str], scored: bool) -> None:
-    needed = {"matplotlib": "matplotlib", "PIL": "pillow"}
+def _require_extras(methods: Sequence[str]) -> None:
+    needed = {"PIL": "pillow", "matplotlib": "matplotlib"}
     if set(methods) - set(_CAMS):
         needed["captum"] = "captum"
     if set(methods) & set(_CAMS):
@@ -364,7 +375,7 @@ def _draw(blocks: Sequence[_Block], *, caption: str, marked: Collection[str], wr
         for band in bands:
             if number == 0 or len(bands) > 1:
                 strips.append((_TITLE_HEIGHT, _titles(band, marked, _shared(block) if band is bands[0] else 0)))
-            for place, row in enumerate(block.rows):
+            for place in range(len(block.rows)):
                 strips.append((_CELL + _GAP, _cells(block, place, band, _shared(block) if band is bands[0] else 0)))
             strips.append((_BAND_GAP, lambda figure, top: None))
     words = _fold(caption, width - _LEFT - 2 * _CELL - 2 * _GAP - _MARGIN, _TEXT_SIZE)

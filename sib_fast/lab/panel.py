@@ -131,7 +131,7 @@ def explanation_panel(
              in order; nonzero is the object. target: the class to explain, by name or index; None is each network's own
              prediction. layer: for the CAMs, a name in the networks; default :func:`sib_fast.explain.find_layer`, and a
              network without such a layer has the reason in place of its CAMs. window_size: of the S-IB mask; default what
-             the file's notes on training say, or 31, at most the image's size.
+             the first file says that has it in its notes on training, or 31; at most the image's size.
     Errors:  FileNotFoundError, ValueError, TypeError; ImportError that names the extra.
     """
     return _draw_explanations(_explained(checkpoints, images, masks, target, methods, layer, window_size), target)
@@ -145,7 +145,6 @@ class _Network:
     label: str
     spec: NetworkSpec
     model: nn.Module
-    window: int
 
 
 def _explained(
@@ -174,7 +173,10 @@ def _explained(
     _require_extras(methods)
     pictures = [_open(path, "image") for path in images]
     objects = [None if masks is None else _open_mask(masks[i], picture) for i, picture in enumerate(pictures)]
-    networks = _load(checkpoints, layer, window_size)
+    networks = _load(checkpoints, layer)
+    # One window for all, or masks side by side could not be compared.
+    noted = (network.spec.training.get("window_size") for network in networks)
+    window = window_size or next(filter(None, noted), _WINDOW)
     index = None if target is None else _class_index(target, networks[0].spec.classes)
     inputs = [[_crops(n.spec, p, o) for n in networks] for p, o in zip(pictures, objects, strict=True)]
     for path, crops in zip(masks or (), inputs, strict=False):
@@ -185,7 +187,7 @@ def _explained(
     for path, crops in zip(images, inputs, strict=True):
         rows, lines = [], [Path(path).name]
         for network, (image, mask) in zip(networks, crops, strict=True):
-            row, said = _explain_row(network, image, mask, index, tuple(dict.fromkeys(methods)), layer)
+            row, said = _explain_row(network, image, mask, index, tuple(dict.fromkeys(methods)), layer, window)
             rows.append(row)
             lines.append(said)
         blocks.append(_Block(rows, header="\n".join(lines)))
@@ -193,7 +195,13 @@ def _explained(
 
 
 def _explain_row(
-    network: _Network, image: Tensor, mask: Tensor | None, target: int | None, methods: Sequence[str], layer: str | None
+    network: _Network,
+    image: Tensor,
+    mask: Tensor | None,
+    target: int | None,
+    methods: Sequence[str],
+    layer: str | None,
+    window: int,
 ) -> tuple[_Row, str]:
     spec, x = network.spec, network.spec.normalise(image)[None]
     with torch.no_grad():
@@ -203,8 +211,9 @@ def _explain_row(
     if target is not None:
         said += f"; explained: {spec.classes[target]}, probability {probabilities[target]:.2f}"
     vjp = gradient_map(network.model, x)
+    window = min(window, spec.image_size - 1 + spec.image_size % 2)  # the largest odd one within the image
     # The mask looks at |mean over channels| only, which is what gradient_map returns.
-    maps: dict[str, Tensor | str] = {MASK: foreground_mask(vjp, window_size=network.window)[0], VJP: vjp[0]}
+    maps: dict[str, Tensor | str] = {MASK: foreground_mask(vjp, window_size=window)[0], VJP: vjp[0]}
     why_not = _why_no_cam(network.model, x) if layer is None and set(methods) & set(_CAMS) else None
     for method in methods:
         if method in _CAMS and why_not is not None:
@@ -223,7 +232,7 @@ def _why_no_cam(model: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def _load(checkpoints: Sequence[Path | str], layer: str | None, window_size: int | None) -> list[_Network]:
+def _load(checkpoints: Sequence[Path | str], layer: str | None) -> list[_Network]:
     paths = [Path(path) for path in checkpoints]
     labels = _labels(paths)
     networks = []
@@ -234,9 +243,7 @@ def _load(checkpoints: Sequence[Path | str], layer: str | None, window_size: int
             spec, model = load_network(path)
         except ValueError as error:  # torch's unpickler says a page
             raise ValueError(str(error).splitlines()[0]) from error
-        window = window_size or spec.training.get("window_size") or _WINDOW
-        # The largest odd window that is not larger than the image.
-        networks.append(_Network(labels[i], spec, model, min(window, spec.image_size - 1 + spec.image_size % 2)))
+        networks.append(_Network(labels[i], spec, model))
         if spec.classes != networks[0].spec.classes:
             raise ValueError(
                 f"{_OP}: checkpoints must have the same classes, got {_listed(networks[0].spec.classes)} in {paths[0]} and "
@@ -555,7 +562,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=_METHODS, metavar="METHOD", help=f"default: {' '.join(_METHODS)}")
     parser.add_argument("--layer", metavar="NAME", help="for the CAMs (default: the last feature map)")
     parser.add_argument("--window-size", type=int, metavar="PIXELS",
-                        help=f"of the S-IB mask (default: the checkpoint's own or {_WINDOW}, at most the image)")  # fmt: skip
+                        help=f"of the S-IB mask (default: a checkpoint's own or {_WINDOW}, at most the image)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="PATH",
                         help="a .png for all images in one picture, or a folder for one .png per image")  # fmt: skip
 

@@ -110,13 +110,22 @@ def test_every_cell_holds_the_map_over_its_maximum_and_the_share_inside(folder, 
         assert words(axis) == [f"{share:.2f}"], column
         assert axis.images[0].get_clim() == (0, 1)
         assert len(axis.collections) == 1  # the outline
-    window = 5 if name == "sib" else 15  # the file's own, or 31 cut to the odd size within 16
-    torch.testing.assert_close(
-        picture(axes[f"{name}: {MASK}"]), sib_fast.foreground_mask(vjp, window_size=window)[0, 0], rtol=1e-4, atol=1e-5
-    )
+    # the window that one of the files was trained with
+    expected = sib_fast.foreground_mask(vjp, window_size=5)[0, 0]
+    torch.testing.assert_close(picture(axes[f"{name}: {MASK}"]), expected, rtol=1e-4, atol=1e-5)
     assert axes[f"{name}: {MASK}"].images[0].get_clim() == (0, 1)
     probability, best = logits.double().softmax(1)[0].max(0)
     assert f"{name} predicts {CLASSES[best]}, probability {probability:.2f}" in header(drawn)
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 15), (7, 7), (99, 15)])
+def test_the_window_is_given_or_31_and_within_the_image(folder, given, used):
+    figure = explanation_panel([folder / "plain.pt"], [folder / "bug.png"], methods=["saliency"], window_size=given)
+    spec, model = load_network(folder / "plain.pt")
+    x = spec.normalise(image_and_mask(folder)[0])[None].requires_grad_()
+    (vjp,) = torch.autograd.grad(0.5 * model(x).softmax(1).square().sum(), x)
+    expected = sib_fast.foreground_mask(vjp, window_size=used)[0, 0]
+    torch.testing.assert_close(picture(cells(figure)[f"plain: {MASK}"]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_image_and_the_true_object_are_the_centre_of_the_files(folder, drawn):

@@ -168,7 +168,7 @@ def test_titles_stand_above_their_columns(drawn):
 
 
 def overlaps(figure):
-    """Pairs of texts that touch, and texts that leave the figure."""
+    """Texts that touch another or a picture beside them, and texts that leave the figure or their cell."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -176,6 +176,10 @@ def overlaps(figure):
     texts = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
     touching = [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
+    pictures = [axes for axes in figure.axes if axes.get_label() != "colour bar"]
+    for text in figure.texts:  # titles and labels, which stand beside pictures and not on them
+        box = text.get_window_extent(renderer)
+        touching += [(text.get_text(), axes.get_label()) for axes in pictures if box.overlaps(axes.get_window_extent(renderer))]
     width, height = figure.get_size_inches() * figure.dpi
     outside = [text for text, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
     for axes in figure.axes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sib_fast import doctor
 from sib_fast._version import __version__
-from sib_fast.lab import train
+from sib_fast.lab import panel, train
 from sib_fast.lab.study import run as study
 from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
 from sib_fast.nn.inspect import main as inspect_main
@@ -21,6 +21,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help=what, description=what)
     train.add_arguments(command)
     command.set_defaults(main=train.main)
+    what = "a picture of where trained networks find their evidence, by every explanation method (extra [explain])"
+    command = commands.add_parser("explain", help=what, description=what)
+    panel.add_arguments(command)
+    command.set_defaults(main=panel.main)
     what = "train networks in several ways over seeds, explain and score them, write a report (extras [lab,explain])"
     command = commands.add_parser("study", help=what, description=what)
     study.add_arguments(command)

@@ -40,9 +40,10 @@ def explain(
              input_x_gradient, integrated_gradients: |sum over channels|; the CAMs: as defined by their papers, resized to the
              image bilinearly. Not normalised: scales differ between methods, images and networks.
     Args:    target: class indices int64 [N], one index for all, or None for the predicted class. layer: for the CAMs, a module or
-             its name; default `find_layer`. options: the method's own. integrated_gradients: n_steps=32, baselines=0 (the value
-             that stands for "nothing", 0 is the mean image of normalised data), internal_batch_size. smoothgrad:
-             n_samples=16, noise=0.15 (standard deviation in units of the range of each image), seed=0.
+             its name, default `find_layer`; if it runs several times, its last output. options: the method's own.
+             integrated_gradients: n_steps=32, baselines=0 (the value that stands for "nothing", 0 is the mean image of
+             normalised data), internal_batch_size. smoothgrad: n_samples=16, noise=0.15 (standard deviation in units of the
+             range of each image), seed=0.
     Errors:  TypeError, ValueError for bad arguments; ImportError that names the extra.
     Source:  Simonyan 2013; Shrikumar 2016; Sundararajan 2017; Smilkov 2017; Springenberg 2014; Selvaraju 2017;
              Chattopadhay 2018; Jiang 2021.
@@ -61,7 +62,7 @@ def explain(
         x = x.detach().clone()
         labels = _labels(plain, x, target)
         if is_cam:
-            module = find_layer(plain, x[:1]) if name is None else plain.get_submodule(name)
+            module = find_layer(plain, x[:1]) if name is None else _require_feature_map(plain, x[:1], name)
             attribution = METHODS[method](plain, x, labels, module, **options)
         else:
             attribution = METHODS[method](plain, x, labels, **options)
@@ -119,6 +120,25 @@ def _name_of(model: nn.Module, layer: str | nn.Module | None) -> str | None:
             return name
     got = repr(layer) if isinstance(layer, str) else type(layer).__name__
     raise ValueError(f"{_OP}: layer must be one of the model's modules or a name in model.named_modules(), got {got}")
+
+
+def _require_feature_map(model: nn.Module, x: Tensor, name: str) -> nn.Module:
+    """The module of that name, whose output must be what a CAM can weight."""
+    outputs: list[Any] = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    if not outputs:
+        raise ValueError(f"{_OP}: layer must run in a forward pass in eval mode, got {name!r}, which does not")
+    output = outputs[-1]
+    if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{_OP}: layer must return a floating-point [N, C, H, W] tensor, got {got} from {name!r}")
+    return module
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -182,7 +202,8 @@ def _smoothgrad(model: nn.Module, x: Tensor, labels: Tensor, n_samples: int = 16
     maps = torch.zeros_like(x)
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tunnel = captum.NoiseTunnel(captum.Saliency(model))
+        # Captum's noise is float32 and would make a half-precision image float32.
+        tunnel = captum.NoiseTunnel(captum.Saliency(lambda noisy: model(noisy.to(x.dtype))))
         # Captum takes one deviation for the batch; ours is relative to each image.
         for i in range(len(x)):
             maps[i : i + 1] = tunnel.attribute(
@@ -210,10 +231,15 @@ def _cam(name: str) -> Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]:
         targets = [ClassifierOutputTarget(int(label)) for label in labels]
         with getattr(pytorch_grad_cam, name)(model=model, target_layers=[layer]) as cam:
             # Not cam(x, targets): that shifts and stretches every map to [0, 1] by its own range, which moves the zero.
-            outputs = cam.activations_and_grads(x)
+            # The features of a frozen network have a gradient only if the image has.
+            outputs = cam.activations_and_grads(x.requires_grad_())
             sum(target(output) for target, output in zip(targets, outputs, strict=True)).backward()
             recorded = cam.activations_and_grads
-            activations, gradients = (parts[0].detach().cpu().numpy() for parts in (recorded.activations, recorded.gradients))
+            # Both lists are in the order of the forward pass, one entry for each time that the module ran.
+            parts = (recorded.activations[-1], recorded.gradients[-1])
+            activations, gradients = (
+                part.detach().to("cpu", torch.promote_types(part.dtype, torch.float32)).numpy() for part in parts
+            )
             maps = torch.as_tensor(cam.get_cam_image(x, layer, targets, activations, gradients, False), device=x.device)
         return F.interpolate(maps.relu()[:, None], x.shape[2:], mode="bilinear", align_corners=False)
 

@@ -99,9 +99,9 @@ def load_network(path: Path) -> tuple[NetworkSpec, nn.Module]:
         spec = NetworkSpec(**fields | {name: tuple(fields[name]) for name in ("classes", "mean", "std")})
         model = spec.build()
         model.load_state_dict(document["state_dict"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
-    except Exception as error:  # whatever an unpickler can throw at a foreign file
-        got = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever an unpickler can throw at a foreign file, some of it a page long
+        got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"network: {path} must be a file that sib-fast train wrote, got {got}") from error
     return spec, model.eval()

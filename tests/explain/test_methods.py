@@ -60,6 +60,9 @@ def upsampled(cam, x):
     return F.interpolate(cam.relu(), x.shape[2:], mode="bilinear", align_corners=False)
 
 
+CAMS = tuple(method for method in METHODS if "cam" in method)
+
+
 def by_formula(method, net, x, target):
     if method == "saliency":
         return gradient(net, x, target).abs().amax(1, keepdim=True)
@@ -134,6 +137,69 @@ def test_a_prepared_network_is_explained_as_the_plain_one(method):
     assert [type(module) for module in prepared.modules()] == classes
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_libraries_see_the_layers_of_torch_alone(method, monkeypatch):
+    """They find layers by class: today's Captum also takes a subclass of nn.ReLU, which is nobody's promise."""
+    net, x, target = problem()
+    prepared = sib_fast.prepare(copy.deepcopy(net))
+    swapped = {type(module) for module in prepared.modules()} - {type(module) for module in net.modules()}
+    assert {sib_fast.nn.ReLU, sib_fast.nn.Conv2d, sib_fast.nn.BatchNorm2d} <= swapped
+    compute, seen = METHODS[method], []
+
+    def look(model, *arguments, **options):
+        seen.extend(type(module) for module in model.modules())
+        return compute(model, *arguments, **options)
+
+    monkeypatch.setitem(METHODS, method, look)
+    explain(prepared, x, target, method)
+    assert seen == [type(module) for module in net.modules()]
+
+
+class Shared(nn.Module):
+    """One ReLU after every convolution: a CAM of it is one of its last output, which the pooling sees. [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 5)
+
+    def features(self, x):
+        return self.relu(self.second(self.relu(self.first(x))))
+
+    def forward(self, x):
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("layer", [None, "relu"])
+@pytest.mark.parametrize("method", CAMS)
+def test_a_layer_that_runs_several_times_counts_by_its_last_output(method, layer):
+    _, x, target = problem()
+    net = Shared()
+    assert find_layer(net, x[:1]) is net.relu
+    got, want = explain(net, x, target, method, layer=layer), by_formula(method, net, x, target)
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_network_is_explained_as_one_that_is_not(method):
+    net, x, target = problem()
+    want = explain(net, x, target, method)
+    assert torch.equal(explain(net.requires_grad_(False), x, target, method), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_and_float64_networks(method):
+    net, x, target = problem()
+    want = explain(net, x, target, method)
+    for dtype, tolerance in ((torch.float64, 1e-3), (torch.bfloat16, 0.3)):
+        got = explain(copy.deepcopy(net).to(dtype), x.to(dtype), target, method)
+        assert got.dtype == torch.float32
+        assert (got - want).norm() < tolerance * want.norm()
+
+
 def test_guided_backprop_is_guided():
     net, x, target = problem()
     assert (explain(net, x, target, "guided_backprop") - explain(net, x, target, "saliency")).abs().max() > 1e-4
@@ -204,6 +270,8 @@ def test_a_transformer_has_no_layer_of_its_own():
 
 def test_bad_input():
     net, x, target = problem()
+    unused = copy.deepcopy(net)
+    unused.unused = nn.ReLU()
     for error, words, call in (
         (TypeError, "model must be a torch.nn.Module, got function", lambda: explain(lambda v: v, x)),
         (ValueError, "method must be one of 'saliency', .*, got 'lime'", lambda: explain(net, x, target, "lime")),
@@ -212,6 +280,16 @@ def test_bad_input():
             ValueError,
             "layer must be one of the model's modules .*, got 'nine'",
             lambda: explain(net, x, 0, "grad_cam", layer="nine"),
+        ),
+        (
+            ValueError,
+            r"layer must return a floating-point \[N, C, H, W\] tensor, got \[1, 5\] from 'head'",
+            lambda: explain(net, x, 0, "grad_cam", layer="head"),
+        ),
+        (
+            ValueError,
+            "layer must run in a forward pass in eval mode, got 'unused', which does not",
+            lambda: explain(unused, x, 0, "layer_cam", layer="unused"),
         ),
         (ValueError, r"target must lie in \[0, 5\), got 5 … 5", lambda: explain(net, x, 5)),
         (TypeError, r"target must be int64 class indices, got torch\.float32", lambda: explain(net, x, target.float())),

@@ -18,6 +18,7 @@ from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import load_network
 from sib_fast.lab.study import network, run, timing
+from sib_fast.lab.study.records import file_stem
 from sib_fast.lab.study.run import StudyConfig
 from sib_fast.lab.study.variants import ARCHITECTURES, LABELS, find_variant, variants
 
@@ -169,7 +170,7 @@ def test_a_variant_with_another_weight():
     variant = find_variant("small_resnet", "sib:lambda_bg=3e5,lambda_fg=2")
     assert (variant.sib["lambda_bg"], variant.sib["lambda_fg"]) == (3e5, 2.0)
     assert variant.name == "sib:lambda_bg=3e5,lambda_fg=2"
-    assert network.file_stem("small_resnet", variant.name, 3) == "small_resnet.sib@lambda_bg=3e5,lambda_fg=2.seed3"
+    assert file_stem("small_resnet", variant.name, 3) == "small_resnet.sib@lambda_bg=3e5,lambda_fg=2.seed3"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 import sib_fast
-from sib_fast.explain import METHODS, explain
+from sib_fast.explain import explain
 from sib_fast.explain.controls import insertion_deletion, randomisation
 from sib_fast.explain.metrics import localisation
 from sib_fast.lab.data import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, EmbeddedDigits
@@ -22,16 +22,12 @@ from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import NetworkSpec, build_network, save_network
 from sib_fast.lab.recipe import fit
 from sib_fast.lab.results import commit, write_atomically
+from sib_fast.lab.study.records import file_stem
 from sib_fast.lab.study.variants import Variant
 
 METHOD_OPTIONS: dict[str, dict[str, int]] = {"integrated_gradients": {"n_steps": 16}, "smoothgrad": {"n_samples": 16}}
 _BATCH = 100  # images explained at a time; the maps do not depend on it
 CLASSES = tuple(map(str, range(NUM_CLASSES)))
-
-
-def file_stem(arch: str, variant: str, seed: int) -> str:
-    # a colon is no character for a file on every system
-    return f"{arch}.{variant.replace(':', '@')}.seed{seed}"
 
 
 def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -138,6 +134,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-ALL_METHODS = tuple(METHODS)

@@ -183,6 +183,12 @@ class Study:
         return {v: label for v, label in self.variants.items() if self.of(arch, v)}
 
 
+def file_stem(arch: str, variant: str, seed: int) -> str:
+    """What every file of a network is called, without its suffix."""
+    # a colon is no character for a file on every system
+    return f"{arch}.{variant.replace(':', '@')}.seed{seed}"
+
+
 def load_study(out: Path) -> Study:
     """Read a study's folder. Keys that are not known are ignored, or kept where they are numbers.
 
@@ -243,7 +249,7 @@ def _network(path: Path) -> Network:
     for name, value in (("arch", arch), ("variant", variant)):
         _require(isinstance(value, str), path, f"{name} must be a string", value)
     _require(_is_int(seed), path, "seed must be an integer", seed)
-    expected = f"{arch}.{variant}.seed{seed}.json"
+    expected = f"{file_stem(arch, variant, seed)}.json"
     _require(path.name == expected, path, f"the file's name must be {expected}", path.name)
     settings = record.get("settings") or {}
     _require(isinstance(settings, dict), path, "settings must be an object", settings)

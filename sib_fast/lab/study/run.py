@@ -143,8 +143,8 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from sib_fast.lab.study.network import file_stem
-        from sib_fast.lab.study.records import load_study
+        from sib_fast.lab.study.picture import save_picture
+        from sib_fast.lab.study.records import file_stem, load_study
         from sib_fast.lab.study.report import console_tables, write_report
         from sib_fast.lab.study.timing import time_steps
     except ImportError as error:
@@ -173,6 +173,8 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
         if config.timing_steps:
             console.print("timing one training step of each kind …")
             study["step_seconds"] = {a: time_steps(a, config.settings(), config.timing_steps) for a in config.architectures}
+        # a comparison in a picture needs two
+        save_picture(config.out, config.architectures[0], config.variants[:2], config.seeds[0], config.settings())
         status = "complete"
     finally:
         _save(config.out, study | {"status": status})

@@ -151,7 +151,7 @@ def of_six(study: Study, arch: str, variant: str, against: str, metric: str) -> 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One expectation of the issue on one architecture.
+    """One expectation of the protocol on one architecture.
 
     Attributes:
         verdict: ``"met"``, ``"not met"`` or ``"not decidable"``: DEFINITIONS.
@@ -167,7 +167,7 @@ class Verdict:
 
 
 def verdicts(study: Study, arch: str) -> list[Verdict]:
-    """The expectations of issue 5, judged on one architecture."""
+    """The expectations of docs/study/protocol.md, judged on one architecture."""
     pair = (study.headline, study.baseline)
     ahead = (study.headline, study.control)
     label = study.variants.get(study.headline, study.headline)
@@ -186,7 +186,7 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
     six = len(REPORTED)
     energy = of_six(study, arch, *pair, "energy")
     background = of_six(study, arch, *pair, "log_background")
-    faithful = [d for metric in ("insertion", "deletion") for d in of_six(study, arch, *pair, metric)]
+    faithful = [difference(study, arch, *pair, explanation(MEAN_OF_SIX, metric)) for metric in ("insertion", "deletion")]
     result = [
         counted(
             f"Energy inside up by ≥ {ENERGY_MARK:.2f} for at least {METHODS_NEEDED} of the six methods",
@@ -196,12 +196,22 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
         ),
         counted("Background suppression better for all six methods", background, six, lambda d: reaches(d, 0.0)),
         single(f"Accuracy on shifted backgrounds up by ≥ {ACCURACY_MARK:.2f}", SHIFTED, pair, ACCURACY_MARK),
-        counted("Insertion and deletion not worse, six methods each", faithful, 2 * six, not_worse),
+        counted("Insertion and deletion not worse, mean of six", faithful, 2, not_worse),
     ]
     control = study.variants.get(study.control, study.control)
     result += [
-        single(f"{label} ahead of “{control}”: energy inside, mean of six", explanation(MEAN_OF_SIX, "energy"), ahead, 0.0),
-        single(f"{label} ahead of “{control}”: accuracy on shifted backgrounds", SHIFTED, ahead, 0.0),
+        counted(
+            f"{label} ahead of “{control}”: energy inside higher for at least {METHODS_NEEDED} of the six methods",
+            of_six(study, arch, *ahead, "energy"),
+            METHODS_NEEDED,
+            lambda d: reaches(d, 0.0),
+        ),
+        counted(
+            f"{label} against “{control}”: accuracy on shifted backgrounds not worse",
+            [difference(study, arch, *ahead, SHIFTED)],
+            1,
+            not_worse,
+        ),
     ]
     return result
 

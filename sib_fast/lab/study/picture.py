@@ -36,9 +36,9 @@ def save_picture(out: Path, arch: str, variants: Sequence[str], seed: int, setti
         rows.append((_SHORT.get(variant, variant), maps))
     names = " and ".join(LABELS.get(v, v) for v in variants)
     caption = (
-        f"{names[:1].upper()}{names[1:]}, {arch}, seed {seed}. Test images on backgrounds that do not belong to their class, the "
-        "first of each class. Each map over its own maximum; line: outline of the true object; number: share of the map inside it. "
-        "VJP: what S-IB trains on. Bar: the six reported methods, explaining the true class."
+        f"{names[:1].upper()}{names[1:]}, {arch}, seed {seed}. Test images on backgrounds that do not belong to their class, "
+        "the first of each class. Each map over its own maximum; line: outline of the true object; number: share of the map "
+        "inside it. VJP: what S-IB trains on. Bar: the six reported methods, explaining the true class."
     )
     figure = draw_panel(
         rows, denormalise(images), data.masks[first], notes=[str(int(k)) for k in labels], caption=caption, marked=REPORTED

@@ -291,7 +291,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = spec.build()
-            _rehearse(config, model, len(train))
+            _rehearse(config, model)
         from lightning.pytorch.utilities import rank_zero_only
 
         from sib_fast.lab.recipe import CHECKPOINT, LOG, train_network
@@ -345,6 +345,8 @@ def _check_backend(config: TrainConfig) -> str:
     smallest = max(getattr(role, "minimum_batch", 1) for role in (criterion.estimator, criterion.background))
     if config.batch_size < smallest:
         raise ValueError(f"train: batch_size must be at least {smallest} for S-IB, got {config.batch_size}")
+    if config.sib.gather and config.devices == 1:
+        raise ValueError("train: gather must come with more than one device, got devices 1")
     try:
         return resolve("train", config.sib.backend, torch.device(config.device), MASK_KERNELS)
     except RuntimeError as error:
@@ -388,8 +390,10 @@ def _spec(config: TrainConfig, data: LabelledImages) -> NetworkSpec:
     return NetworkSpec(config.arch, tuple(data.classes), config.image_size, mean, std, options, notes)
 
 
-def _rehearse(config: TrainConfig, model: nn.Module, images: int) -> None:
+def _rehearse(config: TrainConfig, model: nn.Module) -> None:
     """A loss of a copy, on noise: what does not fit the network says so now, not after a data set has been read for hours."""
+    if config.sib is not None:  # the processes whose images could be gathered do not exist yet
+        config = dataclasses.replace(config, sib=dataclasses.replace(config.sib, gather=False))
     probe, criterion = copy.deepcopy(model).train(), config.criterion()
     count = max(2, *(getattr(getattr(criterion, role, None), "minimum_batch", 2) for role in ("estimator", "background")))
     x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)

@@ -342,7 +342,7 @@ def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(image_folder, tmp_
         "recipe.Training.training_step = training_step\n"
         f"train.run(train.TrainConfig.from_flat({flat!r}))"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert killed.stderr == ""
     assert len(read_log(out)) == 1
@@ -506,7 +506,7 @@ def test_two_processes_train_one_network_and_count_every_image_once(tmp_path):
     )
     command = [sys.executable, "-m", "sib_fast", "train", *words(config)]
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation accuracy") == 1
     (row,) = read_log(out)
@@ -625,6 +625,7 @@ def test_recipes_are_defaults_that_options_override():
         ("--window-size 8", "window_size must be odd"),
         ("--background median", "background must be one of"),
         ("--backend magic", "backend must be one of"),
+        ("--gather", "train: gather must come with more than one device, got devices 1"),
         ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
     ],

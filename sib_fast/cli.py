@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sib-fast", description="Spatial Information Bottleneck (S-IB) training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    what = "train a plain and an S-IB network on the embedded data and compare them (extra [lab])"
+    what = "train one network, plain or S-IB, on one of the data sets (extra [lab])"
     command = commands.add_parser("train", help=what, description=what)
     train.add_arguments(command)
     command.set_defaults(main=train.main)

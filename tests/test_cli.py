@@ -35,10 +35,18 @@ def test_a_bad_option_of_train_is_a_sentence(capsys):
     assert "epochs must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_train_says_its_options_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("paper-dogs", "--lambda-bg", "--plain", "default: energy"))
+
+
 def test_train_without_the_lab_extra_says_what_to_install(tmp_path):
     code = (
         "import sys\n"
-        "for name in ('lightning', 'sklearn', 'skimage', 'rich', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('lightning', 'sklearn', 'skimage', 'rich', 'tensorboard'): sys.modules[name] = None\n"
         "from sib_fast import cli\n"
         f"sys.exit(cli.main(['train', '--out', {str(tmp_path / 'out')!r}]))"
     )

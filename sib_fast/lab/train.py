@@ -1,175 +1,326 @@
-"""``sib-fast train``: a plain and an S-IB network on the embedded data, a table, and a picture.
+"""``sib-fast train``: one network, plain or S-IB, on one of the data sets; a thin recipe over Lightning.
 
-Importing this module needs no extra: Lightning and the plotting libraries are imported when a run starts.
+Importing this module needs no extra: Lightning and torchvision are imported when a run starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import errno
+import json
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sib_fast import SIBLoss
 from sib_fast._backends import resolve
-from sib_fast.lab.data import EmbeddedDigits
-from sib_fast.lab.evaluate import accuracy, gradient_map, inside_share
-from sib_fast.lab.models import SmallConvNet
-from sib_fast.lab.naive import naive_sib_loss
-from sib_fast.lab.report import LABELS, save_panel, tables
-from sib_fast.lab.results import NetworkResult, Results, environment, write_atomically
+from sib_fast.lab.networks import SMALL, NetworkSpec, load_network
+from sib_fast.lab.results import environment, write_atomically
 from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_METHODS = {"both": ("plain", "sib"), "plain": ("plain",), "sib": ("sib",)}
-_PANEL_IMAGES = 8
-_WARM_UP_STEPS = 3
-# Settings that change neither a network nor its numbers, so that --resume may change them.
-_FREE_TO_CHANGE = {"which", "seeds", "out", "threads", "timing_steps", "progress", "resume"}
+    from sib_fast.lab.datasets import LabelledImages
+
+SCHEDULES = ("one_cycle", "cosine", "constant")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+STRATEGIES = ("auto", "ddp", "ddp_spawn")
+_SETTINGS = "settings.json"
+_FORMAT = "sib_fast.train.1"
+# They change no bit of the result (threads: none that is not lost to rounding), so that --resume may change them.
+_FREE_TO_CHANGE = {"out", "root", "workers", "threads", "strategy", "progress"}
+_DIGITS_ONLY = ("train_size", "test_size", "correlation")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # docs/demo.md says how these were found
+    "digits": {
+        "data": "digits",
+        "arch": "small_conv_net",
+        "image_size": 32,
+        "epochs": 50,
+        "batch_size": 32,
+        "lr": 3e-3,
+        "weight_decay": 1e-2,
+        "schedule": "one_cycle",
+        "lambda_fg": 1.0,
+        "lambda_bg": 1e6,
+        "window_size": 7,
+        "objective": "expm1",
+    },
+    # The authors' script; its schedule is in a file that they did not publish.
+    "paper-dogs": {
+        "data": "dogs",
+        "arch": "resnet50",
+        "image_size": 224,
+        "augment": False,
+        "normalise": (0.5, 0.5),
+        "epochs": 90,
+        "batch_size": 97,
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "schedule": "constant",
+        "seed": 43,
+        "lambda_fg": 0.01,
+        "lambda_bg": 1000.0,
+        "window_size": 31,
+        "objective": "exp",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SIBOptions:
+    """What makes a training S-IB; the arguments of :class:`sib_fast.SIBLoss` with its defaults, and four more.
+
+    Attributes:
+        lambda_bg: None is SIBLoss's default.
+        layer: name of the layer whose feature map takes the image's place, as ``SIBLoss.attach`` takes it.
+        prepare: give the network the package's layers, whose second derivative is faster.
+        true_masks: the data's masks in the place of the loss's own.
+    """
+
+    lambda_fg: float = 0.01
+    lambda_bg: float | None = None
+    scalar: str = "energy"
+    estimator: str = "hsic_biased"
+    background: str = "variance"
+    objective: str = "exp"
+    mask: str = "density"
+    window_size: int = 31
+    temperature: float = 0.1
+    slope: float = 10.0
+    quantiles: tuple[float, ...] = (0.05, 0.95, 0.8, 0.8)
+    vjp_scale: float | None = None
+    gather: bool = False
+    backend: str = "auto"
+    every: int = 1
+    every_weight: str = "sum"
+    layer: str | None = None
+    prepare: bool = True
+    true_masks: bool = False
+
+    def criterion(self, label_smoothing: float = 0.0, accumulation_steps: int = 1) -> SIBLoss:
+        """A new criterion. Errors: as :class:`sib_fast.SIBLoss`."""
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("layer", "prepare", "true_masks"):
+            del arguments[name]
+        if self.lambda_bg is None:
+            del arguments["lambda_bg"]
+        base_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        return SIBLoss(**arguments, base_loss=base_loss, accumulation_steps=accumulation_steps)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; each field is an option of ``sib-fast train``.
+    """Everything that one network depends on; each field is an option of ``sib-fast train``.
 
     Attributes:
-        which: ``"plain"``, ``"sib"`` or ``"both"``.
-        seeds: one plain and one S-IB network for each; a seed fixes data, initial weights and order of the batches.
-        epochs, batch_size, lr, weight_decay: AdamW with a one-cycle schedule whose peak is ``lr``.
-        lambda_fg, lambda_bg, window_size, estimator, background, objective, backend: of :class:`sib_fast.SIBLoss`.
-            The weights and the window are for this image size and normalisation; docs/demo.md says how they were found.
-        train_size, test_size, image_size, correlation: of the embedded data.
-        width: channels of the network's first layer.
+        data, root: of :func:`sib_fast.lab.datasets.open_dataset`; its train part is trained on, its test part validated on.
+        arch: as :func:`sib_fast.lab.networks.build_network` takes it.
+        sib: None trains plainly.
         out: folder for everything that the run writes.
+        width: channels of the first layer of a small architecture, None for its default.
+        normalise: (mean, standard deviation) of every channel in the place of the data's own.
+        augment: random crops and flips of the training images.
+        epochs, batch_size, lr, weight_decay: AdamW. ``batch_size`` images on every device.
+        accumulate: batches whose gradients make one step.
+        schedule: ``"one_cycle"`` or ``"cosine"`` with ``lr`` as peak, or ``"constant"``.
+        warm_up_epochs: of ``"cosine"``: the rate rises linearly.
+        ema: decay of an exponential moving average of the weights, which is then validated and saved; None: none.
+        precision: Lightning's; parameters stay in float32, or float64.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``, which is resolved at once.
+        devices, strategy: processes, and how Lightning starts them.
+        workers: processes that load images, on every device.
         threads: of torch's pool, for the run only; None leaves the pool as it is.
-        device: ``"cpu"`` or ``"cuda"``.
-        timing_steps: steps that every method is timed for after training; 0 leaves the timing out.
+        seed: fixes initial weights, order of the images, augmentation, dropout, and the embedded data.
+        train_size, test_size, correlation: of the embedded data.
         progress: show progress bars.
-        resume: keep the networks that an interrupted run with the same settings left in ``out``.
 
     Errors:  ValueError, naming the option, for a value out of range.
     """
 
-    which: str = "both"
-    seeds: tuple[int, ...] = (100, 101, 102)
+    data: str = "digits"
+    root: Path | None = None
+    arch: str = "resnet18"
+    sib: SIBOptions | None = SIBOptions()
+    out: Path = Path("runs/train")
+    width: int | None = None
+    image_size: int = 224
+    normalise: tuple[float, float] | None = None
+    augment: bool = False
     epochs: int = 50
     batch_size: int = 32
-    lr: float = 3e-3
+    accumulate: int = 1
+    lr: float = 1e-3
     weight_decay: float = 1e-2
-    lambda_fg: float = 1.0
-    lambda_bg: float = 1e6
-    window_size: int = 7
-    estimator: str = "hsic_biased"
-    background: str = "variance"
-    objective: str = "expm1"
-    backend: str = "auto"
+    label_smoothing: float = 0.0
+    schedule: str = "one_cycle"
+    warm_up_epochs: float = 0.0
+    ema: float | None = None
+    precision: str = "32-true"
+    device: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    workers: int = 0
+    threads: int | None = None
+    seed: int = 0
     train_size: int = 512
     test_size: int = 1000
-    image_size: int = 32
     correlation: float = 0.4
-    width: int = 16
-    out: Path = Path("runs/demo")
-    threads: int | None = None
-    device: str = "cpu"
-    timing_steps: int = 20
     progress: bool = True
-    resume: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", tuple(self.seeds))
         object.__setattr__(self, "out", Path(self.out))
-        if self.which not in _METHODS:
-            raise ValueError(f"train: which must be one of {', '.join(_METHODS)}, got {self.which!r}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"train: seeds must be distinct and not negative, got {list(self.seeds)}")
-        for name in ("epochs", "batch_size", "train_size", "test_size", "width"):
-            if getattr(self, name) < 1:
+        object.__setattr__(self, "root", None if self.root is None else Path(self.root))
+        if self.device == "auto":
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("device", ("auto", "cpu", "cuda")),
+            ("strategy", STRATEGIES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"train: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "devices",
+            "image_size",
+            "train_size",
+            "test_size",
+            "width",
+            "threads",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size > self.train_size:
-            raise ValueError(f"train: batch_size must not exceed train_size {self.train_size}, got {self.batch_size}")
-        if self.image_size < 16:
-            raise ValueError(f"train: image_size must be at least 16, got {self.image_size}")
-        if not 0 <= self.correlation <= 1:
-            raise ValueError(f"train: correlation must be in [0, 1], got {self.correlation}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"train: lr must be positive and finite, got {self.lr}")
-        for name in ("weight_decay", "lambda_fg", "lambda_bg", "timing_steps"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"train: {name} must be finite and not negative, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"train: threads must be at least 1, got {self.threads}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"train: device must be 'cpu' or 'cuda', got {self.device!r}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"train: weight_decay must be finite and not negative, got {self.weight_decay}")
+        for name in ("label_smoothing", "ema"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.warm_up_epochs < self.epochs:
+            raise ValueError(f"train: warm_up_epochs must be in [0, epochs), got {self.warm_up_epochs} of {self.epochs}")
+        if self.warm_up_epochs and self.schedule != "cosine":
+            raise ValueError(f"train: warm_up_epochs must come with schedule cosine, got {self.schedule}")
+        if self.normalise is not None and not (len(self.normalise) == 2 and self.normalise[1] > 0):
+            raise ValueError(f"train: normalise must be a mean and a positive standard deviation, got {self.normalise}")
+        if self.width is not None and self.arch not in SMALL:
+            raise ValueError(f"train: width must come with arch {' or '.join(SMALL)}, got arch {self.arch!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("train: device must be usable, got 'cuda' where torch.cuda.is_available() is False")
+        if self.device == "cuda" and self.devices > torch.cuda.device_count():
+            raise ValueError(f"train: devices must not exceed this machine's {torch.cuda.device_count()}, got {self.devices}")
+        if self.device == "cpu" and self.precision == "16-mixed":
+            raise ValueError("train: precision must not be 16-mixed on the CPU: use bf16-mixed")
 
-    def criterion(self) -> SIBLoss:
-        """A new S-IB criterion with these settings. Errors: as :class:`sib_fast.SIBLoss`."""
-        return SIBLoss(
-            self.lambda_fg,
-            self.lambda_bg,
-            estimator=self.estimator,
-            background=self.background,
-            objective=self.objective,
-            window_size=self.window_size,
-            backend=self.backend,
-        )
+    @classmethod
+    def from_flat(cls, settings: dict[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`flat`; what is left out has its default."""
+        own, sib = ({f.name for f in dataclasses.fields(c)} for c in (cls, SIBOptions))
+        options = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if name != "method"
+        }
+        plain = settings.get("method", "sib") == "plain"
+        chosen = None if plain else SIBOptions(**{name: value for name, value in options.items() if name in sib})
+        return cls(**{name: value for name, value in options.items() if name in own}, sib=chosen)
 
-    def settings(self) -> dict[str, Any]:
-        """The fields as JSON keeps them."""
-        return dataclasses.asdict(self) | {"seeds": list(self.seeds), "out": str(self.out)}
+    def flat(self) -> dict[str, Any]:
+        """Method, fields and S-IB options as JSON keeps them."""
+        fields = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items() if name != "sib"}
+        flat = {"method": "plain" if self.sib is None else "sib", **fields, **(vars(self.sib) if self.sib else {})}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def criterion(self) -> nn.Module:
+        """A new criterion, not attached. Errors: as :class:`sib_fast.SIBLoss`."""
+        if self.sib is None:
+            return nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
+        return self.sib.criterion(self.label_smoothing, self.accumulate)
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimiser steps, all of the same number of images; what is left over takes part in another epoch's order."""
+        return images // self.devices // self.batch_size // self.accumulate
+
+    def open(self, split: str) -> LabelledImages:
+        """Errors: as :func:`sib_fast.lab.datasets.open_dataset`."""
+        from sib_fast.lab.datasets import open_dataset
+
+        options: dict[str, Any] = {}
+        if self.data == "digits":
+            size = self.train_size if split == "train" else self.test_size
+            options = {"size": size, "correlation": self.correlation, "seed": self.seed}
+        augment = self.augment and split == "train"
+        return open_dataset(self.data, self.root, split, image_size=self.image_size, augment=augment, **options)
 
 
-def run(config: TrainConfig, console: Console | None = None) -> Results:
-    """Train, evaluate, time and draw; everything lands in ``config.out``.
+# ---- a run ----------------------------------------------------------------------------------------------------------
 
-    A finished network is on disk (``results.json``, ``results.csv``, ``networks/*.pt``) before the next one starts. On
-    an interrupt or an error the folder says so and the console lists what it holds; ``resume=True`` goes on from there.
 
-    Errors:  ValueError for settings that do not fit each other or the run to be resumed; ImportError without the lab
-             extra; KeyboardInterrupt when the user interrupts.
+def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> NetworkSpec:
+    """Train; ``config.out`` then holds ``network.pt``, ``best.pt``, ``logs/``, ``checkpoints/last.ckpt``, ``settings.json``.
+
+    All of it is there, for what has been trained so far, after every epoch. ``resume=True`` goes on after the last finished
+    epoch; on the CPU the result then has the bits of a run that was never interrupted.
+
+    Returns: what ``network.pt`` says about itself; ``training["val_accuracy"]`` among it.
+    Errors:  ValueError for settings that do not fit each other, the data or the run to be resumed, before any training;
+             FileNotFoundError for missing data; ImportError without the lab extra; OSError when the disk is full;
+             KeyboardInterrupt when the user interrupts.
     """
     console = console or _console()
-    backend = _check_sib_options(config)
     with _threads(config.threads):
-        results = _start(config, console, environment(torch.get_num_threads(), config.device, backend))
-        results.save()
+        backend = _check_backend(config)
+        train, val = _open_data(config)
+        spec = _spec(config, train)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = spec.build()
+            _rehearse(config, model)
+        from lightning.pytorch.utilities import rank_zero_only
+
+        from sib_fast.lab.recipe import CHECKPOINT, LOG, train_network
+
+        main_process = rank_zero_only.rank == 0  # Lightning starts this function once more for every further device
+        if main_process:
+            _claim_folder(config, resume, backend)
+            if config.progress:
+                method = "plain" if config.sib is None else "S-IB"
+                console.print(f"{method} {config.arch} on {config.data}, {len(train)} images, {config.epochs} epochs …")
+        go_on = resume and (config.out / CHECKPOINT).is_file()
         try:
-            for seed in config.seeds:
-                _train_seed(config, seed, results, console)
-            if config.timing_steps:
-                console.print("timing one training step of each method …")
-                results.step_seconds = time_steps(config)
-            results.panel = _draw(config, results)
-            results.status = "complete"
-            results.save()
+            train_network(config, spec, model, config.criterion(), train, val, go_on)
         except BaseException as error:
-            results.status = "interrupted"
-            results.save()
-            _explain_interruption(config, results, error, console)
+            if main_process:
+                _explain_interruption(config, error, console)
             raise
-    for table in tables(results):
-        console.print(table)
-    console.print(f"picture: {config.out / results.panel}", soft_wrap=True)
-    console.print(f"numbers: {config.out / 'results.json'}, {config.out / 'results.csv'}", soft_wrap=True)
-    return results
+    spec, _ = load_network(config.out / "network.pt")
+    if main_process:
+        accuracy = spec.training["val_accuracy"]
+        console.print(f"validation accuracy {accuracy:.4f}; network: {config.out / 'network.pt'}", soft_wrap=True)
+        console.print(f"best epoch's: {config.out / 'best.pt'}; log: {config.out / LOG}", soft_wrap=True)
+    return spec
 
 
 def _console() -> Console:
     try:
+        import lightning  # noqa: F401
+        import tensorboard  # noqa: F401
         from rich.console import Console
     except ImportError as error:
         raise ImportError(f"train: needs the lab extra, got {error}; pip install 'sib_fast[lab]'") from error
@@ -186,263 +337,231 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_sib_options(config: TrainConfig) -> str:
-    """A bad S-IB option must not surface after the plain network has been trained. Returns the backend that will run."""
-    criterion = config.criterion()
+def _check_backend(config: TrainConfig) -> str:
+    """The backend that will run the S-IB ops. Errors: ValueError for one that cannot, or for what SIBLoss refuses."""
+    if config.sib is None:
+        return "none"
+    criterion = config.sib.criterion()
     smallest = max(getattr(role, "minimum_batch", 1) for role in (criterion.estimator, criterion.background))
-    if config.which != "plain" and config.batch_size < smallest:
+    if config.batch_size < smallest:
         raise ValueError(f"train: batch_size must be at least {smallest} for S-IB, got {config.batch_size}")
+    if config.sib.gather and config.devices == 1:
+        raise ValueError("train: gather must come with more than one device, got devices 1")
     try:
-        return resolve("train", config.backend, torch.device(config.device), MASK_KERNELS)
+        return resolve("train", config.sib.backend, torch.device(config.device), MASK_KERNELS)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 
 
-def _start(config: TrainConfig, console: Console, environment: dict[str, Any]) -> Results:
-    for folder in ("networks", "logs"):
-        (config.out / folder).mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        (config.out / "panel.png").unlink(missing_ok=True)  # a new run's numbers beside an old one's picture mislead
-        return Results(config.out, config.settings(), environment)
-    try:
-        results = Results.load(config.out)
-    except FileNotFoundError as error:
-        raise ValueError(f"train: resume needs an earlier run in {config.out}, got no results.json there") from error
-    settings = config.settings()
-    for name in settings.keys() - _FREE_TO_CHANGE:
-        if results.config.get(name) != settings[name]:
-            raise ValueError(
-                f"train: resume needs the earlier run's settings, {name} {results.config.get(name)!r}, got {settings[name]!r}"
-            )
-    wanted = [(method, seed) for seed in config.seeds for method in _METHODS[config.which]]
-    results.networks = [n for n in results.networks if (n.method, n.seed) in wanted]
-    results.config, results.environment = settings, environment
-    results.status, results.step_seconds, results.panel = "running", {}, None
-    for network in results.networks:
-        console.print(f"{LABELS[network.method]}, seed {network.seed}: kept from the earlier run")
-    return results
-
-
-def _train_seed(config: TrainConfig, seed: int, results: Results, console: Console) -> None:
-    methods = [m for m in _METHODS[config.which] if results.network(m, seed) is None]
-    if not methods:
-        return
-    common = {"image_size": config.image_size, "seed": seed}
-    train = EmbeddedDigits("train", config.train_size, correlation=config.correlation, **common)
-    same = EmbeddedDigits("test", config.test_size, correlation=config.correlation, **common)
-    shifted = EmbeddedDigits("test", config.test_size, correlation=0.0, **common)
-    for method in methods:
-        console.print(f"{LABELS[method]}, seed {seed}: training for {config.epochs} epochs …")
-        network = _train_network(config, method, seed, train, same, shifted)
-        results.networks.append(network)
-        results.save()
-        console.print(
-            f"{LABELS[method]}, seed {seed}: accuracy {network.accuracy_in_distribution:.3f}, "
-            f"shifted {network.accuracy_shifted:.3f}, gradient inside the object {network.inside_share:.3f}, "
-            f"{network.train_seconds:.0f} s"
+def _open_data(config: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
+    if config.data != "digits":
+        for name in _DIGITS_ONLY:
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise ValueError(f"train: {name} must come with data digits, got data {config.data!r}")
+    elif config.augment:
+        raise ValueError("train: augment must not be given with data digits, whose images are random compositions")
+    train, val = (config.open(split) for split in ("train", "test"))
+    if config.sib is not None and config.sib.true_masks and not train.has_masks:
+        raise ValueError(f"train: true_masks must come with data that has masks, got data {config.data!r}")
+    if config.steps_per_epoch(len(train)) < 1:
+        needed = f"{config.batch_size} x {config.accumulate} x {config.devices}"
+        raise ValueError(
+            f"train: batch_size x accumulate x devices must not exceed the {len(train)} training images, got {needed}"
         )
+    return train, val
 
 
-def _new_network(config: TrainConfig, seed: int) -> SmallConvNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SmallConvNet(width=config.width)
+def _spec(config: TrainConfig, data: LabelledImages) -> NetworkSpec:
+    options: dict[str, Any] = {} if config.width is None else {"width": config.width}
+    if config.arch in ("googlenet", "inception_v3"):
+        # their training mode returns a tuple for the auxiliary losses; init_weights unset would warn
+        options = {"aux_logits": False, "init_weights": True}
+    if config.arch.startswith("vit_"):
+        options = {"image_size": config.image_size}
+    mean, std = data.mean, data.std
+    if config.normalise is not None:
+        mean, std = ((float(v),) * 3 for v in config.normalise)
+    # notes are strings and numbers
+    notes = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in config.flat().items()
+        if value is not None
+    }
+    return NetworkSpec(config.arch, tuple(data.classes), config.image_size, mean, std, options, notes)
 
 
-def _train_network(
-    config: TrainConfig,
-    method: str,
-    seed: int,
-    train: EmbeddedDigits,
-    same: EmbeddedDigits,
-    shifted: EmbeddedDigits,
-) -> NetworkResult:
-    from sib_fast.lab.recipe import fit
-
-    model = _new_network(config, seed)
-    name = f"{method}-seed{seed}"
-    criterion = config.criterion().attach(model) if method == "sib" else nn.CrossEntropyLoss()
-    steps, seconds, terms = fit(
-        model,
-        criterion,
-        train,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        seed=seed,
-        device=config.device,
-        log_folder=config.out / "logs" / name,
-        progress=config.progress,
-    )
-    model.to(config.device)
-    weights = Path("networks") / f"{name}.pt"
-    _save_weights(model, config.out / weights)
-    shares = inside_share(gradient_map(model, shifted.images), shifted.masks)
-    return NetworkResult(
-        method=method,
-        seed=seed,
-        accuracy_in_distribution=accuracy(model, same),
-        accuracy_shifted=accuracy(model, shifted),
-        inside_share_in_distribution=float(inside_share(gradient_map(model, same.images), same.masks).nanmean()),
-        inside_share=float(shares.nanmean()),
-        zero_gradients=int(shares.isnan().sum()),
-        mask_area=float(shifted.masks.double().mean()),
-        steps=steps,
-        train_seconds=seconds,
-        terms=terms,
-        weights=str(weights),
-        log=str(Path("logs") / name / "metrics.csv"),
-    )
+def _rehearse(config: TrainConfig, model: nn.Module) -> None:
+    """A loss of a copy, on noise: what does not fit the network says so now, not after a data set has been read for hours."""
+    if config.sib is not None:  # the processes whose images could be gathered do not exist yet
+        config = dataclasses.replace(config, sib=dataclasses.replace(config.sib, gather=False))
+    probe, criterion = copy.deepcopy(model).train(), config.criterion()
+    count = max(2, *(getattr(getattr(criterion, role, None), "minimum_batch", 2) for role in ("estimator", "background")))
+    x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)
+    try:
+        if config.sib is not None:
+            criterion.attach(probe, config.sib.layer)
+        criterion(probe(x), target)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"train: arch must take S-IB or plain steps at image_size {config.image_size}, got {reason}") from error
 
 
-def _save_weights(model: nn.Module, path: Path) -> None:
-    import io
-
-    content = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, content)
-    write_atomically(path, content.getvalue())
-
-
-def load_network(results: Results, network: NetworkResult) -> SmallConvNet:
-    """A trained network of a run, on the CPU, in eval mode."""
-    model = SmallConvNet(width=results.config["width"])
-    model.load_state_dict(torch.load(results.out / network.weights, weights_only=True))
-    return model.eval()
-
-
-def _draw(config: TrainConfig, results: Results) -> str:
-    seed = config.seeds[0]
-    shifted = EmbeddedDigits("test", config.test_size, correlation=0.0, image_size=config.image_size, seed=seed)
-    # the first image of every class, not chosen by eye
-    first = [int((shifted.labels == k).nonzero()[0]) for k in shifted.labels.unique()][:_PANEL_IMAGES]
-    images = shifted.images[first]
-    gradients = {}
-    for method in _METHODS[config.which]:
-        network = results.network(method, seed)
-        assert network is not None
-        gradients[method] = gradient_map(load_network(results, network), images)
-    save_panel(config.out / "panel.png", images, shifted.masks[first], shifted.labels[first], gradients)
-    return "panel.png"
-
-
-def time_steps(config: TrainConfig) -> dict[str, float]:
-    """Median seconds of one optimiser step per method, on one batch, the methods taking turns.
-
-    ``naive`` is timed only where the naive head computes the same loss: background ``"variance"``, estimator
-    ``"hsic_biased"``. Neither Lightning nor data loading is in these numbers.
-    """
-    data = EmbeddedDigits("train", config.batch_size, image_size=config.image_size, seed=config.seeds[0])
-    images, labels = data.images.to(config.device), data.labels.to(config.device)
-    steps = {"plain": _step(config, lambda logits, x: F.cross_entropy(logits, labels), images)}
-    if config.which != "plain":
-        if (config.background, config.estimator) == ("variance", "hsic_biased"):
-
-            def naive(logits: Tensor, x: Tensor) -> Tensor:
-                return naive_sib_loss(
-                    logits,
-                    labels,
-                    x,
-                    lambda_fg=config.lambda_fg,
-                    lambda_bg=config.lambda_bg,
-                    window_size=config.window_size,
-                    objective=config.objective,
+def _claim_folder(config: TrainConfig, resume: bool, backend: str) -> None:
+    path, settings = config.out / _SETTINGS, config.flat()
+    if resume:
+        earlier = stored_settings(config.out)
+        free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "constant" else set())
+        for name in ["method", *sorted((earlier.keys() | settings.keys()) - free)]:
+            if earlier.get(name) != settings.get(name):
+                raise ValueError(
+                    f"train: resume needs the earlier run's settings, {name} {earlier.get(name)!r}, got {settings.get(name)!r}"
                 )
-
-            steps["naive"] = _step(config, naive, images, input_gradient=True)
-        criterion = config.criterion()
-        steps["sib"] = _step(config, lambda logits, x: criterion(logits, labels, x), images, input_gradient=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(_WARM_UP_STEPS + config.timing_steps):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if config.device == "cuda":
-                torch.cuda.synchronize()
-            if i >= _WARM_UP_STEPS:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        for partial in config.out.rglob(".*.partial"):  # of a process that was killed as it wrote
+            partial.unlink()
+    elif path.exists():
+        raise ValueError(f"train: out must be a new folder, got {config.out}, which holds a run: --resume goes on with it")
+    config.out.mkdir(parents=True, exist_ok=True)
+    where = environment(torch.get_num_threads(), config.device, backend)
+    document = {"format": _FORMAT, "settings": settings, "environment": where}
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
-def _step(
-    config: TrainConfig, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, input_gradient: bool = False
-) -> Callable[[], None]:
-    model = _new_network(config, config.seeds[0]).to(config.device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-    def step() -> None:
-        optimiser.zero_grad()
-        x = images.detach().requires_grad_(input_gradient)
-        loss(model(x), x).backward(inputs=list(model.parameters()))
-        optimiser.step()
-
-    return step
+def stored_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as :meth:`TrainConfig.flat` has them. Errors: ValueError where there is none."""
+    try:
+        document = json.loads((out / _SETTINGS).read_text())
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        return document["settings"]
+    except FileNotFoundError as error:
+        raise ValueError(f"train: resume needs an earlier run in {out}, got no {_SETTINGS} there") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"train: {out / _SETTINGS} must be written by this version, got {error}") from error
 
 
-def _explain_interruption(config: TrainConfig, results: Results, error: BaseException, console: Console) -> None:
-    done = [f"{LABELS[n.method]} seed {n.seed}" for n in results.networks]
-    missing = [
-        f"{LABELS[method]} seed {seed}"
-        for seed in config.seeds
-        for method in _METHODS[config.which]
-        if results.network(method, seed) is None
-    ]
+def _explain_interruption(config: TrainConfig, error: BaseException, console: Console) -> None:
+    from sib_fast.lab.recipe import CHECKPOINT
+
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped by {type(error).__name__}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "stopped by a full disk"
+    finished = (config.out / CHECKPOINT).is_file()
+    holds = "the network and the checkpoint of the latest finished epoch" if finished else "no finished epoch yet"
     console.print(
-        f"train: {reason}. {config.out} holds {', '.join(done) or 'no finished network'}"
-        + (f"; missing: {', '.join(missing)}" if missing else "; missing: timing and picture")
-        + ". The same command with --resume goes on from there.",
+        f"train: {reason}. {config.out} holds {holds}; sib-fast train --resume --out {config.out} goes on from there.",
         soft_wrap=True,
     )
 
 
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``sib-fast train``; their defaults are :class:`TrainConfig`'s."""
-    default = TrainConfig()
+    """Add the options of ``sib-fast train``. One that is not given is absent from the result, so that recipes can tell."""
+    own = parser.add_argument_group("network and data")
+    training = parser.add_argument_group("training")
+    machine = parser.add_argument_group("machine")
+    sib = parser.add_argument_group("S-IB (see sib_fast.SIBLoss)")
+    defaults = vars(TrainConfig()) | vars(SIBOptions())
 
-    def option(flag: str, text: str, **kwargs: Any) -> None:
-        value = getattr(default, flag[2:].replace("-", "_"))
+    def option(group: Any, name: str, text: str, kind: Any = None, **kwargs: Any) -> None:
+        value = defaults[name]
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        parser.add_argument(flag, default=value, help=f"{text} (default: {shown})", **kwargs)
+        if isinstance(value, bool):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs |= {"type": kind, "metavar": kwargs.get("metavar", name.rpartition("_")[2].upper())}
+        text += "" if value is None or isinstance(value, bool) else f" (default: {shown})"
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS, help=text, **kwargs)
 
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--plain", dest="which", action="store_const", const="plain", help="train plain networks only")
-    which.add_argument("--sib", dest="which", action="store_const", const="sib", help="train S-IB networks only")
-    parser.set_defaults(which=default.which)
-    option("--out", "folder for results, weights, logs and the picture", type=Path, metavar="FOLDER")
-    option("--seeds", "one network of each kind per seed", type=int, nargs="+", metavar="SEED")
-    option("--epochs", "passes over the training images", type=int, metavar="N")
-    option("--batch-size", "images per step", type=int, metavar="N")
-    option("--lr", "peak learning rate", type=float, metavar="RATE")
-    option("--weight-decay", "AdamW's", type=float, metavar="RATE")
-    option("--lambda-fg", "weight of the foreground term", type=float, metavar="WEIGHT")
-    option("--lambda-bg", "weight of the background term", type=float, metavar="WEIGHT")
-    option("--window-size", "side of the mask's density window, odd", type=int, metavar="PIXELS")
-    option("--estimator", "dependence estimator of the foreground term", metavar="NAME")
-    option("--background", "background term: variance, hsic or relative_variance", metavar="NAME")
-    option("--objective", "exp, expm1 or linear", metavar="NAME")
-    option("--backend", "of the ops: auto, reference or cpu", metavar="NAME")
-    option("--train-size", "training images", type=int, metavar="N")
-    option("--test-size", "images of each test set", type=int, metavar="N")
-    option("--image-size", "height and width of the images", type=int, metavar="PIXELS")
-    option("--correlation", "excess probability of the class's own background in training", type=float, metavar="P")
-    option("--width", "channels of the network's first layer", type=int, metavar="N")
-    option("--threads", "torch threads", type=int, metavar="N")
-    option("--device", "cpu or cuda", metavar="NAME")
-    option("--timing-steps", "steps to time every method for, 0 for none", type=int, metavar="N")
-    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
-    parser.add_argument("--resume", action="store_true", help="keep the networks an interrupted run left in the folder")
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument("--sib", dest="method", action="store_const", const="sib", help="S-IB training (the default)")
+    method.add_argument("--plain", dest="method", action="store_const", const="plain", help="plain training")
+    parser.set_defaults(method=None)
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="named settings, which options override (default: digits with data digits, else none)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder; it has its settings there")
+    option(parser, "out", "folder for network, logs and checkpoint", Path, metavar="FOLDER")
+
+    option(own, "data", "digits, folder, pets, voc, dogs or cub", str, metavar="NAME")
+    option(own, "root", "folder of the data, docs/data.md", Path, metavar="FOLDER")
+    option(own, "arch", f"{', '.join(SMALL)} or a classification network of torchvision", str, metavar="NAME")
+    option(own, "width", "channels of the first layer of a small architecture", int)
+    option(own, "image_size", "height and width of the images", int)
+    option(own, "normalise", "of every channel, in the place of the data's own", float, nargs=2, metavar=("MEAN", "STD"))
+    option(own, "augment", "random crops and flips")
+    option(own, "train_size", "training images of digits", int)
+    option(own, "test_size", "test images of digits", int)
+    option(own, "correlation", "excess probability of a digit class's own background", float)
+
+    option(training, "epochs", "passes over the training images", int)
+    option(training, "batch_size", "images per step and device", int)
+    option(training, "accumulate", "batches that make one step", int)
+    option(training, "lr", "AdamW's learning rate, the schedule's peak", float)
+    option(training, "weight_decay", "AdamW's", float)
+    option(training, "label_smoothing", "of the cross entropy", float)
+    option(training, "schedule", ", ".join(SCHEDULES), str, metavar="NAME")
+    option(training, "warm_up_epochs", "of schedule cosine", float)
+    option(training, "ema", "decay of a moving average of the weights", float)
+    option(training, "seed", "of everything random", int)
+
+    option(machine, "precision", ", ".join(PRECISIONS), str, metavar="NAME")
+    option(machine, "device", "auto, cpu or cuda", str, metavar="NAME")
+    option(machine, "devices", "processes, each with a device", int)
+    option(machine, "strategy", f"how Lightning starts them: {', '.join(STRATEGIES)}", str, metavar="NAME")
+    option(machine, "workers", "processes that load images, per device", int)
+    option(machine, "threads", "torch threads", int)
+    option(machine, "progress", "progress bars")
+
+    option(sib, "lambda_fg", "weight of the foreground term", float)
+    option(sib, "lambda_bg", "weight of the background term", float)
+    option(sib, "scalar", "that the VJP is taken of", str)
+    option(sib, "estimator", "dependence estimator of the foreground term", str)
+    option(sib, "background", "background term: variance, hsic or relative_variance", str)
+    option(sib, "objective", "exp, expm1 or linear", str)
+    option(sib, "mask", "how the mask is made of the VJP", str)
+    option(sib, "true_masks", "the data's masks in its place")
+    option(sib, "window_size", "side of the mask's density window, odd", int)
+    option(sib, "temperature", "of the mask's soft quantiles", float)
+    option(sib, "slope", "of the mask's sigmoids", float)
+    option(sib, "quantiles", "of the mask", float, nargs=4, metavar=("LO", "HI", "GATE", "AREA"))
+    option(sib, "vjp_scale", "power of two, for 16-mixed", float)
+    option(sib, "gather", "statistics over the images of all devices")
+    option(sib, "backend", "of the ops: auto, reference, triton, cuda or cpu", str, metavar="NAME")
+    option(sib, "every", "S-IB at every k-th step only", int)
+    option(sib, "every_weight", "sum or mean", str)
+    option(sib, "layer", "take the VJP at this layer's output", str, metavar="NAME")
+    option(sib, "prepare", "the package's layers, whose second derivative is faster")
+
+
+def settings(args: argparse.Namespace) -> TrainConfig:
+    """Of a parsed command line. Errors: ValueError for options that contradict each other or a resumed run."""
+    given = {name: value for name, value in vars(args).items() if name in _NAMES and value is not None}
+    base = stored_settings(given.get("out", TrainConfig.out)) if args.resume else {}
+    if (base | given).get("method") == "plain":
+        for field in dataclasses.fields(SIBOptions):
+            if field.name in given:
+                raise ValueError(f"train: {field.name} must not be given for plain training, got {given[field.name]!r}")
+    recipe = args.recipe
+    if recipe is None and not args.resume and given.get("data", "digits") == "digits":
+        recipe = "digits"
+    return TrainConfig.from_flat(base | RECIPES.get(recipe, {}) | given)
+
+
+_NAMES = {"method"} | {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c) if f.name != "sib"}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run with the options of :func:`add_arguments`. Returns 0, 2 for a bad option, 130 after an interrupt."""
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    """Run with the options of :func:`add_arguments`. Returns 0, 2 for bad options, 1 for a full disk, 130 if interrupted."""
     try:
-        config = TrainConfig(**{name: getattr(args, name) for name in names})
-        run(config)
-    except (ValueError, ImportError) as error:
+        run(settings(args), resume=args.resume)
+    except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"sib-fast train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"sib-fast train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

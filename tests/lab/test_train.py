@@ -1,333 +1,527 @@
-"""A whole run in a few steps: files, numbers that can be computed again, interruption and resumption, options."""
+"""Training one network: what lands in the folder, resuming after a kill, averaging, several processes, options."""
 
 import argparse
 import csv
 import dataclasses
+import errno
+import inspect
 import io
 import json
+import math
+import os
+import pickle
 import signal
-import statistics
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("lightning")
+pytest.importorskip("torchvision")
+pytest.importorskip("tensorboard")
 from rich.console import Console
 
+from sib_fast import SIBLoss
 from sib_fast.lab import recipe, train
 from sib_fast.lab.data import EmbeddedDigits
-from sib_fast.lab.evaluate import accuracy, gradient_map, inside_share
-from sib_fast.lab.report import paired_differences, save_panel, summary, tables
-from sib_fast.lab.results import Results, commit, write_atomically
-from sib_fast.lab.train import TrainConfig, add_arguments, load_network, main, run, time_steps
+from sib_fast.lab.models import SmallConvNet
+from sib_fast.lab.networks import load_network
+from sib_fast.lab.train import SIBOptions, TrainConfig, add_arguments, main, run, settings
 
 TINY = {
-    "epochs": 2,
-    "batch_size": 16,
-    "train_size": 48,
-    "test_size": 24,
+    "arch": "small_conv_net",
     "width": 4,
-    "seeds": (0, 1),
-    "timing_steps": 2,
-    "progress": False,
+    "image_size": 32,
+    "epochs": 2,
+    "batch_size": 8,
+    "train_size": 24,
+    "test_size": 13,
+    "seed": 1,
     "threads": 1,
+    "device": "cpu",
+    "progress": False,
 }
+SIB = SIBOptions(lambda_fg=1.0, lambda_bg=1e5, window_size=7, objective="expm1")
 
 
 def quiet_console() -> Console:
-    return Console(file=io.StringIO(), width=160, highlight=False)
+    return Console(file=io.StringIO(), width=200, highlight=False)
 
 
-def read_csv(path) -> list[dict[str, str]]:
-    with path.open() as file:
+def train_one(out, *, resume=False, **options):
+    return run(TrainConfig(**TINY | {"sib": SIB} | options, out=out), resume=resume, console=quiet_console())
+
+
+def read_log(out) -> list[dict[str, str]]:
+    with (out / recipe.LOG).open() as file:
         return list(csv.DictReader(file))
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_network(path)[1].state_dict()
+
+
+def assert_same_network(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def accuracy_of(path, config: TrainConfig) -> float:
+    model, data = load_network(path)[1], config.open("test")
+    return sum(
+        int(model(image[None]).argmax()) == int(label) for image, label, _ in map(data.__getitem__, range(len(data)))
+    ) / len(data)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run of four small networks, and what it printed."""
+    out = tmp_path_factory.mktemp("train") / "run"
     console = quiet_console()
-    results = run(TrainConfig(**TINY, out=tmp_path_factory.mktemp("run")), console)
-    return results, console.file.getvalue()
+    spec = run(TrainConfig(**TINY, sib=SIB, out=out), console=console)
+    return out, spec, console.file.getvalue()
 
 
-def test_run_leaves_exactly_the_promised_files(finished):
-    results, _ = finished
-    names = ("plain-seed0", "sib-seed0", "plain-seed1", "sib-seed1")
-    expected = {f"networks/{name}.pt" for name in names} | {f"logs/{name}/metrics.csv" for name in names}
-    expected |= {"results.json", "results.csv", "panel.png"}
-    found = {str(p.relative_to(results.out)) for p in results.out.rglob("*") if p.is_file()}
-    assert found == expected
-    assert results.status == "complete"
-    assert [(n.method, n.seed) for n in results.networks] == [("plain", 0), ("sib", 0), ("plain", 1), ("sib", 1)]
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Two classes of noise images, one brighter."""
+    from PIL import Image
+
+    root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    for split, count in (("train", 9), ("val", 4)):
+        for k, name in enumerate(("dark", "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 128, (40, 44, 3), generator=generator, dtype=torch.uint8) + 127 * k
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return root
 
 
-def test_reported_numbers_can_be_computed_again_from_the_files(finished):
-    results = Results.load(finished[0].out)
-    assert results.networks == finished[0].networks
-    for network in results.networks:
-        model = load_network(results, network)
-        same, shifted = (EmbeddedDigits("test", TINY["test_size"], correlation=c, seed=network.seed) for c in (0.4, 0.0))
-        assert network.accuracy_in_distribution == accuracy(model, same)
-        assert network.accuracy_shifted == accuracy(model, shifted)
-        assert network.mask_area == shifted.masks.double().mean().item()
-        for data, reported in ((same, network.inside_share_in_distribution), (shifted, network.inside_share)):
-            assert reported == pytest.approx(np.nanmean(independent_shares(model, data)), rel=1e-4)
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
 
 
-def independent_shares(model, data):
-    """The metric with autograd on the energy itself, in float64, and numpy for the rest."""
-    model = model.double().eval()
-    x = data.images.double().requires_grad_()
-    energy = 0.5 * model(x).softmax(dim=1).square().sum()
-    gradient = torch.autograd.grad(energy, x)[0].numpy()
-    model.float()
-    magnitude = np.abs(gradient.mean(axis=1))
-    inside = np.where(data.masks[:, 0].numpy(), magnitude, 0.0)
-    return inside.sum(axis=(1, 2)) / magnitude.sum(axis=(1, 2))
+def test_a_run_leaves_exactly_the_promised_files(finished):
+    out, _, printed = finished
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    events = {name for name in files if "tfevents" in name}
+    assert len(events) == 1
+    expected = {"network.pt", "best.pt", "settings.json", "checkpoints/last.ckpt", "logs/metrics.csv"}
+    assert files - events == expected | {"logs/tensorboard/hparams.yaml"}
+    assert str(out / "network.pt") in printed
+    assert f"validation accuracy {accuracy_of(out / 'network.pt', TrainConfig(**TINY)):.4f}" in printed
 
 
-def test_table_shows_the_mean_and_spread_of_the_networks(finished):
-    results, printed = finished
-    for quantity in ("accuracy_in_distribution", "accuracy_shifted", "inside_share"):
-        plain = [n for n in results.networks if n.method == "plain"]
-        sib = [n for n in results.networks if n.method == "sib"]
-        for group in (plain, sib):
-            values = [getattr(n, quantity) for n in group]
-            assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in printed
-        differences = [getattr(s, quantity) - getattr(p, quantity) for p, s in zip(plain, sib, strict=True)]
-        assert paired_differences(results, quantity) == differences
-        assert f"{np.mean(differences):+.3f}" in printed
-    for seconds in results.step_seconds.values():
-        assert f"{seconds:.4f}" in printed
-    assert str(results.out / "panel.png") in printed
+def test_the_network_file_says_how_it_was_trained_and_is_what_was_validated(finished):
+    out, spec, _ = finished
+    loaded, _ = load_network(out / "network.pt")
+    assert loaded == spec
+    assert (loaded.arch, loaded.options, loaded.image_size) == ("small_conv_net", {"width": 4}, 32)
+    assert loaded.classes == tuple("0123456789")
+    assert (loaded.mean, loaded.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert (loaded.training["method"], loaded.training["lambda_bg"], loaded.training["epoch"]) == ("sib", 1e5, 1)
+    log = read_log(out)
+    assert (
+        float(log[-1]["val_accuracy"]) == loaded.training["val_accuracy"] == accuracy_of(out / "network.pt", TrainConfig(**TINY))
+    )
+    best = max(log, key=lambda row: float(row["val_accuracy"]))
+    assert load_network(out / "best.pt")[0].training["epoch"] == int(best["epoch"])
+    assert accuracy_of(out / "best.pt", TrainConfig(**TINY)) == float(best["val_accuracy"])
 
 
-def test_csv_and_json_hold_the_same_numbers_with_settings_and_versions(finished):
-    results, _ = finished
-    document = json.loads((results.out / "results.json").read_text())
-    rows = read_csv(results.out / "results.csv")
-    assert len(rows) == len(document["networks"]) == 4
-    for row, network in zip(rows, document["networks"], strict=True):
-        assert row["method"] == network["method"]
-        for name in ("seed", "accuracy_shifted", "inside_share", "mask_area", "train_seconds"):
-            assert float(row[name]) == network[name]
-        for name, value in network["terms"].items():
-            assert float(row[f"term_{name}"]) == value
-        assert float(row["step_seconds_sib"]) == document["step_seconds"]["sib"]
-        assert float(row["config_lambda_bg"]) == TrainConfig().lambda_bg
-        assert row["environment_torch"] == document["environment"]["torch"]
-    assert set(document["step_seconds"]) == {"plain", "naive", "sib"}
-    assert document["environment"]["commit"] == commit()
-    assert document["environment"]["backend"] in ("cpu", "reference")
+def test_every_term_is_logged_and_the_terms_make_up_the_loss(finished):
+    log = read_log(finished[0])
+    assert [(int(row["epoch"]), int(row["step"])) for row in log] == [(0, 3), (1, 6)]
+    for row in log:
+        assert row.keys() >= {"mask_area", "train_accuracy", "val_loss", "val_accuracy", "lr"}
+        value = {name: float(text) for name, text in row.items()}
+        terms = SIB.lambda_bg * math.expm1(value["background"]) + SIB.lambda_fg * math.expm1(-value["foreground"])
+        assert value["loss"] == pytest.approx(value["base"] + terms, rel=1e-3)
+        assert (value["train_accuracy"] * 24) % 1 == 0
+        assert (value["val_accuracy"] * 13) % 1 == 0
 
 
-def test_every_term_of_the_criterion_is_logged_for_every_epoch(finished):
-    results, _ = finished
-    sib, plain = results.network("sib", 0), results.network("plain", 0)
-    assert set(sib.terms) >= {"loss", "base", "foreground", "background", "mask_area"}
-    assert "loss" in plain.terms
-    log = read_csv(results.out / sib.log)
-    assert [int(row["epoch"]) for row in log] == [0, 1]
-    for name in ("loss", "base", "foreground", "background", "mask_area"):
-        assert float(log[-1][name]) == pytest.approx(sib.terms[name])
-    # the logged terms make up the logged loss: objective expm1
-    last = sib.terms
-    config = TrainConfig()
-    expected = last["base"] + config.lambda_bg * np.expm1(last["background"])
-    expected += config.lambda_fg * np.expm1(-last["foreground"])
-    assert last["loss"] == pytest.approx(expected, rel=1e-3)
+def tensorboard_scalars(out) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "logs" / "tensorboard")).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_panel_is_a_picture_of_some_size(finished):
-    import matplotlib.image
-
-    picture = matplotlib.image.imread(finished[0].out / "panel.png")
-    assert picture.shape[0] > 300
-    assert picture.shape[1] > 900
-    assert picture[..., :3].std() > 0.1
+def assert_tensorboard_has_the_csv(out):
+    log, scalars = read_log(out), tensorboard_scalars(out)
+    assert scalars.keys() == log[0].keys() - {"step"}
+    for name, points in scalars.items():
+        assert points == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-6)) for row in log if row[name]]
 
 
-def test_panel_of_zero_maps_and_of_one_image(tmp_path):
-    data = EmbeddedDigits("test", 1, seed=0)
-    save_panel(tmp_path / "p.png", data.images, data.masks, data.labels, {"sib": torch.zeros(1, 1, 32, 32)})
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+def test_tensorboard_has_the_same_log(finished):
+    assert_tensorboard_has_the_csv(finished[0])
 
 
-def test_equal_settings_give_equal_networks(finished, tmp_path):
-    results, _ = finished
-    again = run(TrainConfig(**TINY | {"seeds": (1,), "timing_steps": 0}, out=tmp_path), quiet_console())
-    assert again.step_seconds == {}
-    for method in ("plain", "sib"):
-        first, second = (load_network(r, r.network(method, 1)).state_dict() for r in (results, again))
-        for name in first:
-            assert torch.equal(first[name], second[name]), (method, name)
+def test_weights_zero_train_as_plain_training_bit_for_bit(tmp_path):
+    zero = dataclasses.replace(SIB, lambda_fg=0.0, lambda_bg=0.0, prepare=False)
+    for name, sib in (("plain", None), ("zero", zero), ("sib", SIB)):
+        train_one(tmp_path / name, sib=sib, epochs=1)
+    assert_same_network(tmp_path / "plain" / "network.pt", tmp_path / "zero" / "network.pt")
+    with pytest.raises(AssertionError):
+        assert_same_network(tmp_path / "sib" / "network.pt", tmp_path / "zero" / "network.pt")
 
 
-def test_sib_training_changes_the_network(finished):
-    results, _ = finished
-    plain, sib = (load_network(results, results.network(m, 0)) for m in ("plain", "sib"))
-    assert not torch.equal(plain.classifier.weight, sib.classifier.weight)
+def test_true_masks_are_the_masks_of_the_data(tmp_path):
+    options = {"epochs": 1, "train_size": 8, "test_size": 2}
+    train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+    masks = EmbeddedDigits("train", 8, seed=TINY["seed"]).masks
+    assert float(read_log(tmp_path)[0]["mask_area"]) == pytest.approx(masks.float().mean().item(), rel=1e-6)
 
 
-# ---- the metric ----------------------------------------------------------------------------------------------------
+def test_true_masks_of_a_set_without_any_are_refused(image_folder, tmp_path):
+    options = {"data": "folder", "root": image_folder, "epochs": 1, "train_size": 512, "test_size": 1000, "correlation": 0.4}
+    with pytest.raises(ValueError, match="true_masks must come with data that has masks, got data 'folder'"):
+        train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+    assert not list(tmp_path.iterdir())
 
 
-def test_inside_share_of_known_maps():
-    mask = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    mask[:, :, :2] = True
-    gradient = torch.zeros(3, 1, 4, 4)
-    gradient[0] = 1.0
-    gradient[1, 0, 0, 0], gradient[1, 0, 3, 3] = 3.0, 1.0
-    share = inside_share(gradient, mask)
-    assert share[:2].tolist() == [0.5, 0.75]
-    assert share[2].isnan()
+def test_a_torchvision_network_on_a_folder_of_images(image_folder, tmp_path):
+    options = {"data": "folder", "root": image_folder, "train_size": 512, "test_size": 1000, "batch_size": 18, "epochs": 1}
+    spec = train_one(tmp_path, arch="resnet18", width=None, normalise=(0.5, 0.5), schedule="constant", **options)
+    assert spec.classes == ("dark", "light")
+    assert (spec.mean, spec.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert [row["step"] for row in read_log(tmp_path)] == ["1"]
+    # the file's normalisation gives the pixels that were validated on
+    data = TrainConfig(**TINY | options).open("test")
+    _, model = load_network(tmp_path / "network.pt")
+    right = [
+        int(model(spec.normalise(data.denormalise(image))[None]).argmax()) == int(label) for image, label, _ in data_items(data)
+    ]
+    assert sum(right) / len(right) == spec.training["val_accuracy"]
 
 
-def test_gradient_map_leaves_the_network_and_the_images_alone():
-    from sib_fast.lab.models import SmallConvNet
-
-    model, data = SmallConvNet(width=2).train(), EmbeddedDigits("test", 3, seed=0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    maps = gradient_map(model, data.images)
-    assert maps.shape == (3, 1, 32, 32)
-    assert not maps.requires_grad
-    assert (maps >= 0).all()
-    assert not data.images.requires_grad
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    # each image's map is its own: eval mode does not mix the batch
-    torch.testing.assert_close(gradient_map(model, data.images[1:2]), maps[1:2])
+def data_items(data):
+    return [data[i] for i in range(len(data))]
 
 
-def test_summary_is_mean_and_sample_deviation():
-    values = [0.25, 0.5, 0.9]
-    assert summary(values) == f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-    assert summary([0.125], signed=True) == "+0.125"
-    assert summary([]) == "–"
+def test_a_normalisation_of_ones_own_reaches_the_network(image_folder):
+    config = TrainConfig(data="folder", root=image_folder, image_size=32, normalise=(0.4, 0.2), augment=True, device="cpu")
+    data = config.open("train")
+    items = recipe._SeededItems(data, train._spec(config, data), seed=3)
+    image, label, _ = items[5, 2]
+    assert torch.equal(image, items[5, 2][0])
+    assert not torch.equal(image, items[6, 2][0])  # augmentation: another epoch, another crop
+    assert int(label) == int(data[2][1])
+    pixels = image * 0.2 + 0.4
+    assert -1e-6 <= pixels.min() < pixels.max() <= 1 + 1e-6
+    torch.testing.assert_close(
+        data.denormalise((pixels - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)), pixels
+    )
 
 
-# ---- interruption --------------------------------------------------------------------------------------------------
+def test_items_leave_the_random_state_alone(image_folder):
+    config = TrainConfig(data="folder", root=image_folder, image_size=32, augment=True, device="cpu")
+    data = config.open("train")
+    before = torch.get_rng_state()
+    recipe._SeededItems(data, train._spec(config, data), seed=3)[0, 1]
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def interrupt_third_network(monkeypatch, error):
-    original, calls = train._train_network, []
+# ---- averaging, accumulation, precision, schedules ------------------------------------------------------------------
 
-    def train_network(config, method, seed, *data):
-        calls.append((method, seed))
-        if len(calls) == 3:
+
+def test_the_average_is_what_is_validated_and_saved(tmp_path):
+    decay = 0.5
+    train_one(tmp_path, ema=decay, epochs=1, batch_size=8, train_size=16, schedule="constant")
+    checkpoint = torch.load(tmp_path / recipe.CHECKPOINT, weights_only=True)
+    raw, average = checkpoint["current_model_state"], checkpoint["state_dict"]
+    saved = weights(tmp_path / "network.pt")
+    for name, value in saved.items():
+        assert torch.equal(value, average[f"model.{name}"]), name
+    assert not torch.equal(saved["classifier.weight"], raw["model.classifier.weight"])
+    # after two steps it is decay · first + (1 − decay) · second, and the second is the raw one
+    train_one(tmp_path / "one", epochs=1, batch_size=8, train_size=16, schedule="constant")
+    assert_close = torch.testing.assert_close
+    first = 2 * (saved["classifier.weight"] - (1 - decay) * raw["model.classifier.weight"])
+    moved = (raw["model.classifier.weight"] - first).abs().max()
+    assert 0 < moved <= 2.5e-3  # one AdamW step of rate 1e-3
+    assert_close(weights(tmp_path / "one" / "network.pt")["classifier.weight"], raw["model.classifier.weight"], rtol=0, atol=0)
+    config = TrainConfig(**TINY)
+    assert float(read_log(tmp_path)[0]["val_accuracy"]) == accuracy_of(tmp_path / "network.pt", config)
+
+
+def test_accumulated_batches_are_one_step_and_count_as_one(tmp_path, monkeypatch):
+    seen = []
+    original = SIBLoss.forward
+
+    def forward(self, *arguments, **named):
+        if self.training and torch.is_grad_enabled():
+            seen.append(self.active)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(SIBLoss, "forward", forward)
+    # 7 batches of 4: three steps of two, the seventh is left to another epoch
+    sib = dataclasses.replace(SIB, every=2)
+    train_one(tmp_path, sib=sib, batch_size=4, train_size=28, accumulate=2)
+    assert seen[0]  # the rehearsal
+    assert seen[1:] == [True, True, False, False, True, True, False, False, True, True, False, False]
+    assert [row["step"] for row in read_log(tmp_path)] == ["3", "6"]
+
+
+def test_bfloat16(tmp_path):
+    train_one(tmp_path, precision="bf16-mixed", epochs=1)
+    row = read_log(tmp_path)[0]
+    assert all(math.isfinite(float(value)) for value in row.values())
+    assert weights(tmp_path / "network.pt")["classifier.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_schedules(schedule):
+    warm_up = 1.0 if schedule == "cosine" else 0.0
+    config = TrainConfig(schedule=schedule, warm_up_epochs=warm_up, epochs=4, lr=0.1, device="cpu")
+    module = recipe.Training(config, SmallConvNet(width=2), config.criterion(), 40, 1)
+    chosen = module.configure_optimizers()
+    optimiser, rates = chosen["optimizer"], []
+    for _ in range(40):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        if "lr_scheduler" in chosen:
+            chosen["lr_scheduler"]["scheduler"].step()
+    if schedule == "constant":
+        assert set(rates) == {0.1}
+    elif schedule == "cosine":
+        expected = [0.1 * (k + 1) / 10 for k in range(10)] + [0.05 * (1 + math.cos(math.pi * k / 30)) for k in range(30)]
+        assert rates == pytest.approx(expected)
+    else:
+        assert max(rates) == pytest.approx(0.1, rel=0.02)
+        assert rates[0] == pytest.approx(0.1 / 25)
+        assert rates[-1] < 1e-4
+
+
+def test_label_smoothing_reaches_both_losses():
+    for sib in (None, SIB):
+        criterion = TrainConfig(sib=sib, label_smoothing=0.25, device="cpu").criterion().eval()
+        logits, target = torch.tensor([[2.0, -1.0]]), torch.tensor([0])
+        assert criterion(logits, target) == torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.25)
+
+
+# ---- interruption and resumption ------------------------------------------------------------------------------------
+
+
+def hard_case(image_folder) -> dict:
+    """Everything that has a state: dropout, augmentation, an average, a schedule, lazy S-IB, accumulation."""
+    return TINY | {
+        "data": "folder",
+        "root": image_folder,
+        "arch": "mobilenet_v3_small",
+        "width": None,
+        "train_size": 512,
+        "test_size": 1000,
+        "augment": True,
+        "epochs": 3,
+        "batch_size": 3,
+        "accumulate": 2,
+        "schedule": "cosine",
+        "warm_up_epochs": 1.0,
+        "ema": 0.8,
+        "sib": dataclasses.replace(SIB, every=2),
+    }
+
+
+def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(image_folder, tmp_path):
+    options = hard_case(image_folder)
+    train_one(tmp_path / "whole", **options)
+
+    out = tmp_path / "killed"
+    flat = TrainConfig(**options | {"out": out}).flat()
+    code = (
+        "import os, signal\n"
+        "from sib_fast.lab import recipe, train\n"
+        "original = recipe.Training.training_step\n"
+        "def training_step(self, batch, index):\n"
+        "    if (self.current_epoch, index) == (1, 3): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, batch, index)\n"
+        "recipe.Training.training_step = training_step\n"
+        f"train.run(train.TrainConfig.from_flat({flat!r}))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.stderr == ""
+    assert len(read_log(out)) == 1
+    (out / "checkpoints" / ".last.ckpt.1.partial").write_bytes(b"what a kill in the middle of a write leaves")
+
+    # a worker makes its first batches as soon as it exists: they must be of the right epoch
+    train_one(out, resume=True, **options | {"workers": 1})
+    for name in ("network.pt", "best.pt"):
+        assert_same_network(tmp_path / "whole" / name, out / name)
+    assert (out / recipe.LOG).read_text() == (tmp_path / "whole" / recipe.LOG).read_text()
+    assert len(read_log(out)) == 3
+    assert_tensorboard_has_the_csv(out)
+    assert not list(out.rglob("*.partial"))
+    checkpoints = [torch.load(o / recipe.CHECKPOINT, weights_only=True) for o in (tmp_path / "whole", out)]
+    assert checkpoints[0]["current_model_state"].keys() == checkpoints[1]["current_model_state"].keys()
+    for name, value in checkpoints[0]["current_model_state"].items():
+        assert torch.equal(value, checkpoints[1]["current_model_state"][name]), name
+
+
+def interrupt(monkeypatch, error, epoch=1):
+    original = recipe.Training.training_step
+
+    def training_step(self, batch, index):
+        if (self.current_epoch, index) == (epoch, 1):
             raise error
-        return original(config, method, seed, *data)
+        return original(self, batch, index)
 
-    monkeypatch.setattr(train, "_train_network", train_network)
-    return calls
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
-def test_interrupted_run_keeps_what_is_finished_and_says_so(finished, tmp_path, monkeypatch, error):
-    calls = interrupt_third_network(monkeypatch, error)
-    console, config = quiet_console(), TrainConfig(**TINY, out=tmp_path)
-    with pytest.raises(type(error)):
-        run(config, console)
-    printed = console.file.getvalue()
-    assert "holds plain seed 0, S-IB seed 0; missing: plain seed 1, S-IB seed 1" in printed
-    assert "--resume" in printed
-
-    left = Results.load(tmp_path)
-    assert left.status == "interrupted"
-    assert [(n.method, n.seed) for n in left.networks] == calls[:2]
-    assert all((tmp_path / n.weights).is_file() for n in left.networks)
-    assert len(read_csv(tmp_path / "results.csv")) == 2
-    assert not list(tmp_path.rglob("*.partial"))
-
-    if not isinstance(error, KeyboardInterrupt):
-        return
-    resumed = run(dataclasses.replace(config, resume=True, timing_steps=0), quiet_console())
-    assert calls[3:] == [("plain", 1), ("sib", 1)]
-    assert resumed.status == "complete"
-    assert resumed.networks[:2] == left.networks
-    for method in ("plain", "sib"):
-        whole = finished[0].network(method, 1)
-        assert resumed.network(method, 1).inside_share == whole.inside_share
+    monkeypatch.setattr(recipe.Training, "training_step", training_step)
 
 
-def test_a_finished_network_is_on_disk_before_the_next_one_starts(tmp_path, monkeypatch):
-    original, on_disk = train._train_network, []
-
-    def train_network(config, *arguments):
-        on_disk.append([(n.method, (tmp_path / n.weights).is_file()) for n in Results.load(tmp_path).networks])
-        return original(config, *arguments)
-
-    monkeypatch.setattr(train, "_train_network", train_network)
-    run(TrainConfig(**TINY | {"seeds": (0,), "epochs": 1, "timing_steps": 0}, out=tmp_path), quiet_console())
-    assert on_disk == [[], [("plain", True)]]
-
-
-def test_resuming_with_other_settings_or_without_a_run_is_refused(finished, tmp_path):
-    config = TrainConfig(**TINY, out=finished[0].out, resume=True)
-    with pytest.raises(ValueError, match=r"^train: resume needs the earlier run's settings, lambda_bg .*, got 7\.0"):
-        run(dataclasses.replace(config, lambda_bg=7.0), quiet_console())
-    with pytest.raises(ValueError, match=r"^train: resume needs an earlier run in .*, got no results\.json there"):
-        run(dataclasses.replace(config, out=tmp_path), quiet_console())
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupt_leaves_a_usable_folder_and_says_how_to_go_on(finished, tmp_path, capsys, monkeypatch, epoch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupt(patched, KeyboardInterrupt(), epoch)
+        handler = signal.getsignal(signal.SIGINT)
+        assert main(parse(*words(TrainConfig(**TINY, sib=SIB, out=out)))) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert f"sib-fast train --resume --out {out}" in printed
+    assert ("no finished epoch yet" in printed) == (epoch == 0)
+    assert (out / "network.pt").exists() == (epoch == 1)
+    # the folder knows its settings
+    assert main(parse("--resume", "--out", str(out), "--no-progress")) == 0
+    assert_same_network(out / "network.pt", finished[0] / "network.pt")
+    assert (out / recipe.LOG).read_text() == (finished[0] / recipe.LOG).read_text()
 
 
-def test_interrupt_inside_lightning_arrives_as_one_and_the_next_interrupt_still_works(tmp_path):
-    from sib_fast.lab.models import SmallConvNet
-
-    class Interrupting(EmbeddedDigits):
-        def __getitem__(self, index):
-            raise KeyboardInterrupt
-
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        recipe.fit(
-            SmallConvNet(width=2),
-            torch.nn.CrossEntropyLoss(),
-            Interrupting("train", 8, seed=0),
-            epochs=1,
-            batch_size=4,
-            lr=1e-3,
-            weight_decay=0.0,
-            seed=0,
-            device="cpu",
-            log_folder=tmp_path / "log",
-            progress=False,
-        )
-    assert signal.getsignal(signal.SIGINT) is handler
+def words(config: TrainConfig) -> list[str]:
+    """A command line that says all of a configuration."""
+    flat = config.flat()
+    line = [f"--{flat.pop('method')}"]
+    for name, value in flat.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "numbers"
-    write_atomically(path, b"old")
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(finished, tmp_path, capsys, monkeypatch):
+    out, original = tmp_path / "run", os.replace
 
-    def full_disk(*arguments):
-        raise OSError("no space left")
+    def replace(source, target):
+        if str(target).endswith("last.ckpt") and os.path.exists(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
 
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_new_run_removes_the_old_picture_and_list(tmp_path, monkeypatch):
-    (tmp_path / "panel.png").write_bytes(b"old")
-    interrupt = KeyboardInterrupt()
-
-    def train_network(*arguments):
-        raise interrupt
-
-    monkeypatch.setattr(train, "_train_network", train_network)
-    with pytest.raises(KeyboardInterrupt):
-        run(TrainConfig(**TINY, out=tmp_path), quiet_console())
-    assert not (tmp_path / "panel.png").exists()
-    assert Results.load(tmp_path).networks == []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        assert main(parse(*words(TrainConfig(**TINY, sib=SIB, out=out)))) == 1
+    captured = capsys.readouterr()
+    assert "stopped by a full disk" in captured.out
+    assert "No space left on device" in captured.err
+    assert not list(out.rglob("*.partial"))
+    train_one(out, resume=True)
+    assert_same_network(out / "network.pt", finished[0] / "network.pt")
 
 
-# ---- options and imports -------------------------------------------------------------------------------------------
+def test_resuming_a_finished_run_changes_nothing(finished):
+    out, spec, _ = finished
+    before = weights(out / "network.pt"), (out / recipe.LOG).read_text()
+    assert train_one(out, resume=True) == spec
+    assert (out / recipe.LOG).read_text() == before[1]
+    assert all(torch.equal(value, before[0][name]) for name, value in weights(out / "network.pt").items())
+
+
+def test_more_epochs_where_the_schedule_does_not_depend_on_their_number(finished, tmp_path):
+    train_one(tmp_path / "two", schedule="constant", sib=None)
+    train_one(tmp_path / "two", schedule="constant", sib=None, epochs=3, resume=True)
+    train_one(tmp_path / "three", schedule="constant", sib=None, epochs=3)
+    assert_same_network(tmp_path / "two" / "network.pt", tmp_path / "three" / "network.pt")
+    with pytest.raises(ValueError, match=r"^train: resume needs the earlier run's settings, epochs 2, got 3"):
+        train_one(finished[0], epochs=3, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 7.0}, r"lr 0\.001, got 7\.0"),
+        ({"sib": None}, r"method 'sib', got 'plain'"),
+        ({"sib": dataclasses.replace(SIB, window_size=9)}, "window_size 7, got 9"),
+        ({"devices": 2, "batch_size": 4}, "batch_size 8, got 4"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(finished, options, message):
+    with pytest.raises(ValueError, match=rf"^train: resume needs the earlier run's settings, {message}"):
+        train_one(finished[0], resume=True, **options)
+
+
+def test_resuming_nothing_and_training_over_a_run_are_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"^train: resume needs an earlier run in .*, got no settings\.json there"):
+        train_one(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"^train: out must be a new folder, got .*, which holds a run: --resume"):
+        train_one(finished[0])
+    (tmp_path / "settings.json").write_text(json.dumps({"format": "another"}))
+    with pytest.raises(ValueError, match=r"settings\.json must be written by this version"):
+        train_one(tmp_path, resume=True)
+
+
+class Code:
+    def __reduce__(self):
+        return (os.putenv, ("SIB_FAST_TEST_RAN_CODE", "1"))
+
+
+def test_no_code_in_a_checkpoint_runs(finished, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "settings.json").write_bytes((finished[0] / "settings.json").read_bytes())
+    torch.save({"state_dict": Code()}, tmp_path / recipe.CHECKPOINT)
+    with pytest.raises(pickle.UnpicklingError, match=r"putenv"):
+        train_one(tmp_path, resume=True)
+
+
+def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    plugin, path = recipe._AtomicCheckpoints(), tmp_path / "new" / "last.ckpt"
+    plugin.save_checkpoint({"a": 1}, path)
+    content = path.read_bytes()
+    during = []
+
+    def replace(source, target):
+        during.append((path.read_bytes() == content, os.stat(source).st_dev == os.stat(path).st_dev))
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="power cut"):
+        plugin.save_checkpoint({"a": 2}, path)
+    assert during == [(True, True)]
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_one_network_and_count_every_image_once(tmp_path):
+    out = tmp_path / "run"
+    config = TrainConfig(
+        **TINY
+        | {"epochs": 1, "devices": 2, "batch_size": 4, "test_size": 17, "sib": dataclasses.replace(SIB, gather=True), "out": out}
+    )
+    command = [sys.executable, "-m", "sib_fast", "train", *words(config)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation accuracy") == 1
+    (row,) = read_log(out)
+    assert row["step"] == "3"  # 24 images, 4 on each of two
+    assert (float(row["train_accuracy"]) * 24) % 1 == pytest.approx(0, abs=1e-9)
+    # 17 images on two processes: one stands in both shares
+    assert float(row["val_accuracy"]) == pytest.approx(accuracy_of(out / "network.pt", config), abs=1e-12)
+    model, data = load_network(out / "network.pt")[1], config.open("test")
+    images, labels = (torch.stack([item[i] for item in data_items(data)]) for i in (0, 1))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+    assert float(row["val_loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
 
 
 def parse(*words):
@@ -336,90 +530,156 @@ def parse(*words):
     return parser.parse_args(words)
 
 
-def test_options_cover_every_setting_with_its_default():
-    default = TrainConfig()
-    arguments = parse()
-    assert {f.name for f in dataclasses.fields(default)} == set(vars(arguments))
-    assert TrainConfig(**vars(arguments)) == default
+def test_options_cover_every_setting():
+    config = TrainConfig(
+        **TINY
+        | {
+            "sib": dataclasses.replace(
+                SIB, gather=True, prepare=False, quantiles=(0.1, 0.9, 0.7, 0.6), layer="features.0", every=3
+            ),
+            "normalise": (0.5, 0.5),
+            "ema": 0.9,
+            "workers": 2,
+        }
+    )
+    assert settings(parse(*words(config))) == config
+    assert TrainConfig.from_flat(json.loads(json.dumps(config.flat()))) == config
+    plain = dataclasses.replace(config, sib=None)
+    assert settings(parse(*words(plain))) == plain
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = {action.dest for action in parser._actions} - {"help", "resume", "recipe"}
+    assert flags == {"method"} | {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c)} - {"sib"}
+    assert "default: 0.01" in parser.format_help()
 
 
-def test_options_reach_the_settings():
-    words = "--sib --seeds 3 4 --lambda-fg 0.5 --lambda-bg 2e4 --window-size 9 --background relative_variance"
-    config = TrainConfig(**vars(parse(*words.split(), "--objective", "linear", "--no-progress", "--resume")))
-    assert (config.which, config.seeds, config.progress, config.resume) == ("sib", (3, 4), False, True)
-    criterion = config.criterion()
-    assert (criterion.lambda_fg, criterion.lambda_bg) == (0.5, 2e4)
+def test_sib_options_are_the_loss_s_with_its_defaults():
+    signature = inspect.signature(SIBLoss).parameters
+    ours = {f.name: f.default for f in dataclasses.fields(SIBOptions)}
+    for name in ("layer", "prepare", "true_masks"):
+        del ours[name]
+    theirs = {name: p.default for name, p in signature.items() if name not in ("base_loss", "accumulation_steps")}
+    assert ours.keys() == theirs.keys()
+    assert {n: v for n, v in ours.items() if n != "lambda_bg"} == {n: v for n, v in theirs.items() if n != "lambda_bg"}
+    assert SIBOptions().criterion().lambda_bg == theirs["lambda_bg"]
+    criterion = SIBOptions(0.5, 2e4, background="relative_variance", slope=3.0, every=2).criterion(accumulation_steps=4)
+    assert (criterion.lambda_fg, criterion.lambda_bg, criterion.mask.slope) == (0.5, 2e4, 3.0)
+    assert (criterion.every, criterion.accumulation_steps) == (2, 4)
     assert criterion.background.__name__ == "relative_variance"
-    with pytest.raises(SystemExit):
-        parse("--sib", "--plain")
+
+
+def test_recipes_are_defaults_that_options_override():
+    assert settings(parse("--window-size", "9")).sib == dataclasses.replace(SIB, lambda_bg=1e6, window_size=9)
+    assert settings(parse()).arch == settings(parse("--data", "digits")).arch == "small_conv_net"
+    assert settings(parse("--plain")).sib is None
+    bare = settings(parse("--data", "pets", "--root", "here"))
+    assert bare == TrainConfig(data="pets", root="here")
+    dogs = settings(parse("--recipe", "paper-dogs", "--epochs", "3"))
+    assert (dogs.data, dogs.arch, dogs.image_size, dogs.batch_size, dogs.lr, dogs.epochs) == (
+        "dogs",
+        "resnet50",
+        224,
+        97,
+        1e-4,
+        3,
+    )
+    assert (dogs.sib.lambda_fg, dogs.sib.lambda_bg, dogs.sib.window_size, dogs.sib.objective) == (0.01, 1000.0, 31, "exp")
+    known = {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c)}
+    assert all(r.keys() <= known for r in train.RECIPES.values())
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
         ("--epochs 0", "train: epochs must be at least 1, got 0"),
-        ("--batch-size 99", "train: batch_size must not exceed train_size 48, got 99"),
+        ("--batch-size 99", "train: batch_size x accumulate x devices must not exceed the 48 training images, got 99 x 1 x 1"),
+        ("--batch-size 25 --accumulate 2", "must not exceed the 48 training images, got 25 x 2 x 1"),
         ("--batch-size 1", "train: batch_size must be at least 2 for S-IB, got 1"),
-        ("--seeds 1 1", "train: seeds must be distinct and not negative, got [1, 1]"),
-        ("--seeds -1", "train: seeds must be distinct and not negative, got [-1]"),
-        ("--image-size 8", "train: image_size must be at least 16, got 8"),
-        ("--correlation 2", "train: correlation must be in [0, 1], got 2.0"),
-        ("--lr 0", "train: lr must be positive and finite, got 0.0"),
-        ("--lambda-bg -1", "train: lambda_bg must be finite and not negative, got -1.0"),
-        ("--lambda-fg nan", "train: lambda_fg must be finite and not negative, got nan"),
-        ("--threads 0", "train: threads must be at least 1, got 0"),
-        ("--device tpu", "train: device must be 'cpu' or 'cuda', got 'tpu'"),
-        ("--window-size 8", "window_size must"),
-        ("--background median", "background must"),
-        ("--backend magic", "backend must"),
         ("--estimator hsic_unbiased --batch-size 3", "train: batch_size must be at least 4 for S-IB, got 3"),
+        ("--seed -1", "train: seed must not be negative, got -1"),
+        ("--lr 0", "train: lr must be positive and finite, got 0.0"),
+        ("--weight-decay nan", "train: weight_decay must be finite and not negative, got nan"),
+        ("--ema 1", "train: ema must be in [0, 1), got 1.0"),
+        ("--label-smoothing -0.1", "train: label_smoothing must be in [0, 1), got -0.1"),
+        ("--schedule linear", "train: schedule must be one of one_cycle, cosine, constant, got 'linear'"),
+        ("--precision 8", "train: precision must be one of"),
+        ("--precision 16-mixed", "train: precision must not be 16-mixed on the CPU: use bf16-mixed"),
+        ("--warm-up-epochs 1", "train: warm_up_epochs must come with schedule cosine, got one_cycle"),
+        ("--schedule cosine --warm-up-epochs 50", "train: warm_up_epochs must be in [0, epochs), got 50.0 of 50"),
+        ("--normalise 0 0", "train: normalise must be a mean and a positive standard deviation, got (0.0, 0.0)"),
+        ("--strategy fsdp", "train: strategy must be one of auto, ddp, ddp_spawn, got 'fsdp'"),
+        ("--device tpu", "train: device must be one of auto, cpu, cuda, got 'tpu'"),
+        ("--threads 0", "train: threads must be at least 1, got 0"),
+        ("--arch resnet18 --width 8", "train: width must come with arch small_conv_net or small_resnet, got arch 'resnet18'"),
+        ("--arch resnet1", "network: arch must be one of"),
+        ("--arch squeezenet1_1 --image-size 16", "train: arch must take S-IB or plain steps at image_size 16, got"),
+        ("--layer nowhere", "train: arch must take S-IB or plain steps at image_size 32, got"),
+        ("--augment", "train: augment must not be given with data digits"),
+        ("--data mnist", "open_dataset: name must be one of"),
+        ("--data pets", "pets: root must be given"),
+        ("--data pets --root {tmp}", "pets: root must hold"),
+        ("--data folder --root {tmp} --correlation 0.1", "train: correlation must come with data digits, got data 'folder'"),
+        ("--correlation 2", "correlation must be in [0, 1], got 2.0"),
+        ("--image-size 8", "image_size must be at least 16, got 8"),
+        ("--lambda-bg -1", "lambda_bg must be at least 0, got -1.0"),
+        ("--window-size 8", "window_size must be odd"),
+        ("--background median", "background must be one of"),
+        ("--backend magic", "backend must be one of"),
+        ("--gather", "train: gather must come with more than one device, got devices 1"),
+        ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
+        ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_trained(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "_train_network", lambda *arguments: pytest.fail("training began"))
-    code = main(parse("--train-size", "48", "--out", str(tmp_path / "out"), *words.split()))
-    assert code == 2
+def test_bad_options_are_a_sentence_before_anything_is_trained(line, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "train_network", lambda *arguments: pytest.fail("training began"))
+    out = tmp_path / "out"
+    (tmp_path / "data").mkdir()
+    line = line.format(tmp=tmp_path / "data")
+    sized = [] if "--data" in line else ["--train-size", "48", "--test-size", "8"]
+    assert main(parse(*sized, "--no-progress", "--out", str(out), *line.split())) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
-def test_main_turns_an_interrupt_into_its_exit_code(tmp_path, monkeypatch):
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "run", interrupted)
-    assert main(parse("--out", str(tmp_path))) == 130
-
-
-def test_only_one_method_gives_a_table_without_a_difference(tmp_path):
-    results = run(TrainConfig(**TINY | {"which": "plain", "seeds": (0,), "batch_size": 8}, out=tmp_path), quiet_console())
-    assert {n.method for n in results.networks} == {"plain"}
-    assert set(results.step_seconds) == {"plain"}
-    assert [column.header for column in tables(results)[0].columns] == ["", "plain"]
-
-
-def test_naive_is_not_timed_where_it_computes_something_else(tmp_path):
-    config = TrainConfig(**TINY | {"background": "relative_variance", "timing_steps": 1}, out=tmp_path)
-    assert set(time_steps(config)) == {"plain", "sib"}
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none(capsys, tmp_path):
+    assert main(parse("--device", "cuda", "--out", str(tmp_path / "out"))) == 2
+    assert "train: device must be usable, got 'cuda' where torch.cuda.is_available() is False" in capsys.readouterr().err
+    assert settings(parse()).device == "cpu"
 
 
 def test_importing_the_package_or_the_options_loads_no_extra():
     code = (
         "import sys, sib_fast, sib_fast.lab.train; "
-        "print(sorted({'lightning', 'matplotlib', 'rich', 'skimage', 'sklearn'} & set(sys.modules)))"
+        "print(sorted({'lightning', 'torchvision', 'tensorboard', 'rich', 'skimage', 'sklearn'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
 
 
-def test_a_run_prints_no_framework_noise(tmp_path):
-    code = (
-        "import sys; from sib_fast.lab.train import TrainConfig, run; "
-        f"run(TrainConfig(epochs=1, batch_size=8, train_size=16, test_size=8, width=2, seeds=(0,), timing_steps=0, "
-        f"progress=False, threads=1, out={str(tmp_path)!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stderr == ""
-    assert "Tip" not in done.stdout
-    assert "GPU" not in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"logs", "networks", "panel.png", "results.csv", "results.json"}
+# ---- fit: training in memory, as the study does it -------------------------------------------------------------------
+
+
+def fit_tiny(data, tmp_path, **options):
+    model = SmallConvNet(width=2)
+    arguments = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu", "progress": False}
+    return recipe.fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
+
+
+def test_fit_counts_its_steps_and_logs_its_terms(tmp_path):
+    steps, seconds, terms = fit_tiny(EmbeddedDigits("train", 12, seed=0), tmp_path, epochs=2)
+    assert steps == 6
+    assert seconds > 0
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["loss"]) == pytest.approx(terms["loss"])
+
+
+def test_interrupt_inside_lightning_arrives_as_one_and_the_next_interrupt_still_works(tmp_path):
+    class Interrupting(EmbeddedDigits):
+        def __getitem__(self, index):
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit_tiny(Interrupting("train", 8, seed=0), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler

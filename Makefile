@@ -21,7 +21,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f
 .PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
 
 demo: $(VENV)/.built
-	$(BIN)/python -m sib_fast train $(ARGS)
+	$(BIN)/python -m sib_fast study --quick $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
 test: check quick interpret old pinned packaging

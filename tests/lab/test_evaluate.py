@@ -1,15 +1,12 @@
 """The pieces that measure, draw and keep results, each alone."""
 
-import statistics
-
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.evaluate import gradient_map, inside_share
 from sib_fast.lab.models import SmallConvNet
-from sib_fast.lab.report import save_panel, summary
 from sib_fast.lab.results import write_atomically
 
 
@@ -36,19 +33,6 @@ def test_gradient_map_leaves_the_network_and_the_images_alone():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # each image's map is its own: eval mode does not mix the batch
     torch.testing.assert_close(gradient_map(model, data.images[1:2]), maps[1:2])
-
-
-def test_summary_is_mean_and_sample_deviation():
-    values = [0.25, 0.5, 0.9]
-    assert summary(values) == f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-    assert summary([0.125], signed=True) == "+0.125"
-    assert summary([]) == "–"
-
-
-def test_panel_of_zero_maps_and_of_one_image(tmp_path):
-    data = EmbeddedDigits("test", 1, seed=0)
-    save_panel(tmp_path / "p.png", data.images, data.masks, data.labels, {"sib": torch.zeros(1, 1, 32, 32)})
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

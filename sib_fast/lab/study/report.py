@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sib_fast.explain import METHODS, REPORTED
-from sib_fast.lab.report import summary
 from sib_fast.lab.results import write_atomically
 from sib_fast.lab.study.figures import figures, rendered
 from sib_fast.lab.study.records import (
@@ -164,10 +163,18 @@ def _number(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def _summary(values: Sequence[float]) -> str:
+    """Mean, and the sample standard deviation if there are two values or more; a dash for none."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
 def _spread(study: Study, arch: str, variant: str, quantity: Quantity) -> Cell:
     """Mean ± standard deviation, of the seeds where it is defined; says so if some are not."""
     values = study.values(arch, variant, quantity)
-    text = summary(list(values.values())).replace("-", "−")
+    text = _summary(list(values.values())).replace("-", "−")
     networks = len(study.of(arch, variant))
     return Cell(text if len(values) in (0, networks) else f"{text} (n = {len(values)})")
 

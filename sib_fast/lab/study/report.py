@@ -107,11 +107,11 @@ def write_report(study: Study) -> list[Path]:
 
 
 def console_tables(study: Study) -> list[RichTable]:
-    """Verdicts, the headline table and the variants, for rich's console."""
+    """The headline table and the verdicts, for rich's console; a row per variant is too wide for it."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = [t for arch in _reported(study) for t in (verdict_table(study, arch), headline(study, arch), variants(study, arch))]
+    shown = [t for arch in _reported(study) for t in (headline(study, arch), verdict_table(study, arch))]
     rich = []
     for table in shown:
         made = RichTable(title=table.title, caption=_plain(table.note) or None, title_justify="left", caption_justify="left")

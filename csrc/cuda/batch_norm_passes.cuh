@@ -259,13 +259,13 @@ template <class Op>
 struct Columns {
   static constexpr int kBytes = sizeof(typename Op::Element);
   static constexpr int kColumns = kBytes == 8 ? 1 : kBytes == 4 || Op::kInputs == 3 ? 2 : 4;
-  // Rows under way at once: as many as 96 registers hold.
-  static constexpr int kRows = Op::kInputs > 1 ? 4 : kBytes == 2 ? 6 : 8;
+  static constexpr int kRows = Op::kInputs == 1 ? 8 : 4;  // of a thread under way at once
   static constexpr int64_t kShared = int64_t{kThreads} * kColumns * Op::kSums * static_cast<int64_t>(sizeof(double));
 };
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, 5) channels_last_kernel(const __grid_constant__ Arguments<Op> a) {
+__global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 5 : 4)
+    channels_last_kernel(const __grid_constant__ Arguments<Op> a) {
   using E = typename Op::Element;
   using T = typename Op::T;
   constexpr int V = Columns<Op>::kColumns, kRows = Columns<Op>::kRows;

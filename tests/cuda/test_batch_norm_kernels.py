@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sib_fast
+from sib_fast import _backends
 from sib_fast.ops.batch_norm import batch_norm, reference
 
 KERNELS = ["emulated", "cuda"]
@@ -211,3 +213,25 @@ def test_through_the_front_to_the_second_derivative(kernel):
         results.append(torch.autograd.grad(sum(t.square().sum() for t in first), [x, weight, bias]))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("momentum", [0.3, None], ids=str)
+def test_the_layer_takes_this_kernel(kernel, momentum, monkeypatch):
+    """ "auto" where the CPU's kernels are missing: the layer's gradients and buffers are PyTorch's, by these kernels' ops."""
+    if kernel == "emulated":
+        monkeypatch.setitem(_backends.MISSING, "cpu", "it was not built")
+    plain = torch.nn.BatchNorm2d(4, momentum=momentum).double()
+    ours = sib_fast.nn.BatchNorm2d(4, momentum=momentum).double()
+    results = []
+    for layer in (plain, ours):
+        x = laid_out(draw((5, 4, 3, 6), 0), LAST).requires_grad_()
+        for _ in range(2):
+            y = layer(x)
+        (vjp,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        results.append([y.detach(), vjp.detach(), *torch.autograd.grad(vjp.square().sum(), [x, layer.weight])])
+        results[-1] += [layer.running_mean, layer.running_var, layer.num_batches_tracked]
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max(), k
+    assert type(y.grad_fn).__name__ != type(plain(x).grad_fn).__name__
+    ours.load_state_dict(plain.state_dict())
+    assert torch.equal(ours.eval()(x), plain.eval()(x))  # linear in x: PyTorch's own

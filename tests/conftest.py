@@ -26,7 +26,7 @@ def _add_emulation() -> None:
     _backends.MISSING[name] = None if EMULATION.is_file() else "not built: SIB_FAST_BLOCKS=1 builds it"
     if _backends.MISSING[name] is None:
         torch.ops.load_library(str(EMULATION))
-    for op in ("foreground_mask", "region_statistics", "hsic_objective"):
+    for op in ("foreground_mask", "region_statistics", "hsic_objective", "batch_norm"):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         module.KERNELS.append(name)
         if _backends.MISSING[name] is None:

@@ -31,6 +31,11 @@ OBJ_HEADER, OBJ_OP, CUDA_OBJ = (
 SELECT, BOX = "csrc/cuda/foreground_mask_select.cuh", "csrc/cuda/foreground_mask_box.cuh"
 CUDA_GRAMS, CUDA_GRADS = "csrc/cuda/region_statistics_forward.cuh", "csrc/cuda/region_statistics_backward.cuh"
 CUDA_MATH, CUDA_STATS = "csrc/cuda/region_statistics_math.cuh", "csrc/cuda/region_statistics_cuda.cu"
+CUDA_BN, CUDA_BN_FORMULAS, CUDA_BN_PASSES = (
+    "csrc/cuda/batch_norm_cuda.cu",
+    "csrc/cuda/batch_norm_formulas.cuh",
+    "csrc/cuda/batch_norm_passes.cuh",
+)
 CUDA_MASK, ARITHMETIC = "csrc/cuda/foreground_mask_cuda.cu", "csrc/cuda/foreground_mask_arithmetic.cuh"
 
 # (what, file, text, replacement). The text must occur exactly once.
@@ -170,6 +175,35 @@ FAULTS = [
     ("cuda statistics: a group's part lost", CUDA_GRAMS, 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups;', 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups - (Tiles::kGroups > 1);'),
     ('cuda statistics: channels_last mask by the wrong axis', CUDA_GRAMS, 'const int64_t p = !valid ? 0 : map.channels_fastest ? slow_at : fast_at;', 'const int64_t p = !valid ? 0 : map.channels_fastest ? fast_at % shape.pixels : fast_at;'),
     ('cuda statistics: tf32 asked, tf32x3 run', CUDA_STATS, 'precision == "tf32x3", out)', 'true, out)'),
+    ('cuda batch norm: variance unbiased', CUDA_BN_FORMULAS, 'square = sums[1] / of.count - shift * shift;', 'square = (sums[1] - of.count * shift * shift) / (of.count - 1);'),
+    ("cuda batch norm: a few elements' sum out of their squares about the pivot", CUDA_BN_FORMULAS, '(2.0 * s + shift) * step;', 'shift * step;'),
+    ('cuda batch norm: y about the rounded mean', CUDA_BN_FORMULAS, 'value_of(of.bias, c, 0.0) + gap * scale', 'value_of(of.bias, c, 0.0)'),
+    ('cuda batch norm: grad_x about the rounded mean', CUDA_BN_FORMULAS, 'static_cast<T>(A + gap * slope)', 'static_cast<T>(A)'),
+    ('cuda batch norm: grad_weight about the rounded mean', CUDA_BN_FORMULAS, 'const double sum_gx = sums[1] + gap * sums[0],', 'const double sum_gx = sums[1],'),
+    ('cuda batch norm: B of the double backward about the rounded mean', CUDA_BN_FORMULAS, '(sums[4] + gap * sums[3])', 'sums[4]'),
+    ('cuda batch norm: B forgotten', CUDA_BN_FORMULAS, '((v[0] - k[2]) - (v[1] - k[0]) * k[3])', '(v[0] - k[2])'),
+    ('cuda batch norm: kappa without A·U', CUDA_BN_FORMULAS, 'kappa = V - A * U - B * Tx;', 'kappa = V - B * Tx;'),
+    ('cuda batch norm: kappa out of x', CUDA_BN_FORMULAS, '-(omega_dot + scale * kappa)', '-omega_dot'),
+    ('cuda batch norm: u_gamma out of omega', CUDA_BN_FORMULAS, 'omega_g = u_gamma - scale * Tx;', 'omega_g = -scale * Tx;'),
+    ('cuda batch norm: mean of omega·x̂ without its gy', CUDA_BN_FORMULAS, 'omega_dot = omega_u * Tx + omega_g * B;', 'omega_dot = omega_u * Tx;'),
+    ('cuda batch norm: u_beta forgotten', CUDA_BN_FORMULAS, 'static_cast<T>(u_beta - scale * U + gap * y_by_x)', 'static_cast<T>(-scale * U + gap * y_by_x)'),
+    ('cuda batch norm: to_weight a mean', CUDA_BN_FORMULAS, 'static_cast<T>(invstd * of.count * kappa)', 'static_cast<T>(invstd * kappa)'),
+    ('cuda batch norm: count of an image', CUDA_BN, 'a.of.count = static_cast<double>(shape.count());', 'a.of.count = static_cast<double>(shape.spatial);'),
+    ('cuda batch norm: runs of x taken for whole packs wherever it starts', CUDA_BN, 'const bool on_boundaries = misaligned == 0 && ', 'const bool on_boundaries = '),
+    ("cuda batch norm: a run's last pack lost", CUDA_BN_PASSES, 'j_end = min(first + at.pack_step, at.packs);', 'j_end = min(first + at.pack_step, at.packs - (at.packs > 1));'),
+    ('cuda batch norm: runs one channel apart', CUDA_BN_PASSES, '(kThreads >> at.width_bits) * at.channels * spatial;', '(kThreads >> at.width_bits) * spatial;'),
+    ("cuda batch norm: neighbours' places counted", CUDA_BN_PASSES, '        blank(v, lo[u], hi[u]);\n', ''),
+    ("cuda batch norm: neighbours' places overwritten", CUDA_BN_PASSES, 'if (packed && lo == 0 && hi == V) {', 'if (packed && hi == V) {'),
+    ("cuda batch norm: a pack's first place not written", CUDA_BN_PASSES, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
+    ("cuda batch norm: a warp's sums lost", CUDA_BN_PASSES, 'for (int w = 0; w < kWarps; ++w) sums[k]', 'for (int w = 1; w < kWarps; ++w) sums[k]'),
+    ("cuda batch norm: block's sums without their barrier", CUDA_BN_PASSES, '  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;', '#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;'),
+    ('cuda batch norm: the last row counted again', CUDA_BN_PASSES, '        blank(v, 0, rows);\n', ''),
+    ('cuda batch norm: rows of threads added without a barrier', CUDA_BN_PASSES, '      __syncthreads();\n      if (thread >= half) continue;', '      if (thread >= half) continue;'),
+    ('cuda batch norm: a row of threads lost', CUDA_BN_PASSES, 'half >= width; half /= 2', 'half > width; half /= 2'),
+    ('cuda batch norm: coefficients over sums still to be read', CUDA_BN_PASSES, '    __syncthreads();  // the sums have been read\n', ''),
+    ("cuda batch norm: a tile's coefficients by the thread's first channel", CUDA_BN_PASSES, 'read_coefficients(of_tile, x * V + i, width * V, k[i]);', 'read_coefficients(of_tile, x * V, width * V, k[i]);'),
+    ('cuda batch norm: last part not merged', CUDA_BN_PASSES, 'p < a.at.parts; p += 32', 'p + 1 < a.at.parts; p += 32'),
+    ("cuda batch norm: merged about the first channel's centre", CUDA_BN_PASSES, 'Op::coefficients(a.of, c, a.centre(c), sums, k);', 'Op::coefficients(a.of, c, a.centre(0), sums, k);'),
 ]  # fmt: skip
 
 

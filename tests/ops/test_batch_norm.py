@@ -10,7 +10,7 @@ from sib_fast.testing.assertions import assert_no_worse_than
 
 SHAPES = [(4, 3, 5, 6), (8, 5), (2, 7, 9), (3, 2, 2, 3, 4), (2, 1, 1, 1), (5, 33, 4, 4)]
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "emulated")
 
 
 def second_order(function, x, weight, bias, dtype, backend_seed=1):
@@ -229,9 +229,9 @@ def test_every_element_is_written_and_threads_change_no_bit(layout, kernel, pois
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
-def test_opcheck(kernel):
-    op = torch.ops.sib_fast
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+def test_opcheck(kernel, registered):
+    op = registered
+    for dtype in (torch.float64, torch.float32, torch.bfloat16) if kernel == "cpu" else (torch.bfloat16,):
         x = torch.randn(3, 4, 5, 6).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
         weight, bias = (torch.randn(4, dtype=wide, requires_grad=True) for _ in range(2))

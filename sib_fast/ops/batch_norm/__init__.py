@@ -6,15 +6,18 @@ in silence. The op and its backward op are registered, each with `torch.library.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import reference
 
 _OP = "batch_norm"
-KERNELS = ("cpu",)
+KERNELS = ["cpu", "cuda"]
 
 
 def batch_norm(
@@ -49,7 +52,7 @@ def batch_norm(
         y, mean, variance = reference.batch_norm(x.to(acc), weight, bias, eps)
         return y.to(x.dtype), mean, variance
     # Never a view of x: an in-place ReLU on a view of the result would copy it, forward and backward.
-    y, mean, variance, _ = torch.ops.sib_fast._batch_norm(_dense(x), weight, bias, eps)
+    y, mean, variance, _ = _FORWARD[chosen](_dense(x), weight, bias, eps)
     return y, mean, variance
 
 
@@ -78,14 +81,12 @@ def _setup_forward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, *_):
+def _backward(ops, ctx, grad_y, *_):
     if grad_y is None:
         return None, None, None, None
     x, weight, mean, invstd = ctx.saved_tensors
     need_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias = torch.ops.sib_fast._batch_norm_backward(
-        _as_laid_out(grad_y, x), x, weight, mean, invstd, need_x
-    )
+    grad_x, grad_weight, grad_bias = ops._batch_norm_backward(_as_laid_out(grad_y, x), x, weight, mean, invstd, need_x)
     return grad_x if need_x else None, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
 
 
@@ -96,14 +97,12 @@ def _setup_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _double_backward(ctx, u, u_weight, u_bias):
+def _double_backward(ops, ctx, u, u_weight, u_bias):
     grad_y, x, weight, mean, invstd = ctx.saved_tensors
     u = torch.zeros_like(x) if u is None or not ctx.need_x else _as_laid_out(u, x)
     need_grad_y, need_x = ctx.needs_input_grad[:2]
     parts = [None if part is None else part.contiguous() for part in (u_weight, u_bias)]
-    to_grad_y, to_x, to_weight = torch.ops.sib_fast._batch_norm_double_backward(
-        u, *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x
-    )
+    to_grad_y, to_x, to_weight = ops._batch_norm_double_backward(u, *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x)
     return to_grad_y if need_grad_y else None, to_x if need_x else None, None if weight is None else to_weight, None, None, None
 
 
@@ -115,27 +114,48 @@ def _third_derivative(ctx, *_):
     raise NotImplementedError("batch_norm: the third derivative exists only with backend='reference'")
 
 
+# ---- the registered ops: a CPU and a CUDA kernel each, and derivatives once a namespace -------------------------------------
+
+_FORWARD = {}
+
+
+def add_kernels(backend: str, namespace: str) -> None:
+    """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
+    ops = getattr(torch.ops, namespace)
+    if ops._batch_norm not in _FORWARD.values():
+        for name, gradient, setup in (
+            ("_batch_norm", partial(_backward, ops), _setup_forward),
+            ("_batch_norm_backward", partial(_double_backward, ops), _setup_backward),
+            ("_batch_norm_double_backward", _third_derivative, _setup_double_backward),
+        ):
+            torch.library.register_autograd(f"{namespace}::{name}", gradient, setup_context=setup)
+    _FORWARD[backend] = ops._batch_norm
+
+
+def _fake_forward(x, weight, bias, eps):
+    channel = x.new_empty((x.shape[1],), dtype=torch.float64)
+    return torch.empty_like(x), channel, torch.empty_like(channel), torch.empty_like(channel)
+
+
+def _fake_backward(grad_y, x, weight, mean, invstd, need_x):
+    channel = x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
+    return torch.empty_like(x) if need_x else x.new_empty((0,)), channel, torch.empty_like(channel)
+
+
+def _fake_double_backward(u, u_weight, u_bias, grad_y, x, weight, mean, invstd, need_grad_y, need_x):
+    def like(need):
+        return torch.empty_like(x) if need else x.new_empty((0,))
+
+    return like(need_grad_y), like(need_x), x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
+
+
+FAKES = (
+    ("_batch_norm", _fake_forward),
+    ("_batch_norm_backward", _fake_backward),
+    ("_batch_norm_double_backward", _fake_double_backward),
+)
+
 if _extension.MISSING["cpu"] is None:
-
-    @torch.library.register_fake("sib_fast::_batch_norm")
-    def _fake_forward(x, weight, bias, eps):
-        channel = x.new_empty((x.shape[1],), dtype=torch.float64)
-        return torch.empty_like(x), channel, torch.empty_like(channel), torch.empty_like(channel)
-
-    @torch.library.register_fake("sib_fast::_batch_norm_backward")
-    def _fake_backward(grad_y, x, weight, mean, invstd, need_x):
-        channel = x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
-        return torch.empty_like(x) if need_x else x.new_empty((0,)), channel, torch.empty_like(channel)
-
-    @torch.library.register_fake("sib_fast::_batch_norm_double_backward")
-    def _fake_double_backward(u, u_weight, u_bias, grad_y, x, weight, mean, invstd, need_grad_y, need_x):
-        def like(need):
-            return torch.empty_like(x) if need else x.new_empty((0,))
-
-        return like(need_grad_y), like(need_x), x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
-
-    torch.library.register_autograd("sib_fast::_batch_norm", _backward, setup_context=_setup_forward)
-    torch.library.register_autograd("sib_fast::_batch_norm_backward", _double_backward, setup_context=_setup_backward)
-    torch.library.register_autograd(
-        "sib_fast::_batch_norm_double_backward", _third_derivative, setup_context=_setup_double_backward
-    )
+    register_fakes("sib_fast", FAKES)
+    for _backend in ("cpu", "cuda"):
+        add_kernels(_backend, "sib_fast")

@@ -1,0 +1,24 @@
+// Where a tensor's elements lie: what kernels that read contiguous and channels-last activations as they are ask first.
+#pragma once
+
+#include "common/check.h"
+
+namespace sib_fast {
+
+// Whether t's elements lie without gaps in the order of dimensions 0, 1, 2 … (or 0, 2 …, 1). A size of 1 has no order.
+inline bool lies(const Tensor& t, bool channels_last) {
+  int64_t expected = 1;
+  const auto holds = [&](int64_t d) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+    return true;
+  };
+  if (t.numel() == 0) return true;
+  if (channels_last && !holds(1)) return false;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (!(channels_last && d == 1) && !holds(d)) return false;
+  }
+  return true;
+}
+
+}  // namespace sib_fast

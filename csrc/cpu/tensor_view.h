@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "cpu/map_view.h"
 
 namespace sib_fast::cpu {
@@ -25,22 +26,6 @@ inline Element element_of(ScalarType type) {
 inline MapView view_of(const Tensor& map) {
   return {map.const_data_ptr(), element_of(map.scalar_type()), map.stride(0), map.stride(1), map.stride(2),
           map.stride(3)};
-}
-
-// Whether t's elements lie without gaps in the order of dimensions 0, 1, 2 … (or 0, 2 …, 1). A size of 1 has no order.
-inline bool lies(const Tensor& t, bool channels_last) {
-  int64_t expected = 1;
-  const auto holds = [&](int64_t d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-    return true;
-  };
-  if (t.numel() == 0) return true;
-  if (channels_last && !holds(1)) return false;
-  for (int64_t d = t.dim() - 1; d >= 0; --d) {
-    if (!(channels_last && d == 1) && !holds(d)) return false;
-  }
-  return true;
 }
 
 // 64-byte aligned, uninitialised. Null only where memory has run out, which the callers check before they start

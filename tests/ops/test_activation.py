@@ -32,6 +32,7 @@ OWN = {
 }
 SMOOTH = [case for case in CASES if KINDS[case[0]].second is not None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMESPACE = "sib_fast_emulated"
 TILE = 256 * 16  # bytes of a tensor that one block of the CUDA kernel takes at a time
 smooth = pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
 
@@ -40,7 +41,7 @@ smooth = pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for k
 def kernel(kernel, monkeypatch) -> str:
     """Under "emulated" the CUDA kernel takes the CPU kernel's place: a double backward is not told a backend."""
     if kernel == "emulated":
-        monkeypatch.setitem(activation_op._KERNEL_OF, "cpu", ("sib_fast_emulated", True))
+        monkeypatch.setitem(activation_op._KERNEL_OF, "cpu", (NAMESPACE, True))
         monkeypatch.setattr(activation_op, "KERNELS", [*activation_op.KERNELS, "emulated"])
     return kernel
 
@@ -96,6 +97,8 @@ def test_values_and_first_derivatives_are_pytorchs_bit_for_bit_at_kinks_too(kind
         for a, b in zip(*results, strict=True):
             if kind == "hardsigmoid" and dtype == torch.float64:
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=0)  # PyTorch's has a float32 sixth
+            elif kind == "mish" and leaf.device.type == "meta":  # tests/pretend.py: there PyTorch composes mish's gradient
+                torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
             else:
                 assert torch.equal(a, b)
 

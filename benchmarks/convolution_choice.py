@@ -1,26 +1,38 @@
-"""What the rules of `sib_fast.nn.Conv2d` and `sib_fast.ops.convolution` rest on: per shape, the ways to compute one derivative.
+"""What the rules of `sib_fast.ops.convolution` rest on (choice.py there): per shape, the ways to compute one derivative.
 
     python -m benchmarks.convolution_choice --out benchmarks/results/<device>/convolution_choice.json
+    python -m benchmarks.convolution_choice --out FILE --device cuda      # float32, tf32, bf16, 16 times the images
 
 second: the double backward of a layer given u (the weight's and the cotangent's part), PyTorch's own against re-routed.
 input: the input gradient of a first layer, the library's own against by phases. weight: the weight gradient of a depthwise
-layer, as it lies against in channels last, the conversion counted. The ways of a row in one run, interleaved; the fastest
-round counts, in wall time and in the process's CPU time (which a busy machine disturbs less).
+layer, as it lies against in channels last, the conversion counted. The ways of a row in one run, interleaved. On a CPU the
+fastest round counts, in wall time, beside it the process's CPU time (which a busy machine disturbs less); on a GPU the median
+between device events, eagerly, since a loop over groups costs its launches too.
 
-A rule made from this file is fixed in the source: a choice timed at run time would change bits from run to run.
+Every row says which way the present rules take and how many times the fastest one's time that is. Where a rule loses more than
+TOLERATED, it is printed, and `tests/test_convolution_choice.py` is red once the file is stored: change the rule, a condition on
+shape or dtype, until it is green, and name the file in the row's `evidence`. A rule is fixed in the source: a choice timed at
+run time would change bits from run to run.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks import timing
 from benchmarks.provenance import command_line, report
 from sib_fast.ops import convolution as op
 from sib_fast.ops.convolution import convolution, reference
+from sib_fast.ops.convolution.choice import RULES
 
+TOLERATED = 1.2  # times the fastest way's time; closer than that, a simpler rule is worth more
+DEFAULT_WAYS = {"second": "pytorch", "input": "library", "weight": "library"}
+OUR_WAYS = {"second": "routed", "input": "phases", "weight": "channels_last"}
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 # name: images, in, out, groups, size, kernel, stride, padding: layers of ResNet, MobileNet, ConvNeXt
 SECOND = {
     "resnet 3x3 64": (8, 64, 64, 1, 56, 3, 1, 1),
@@ -33,7 +45,10 @@ SECOND = {
     "resnet down 3x3 64-128": (8, 64, 128, 1, 56, 3, 2, 1),
     "resnext 3x3 grouped": (8, 128, 128, 32, 56, 3, 1, 1),
     "mobilenet depthwise": (8, 96, 96, 96, 56, 3, 1, 1),
+    "mobilenet depthwise down": (8, 144, 144, 144, 56, 3, 2, 1),
+    "mobilenet depthwise late": (8, 960, 960, 960, 7, 3, 1, 1),
     "convnext depthwise 7x7": (8, 96, 96, 96, 56, 7, 1, 3),
+    "convnext depthwise 7x7 late": (8, 384, 384, 384, 14, 7, 1, 3),
 }
 INPUT = {
     "resnet stem 7x7": (8, 3, 64, 1, 224, 7, 2, 3),
@@ -86,35 +101,112 @@ def fastest(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
             spent = (time.perf_counter() - wall, time.process_time() - cpu)
             if round_ > 0:  # the first is the warm-up
                 best[name] = [min(pair) for pair in zip(best[name], spent, strict=True)]
-    return {name: {"wall_ms": round(1e3 * wall, 2), "cpu_ms": round(1e3 * cpu, 2)} for name, (wall, cpu) in best.items()}
+    return {name: {"ms": round(1e3 * wall, 3), "cpu_ms": round(1e3 * cpu, 3)} for name, (wall, cpu) in best.items()}
 
 
-def measure(rounds: int, images: int | None) -> list[dict]:
-    rows = []
-    for what, shapes in (("second", SECOND), ("input", INPUT), ("weight", WEIGHT)):
-        for name, (default_images, inputs, outputs, groups, size, kernel, stride, padding) in shapes.items():
-            for layout in ("contiguous_format", "channels_last"):
-                torch.manual_seed(0)
-                memory_format = getattr(torch, layout)
-                shape = (images or default_images, inputs, size, size)
-                x = torch.randn(shape).contiguous(memory_format=memory_format)
-                weight = torch.randn(outputs, inputs // groups, kernel, kernel).contiguous(memory_format=memory_format)
-                geometry = ([stride, stride], [padding, padding], [1, 1], groups)
-                if what == "second":
-                    functions = {"pytorch": reference.convolution, "routed": convolution}
-                    ways = {key: second_order(function, x, weight, geometry) for key, function in functions.items()}
-                else:
-                    ways = (input_gradients if what == "input" else weight_gradients)(x, weight, geometry)
-                rows.append({"derivative": what, "layer": name, "layout": layout, "x": list(shape), **fastest(ways, rounds)})
+def on_gpu(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, dict]:
+    """Medians by the device's clock, the host's beside them; a way that cannot run (memory, no such kernel) says why."""
+    failed = {}
+    for name, way in ways.items():
+        try:
+            way()
+        except RuntimeError as error:
+            failed[name] = {"failed": str(error).splitlines()[0][:200]}
+            torch.cuda.empty_cache()
+    times = timing.interleaved({k: v for k, v in ways.items() if k not in failed}, device, rounds, graph=False)
+    out = {
+        name: {
+            "ms": round(1e3 * statistics.median(measured.device), 4),
+            "eager_ms": round(1e3 * statistics.median(measured.eager), 4),
+            "extra_mb": round(timing.peak_extra_bytes(ways[name], device) / 1e6, 1),
+        }
+        for name, measured in times.items()
+    }
+    return {**out, **failed}
+
+
+def chosen(row: dict) -> str:
+    """The way that the present rules take for a row, measured here or stored."""
+    derivative, rules = row["derivative"], RULES[row["device"]]
+    outputs, inputs, groups, _, kernel, stride, padding = row["shape"]
+    layout, dtype = getattr(torch, row["layout"]), PRECISIONS[row["precision"]]
+    x = torch.empty(row["x"], device="meta", dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.empty(outputs, inputs // groups, kernel, kernel, device="meta", dtype=dtype)
+    geometry = ([stride] * 2, [padding] * 2, [1, 1], groups)
+    if derivative == "second":
+        ours = rules.second(x, weight, groups)
+    elif derivative == "input":
+        ours = rules.input_by_phases(x, weight, geometry[0], geometry[2], groups)
+    else:
+        ours = rules.weight_in_channels_last(reference.convolution(x, weight, None, *geometry), x, weight, groups)
+    return (OUR_WAYS if ours else DEFAULT_WAYS)[derivative]
+
+
+def lost(row: dict) -> float:
+    """How many times the fastest way's time the present rules take; infinite where their way fails."""
+    times = {name: way.get("ms", float("inf")) for name, way in row["ways"].items()}
+    return times[chosen(row)] / min(times.values())
+
+
+def losing(rows: list[dict]) -> list[str]:
+    """A line for every row where the present rules lose more than TOLERATED."""
+    return [
+        f"{row['derivative']} {row['layer']} {row['layout']} {row['precision']}: {chosen(row)} takes {lost(row):.2f} times the "
+        "fastest way's time"
+        for row in rows
+        if lost(row) > TOLERATED
+    ]
+
+
+def measure(rounds: int, images: int | None, device: torch.device, precisions: list[str]) -> list[dict]:
+    cases = [
+        (what, name, numbers, layout, precision)
+        for precision in precisions
+        for what, shapes in (("second", SECOND), ("input", INPUT), ("weight", WEIGHT))
+        for name, numbers in shapes.items()
+        for layout in ("contiguous_format", "channels_last")
+    ]
+    allowed, rows = torch.backends.cudnn.allow_tf32, []
+    for what, name, (default_images, inputs, outputs, groups, size, kernel, stride, padding), layout, precision in cases:
+        torch.manual_seed(0)
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
+        count = images or default_images * (16 if device.type == "cuda" else 1)
+        like = {"device": device, "dtype": PRECISIONS[precision]}
+        memory_format = getattr(torch, layout)
+        x = torch.randn((count, inputs, size, size), **like).contiguous(memory_format=memory_format)
+        weight = torch.randn(outputs, inputs // groups, kernel, kernel, **like).contiguous(memory_format=memory_format)
+        geometry = ([stride, stride], [padding, padding], [1, 1], groups)
+        if what == "second":
+            functions = {"pytorch": reference.convolution, "routed": convolution}
+            ways = {key: second_order(function, x, weight, geometry) for key, function in functions.items()}
+        else:
+            ways = (input_gradients if what == "input" else weight_gradients)(x, weight, geometry)
+        row = {
+            "derivative": what,
+            "layer": name,
+            "layout": layout,
+            "precision": precision,
+            "device": device.type,
+            "x": list(x.shape),
+            "shape": [outputs, inputs, groups, size, kernel, stride, padding],
+            "ways": on_gpu(ways, rounds, device) if device.type == "cuda" else fastest(ways, rounds),
+        }
+        rows.append({**row, "chosen": chosen(row), "lost": round(lost(row), 3)})
+    torch.backends.cudnn.allow_tf32 = allowed
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("--images", type=int, default=None, help="instead of each layer's own")
-    args = parser.parse_args()
-    for row in report(args, lambda: measure(args.rounds, args.images)):
+    parser.add_argument("--device", choices=tuple(RULES), default="cpu")
+    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=None)
+    args = parser.parse_args(argv)
+    precisions = args.precisions or (list(PRECISIONS) if args.device == "cuda" else ["float32"])
+    rows = report(args, lambda: measure(args.rounds, args.images, torch.device(args.device), precisions))
+    for row in rows:
         print(row)
+    print("\n".join(losing(rows)) or f"no rule loses more than {TOLERATED} times the fastest way's time")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground
 STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
 STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
-BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/cpu/activation_kernels.cpp", "csrc/cpu/activation_cpu.cpp"
+BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.h", "csrc/cpu/activation_cpu.cpp"
+CUDA_ACT, LAYOUT = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
 OBJ, OBJ_HOST = "csrc/cpu/hsic_objective_kernels.cpp", "csrc/cpu/hsic_objective_cpu.cpp"
@@ -86,14 +87,14 @@ FAULTS = [
     ("float16 subnormals rounded off", SIMD, "body < 0x38800000u ? small : normal", "body < 0x38800000u ? 0 : normal"),
     ("float16 ties away from even", SIMD, "body - 0x38000000u + 0x0fffu + ((body >> 13) & 1u)", "body - 0x38000000u + 0x1000u"),
     ("activation: last element of a task lost", ACT_HOST, "s + from, to - from, y ?", "s + from, to - from - 1, y ?"),
-    ("activation: u left out of to_saved", ACT, "put(to_saved + i, v * g * second);", "put(to_saved + i, g * second);"),
-    ("activation: silu's f'' by half", ACT, "second = slope * (T(2) + x * (rest - s));\n  }\n};\ntemplate <class T>\nstruct Gelu", "second = slope * (T(1) + x * (rest - s));\n  }\n};\ntemplate <class T>\nstruct Gelu"),
-    ("activation: hardswish past its kinks", ACT, "(x > T(-3)) & (x < T(3)) ? T(1) / T(3) : T(0)", "T(1) / T(3)"),
-    ("activation: gelu's sign", ACT, "* (T(2) - x * x);", "* (x * x - T(2));"),
-    ("activation: gelu_tanh without the cubic's second derivative", ACT, "(rest - s) * z1 * z1 + z2)", "(rest - s) * z1 * z1)"),
-    ("activation: mish overflows", ACT, "exp_lane(x > T(20) ? T(20) : x)", "exp_lane(x)"),
-    ("activation: 1 - s cancels", ACT, "rest = e * s;", "rest = T(1) - s;"),
-    ("activation: softplus without beta", ACT, "T(0) : beta * s * rest", "T(0) : s * rest"),
+    ("activation: u left out of to_saved", ACT, 'to_saved = u_gy * (slope * (T(2) + x * (rest - s)));', 'to_saved = u_gy / u * (slope * (T(2) + x * (rest - s)));'),
+    ("activation: silu's f'' by half", ACT, 'u_gy * (slope * (T(2) + x * (rest - s)))', 'u_gy * (slope * (T(1) + x * (rest - s)))'),
+    ("activation: hardswish past its kinks", ACT, '(x > T(-3)) & (x < T(3)) ? u_gy * (T(1) / T(3)) : T(0)', 'u_gy * (T(1) / T(3))'),
+    ("activation: gelu's sign", ACT, 'density * (T(2) - x * x)', 'density * (x * x - T(2))'),
+    ("activation: gelu_tanh without the cubic's second derivative", ACT, '(rest - s) * z1 * z1 + z2)', '(rest - s) * z1 * z1)'),
+    ("activation: mish overflows", ACT, 'Math::exp(x > T(20) ? T(20) : x)', 'Math::exp(x)'),
+    ("activation: 1 - s cancels", ACT, 'rest = e * s;', 'rest = T(1) - s;'),
+    ("activation: softplus without beta", ACT, 'T(0) : a * s * rest', 'T(0) : s * rest'),
     ("activation: f'' left out", ACT_OP, "return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None", "return to_grad_y if need_grad_y else None, None, None, None"),
     ("activation: zeros instead of nothing", ACT_OP, "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, None, None, None", "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, torch.zeros_like(saved), None, None"),
     ("activation: in place keeps x as it is after", ACT_OP, "None if KINDS[kind].saves_result else x.clone()", "None if KINDS[kind].saves_result else x.detach()"),
@@ -204,6 +205,24 @@ FAULTS = [
     ("cuda batch norm: a tile's coefficients by the thread's first channel", CUDA_BN_PASSES, 'read_coefficients(of_tile, x * V + i, width * V, k[i]);', 'read_coefficients(of_tile, x * V, width * V, k[i]);'),
     ('cuda batch norm: last part not merged', CUDA_BN_PASSES, 'p < a.at.parts; p += 32', 'p + 1 < a.at.parts; p += 32'),
     ("cuda batch norm: merged about the first channel's centre", CUDA_BN_PASSES, 'Op::coefficients(a.of, c, a.centre(c), sums, k);', 'Op::coefficients(a.of, c, a.centre(0), sums, k);'),
+    ("activation: hardswish's kink at 3", ACT, "x < T(3) ? u * (x", "x <= T(3) ? u * (x"),
+    ("activation: elu's f'' at 0", ACT, "u_gy * (x < T(0) ? e : T(0))", "u_gy * (x <= T(0) ? e : T(0))"),
+    ("cuda activation: a tile's rest lost", CUDA_ACT, "tile < count; tile += gridDim.x * kTile", "tile + kTile <= count || tile == 0; tile += gridDim.x * kTile"),
+    ("cuda activation: one tile a block", CUDA_ACT, "tile += gridDim.x * kTile", "tile += count"),
+    ("cuda activation: packs past the end", CUDA_ACT, "aligned && tile + kTile <= count;", "aligned && tile + kTile <= count + 1;"),
+    ("cuda activation: packs where nothing is aligned", CUDA_ACT, "% 16 == 0;", "% 16 >= 0;"),
+    ("cuda activation: last element of a rest lost", CUDA_ACT, "tile + kTile < count ? tile + kTile : count;", "tile + kTile < count ? tile + kTile : count - 1;"),
+    ("cuda activation: gy not read element by element", CUDA_ACT, "g.value[k] = gy[i];", "g.value[k] = u[i];"),
+    ("cuda activation: a part alone lost", CUDA_ACT, "if (to_saved != nullptr) g = ", "if (to_saved != nullptr && to_grad_y != nullptr) g = "),
+    ("cuda activation: exp not clamped", CUDA_ACT, "return ::expf(x > 87.0f ? 87.0f : x);", "return ::expf(x);"),
+    ("cuda activation: reciprocal not refined", CUDA_ACT, "return ::fmaf(r, ::fmaf(-y, r, 1.0f), r);", "return ::fmaf(r, ::fmaf(-y, r, 1.001f), r);"),
+    ("cuda activation: gelu's f' without the density", ACT, "0.70710678118654752440))) + x * density)", "0.70710678118654752440))))"),
+    ("cuda activation: gelu's f' never written", CUDA_ACT, "has_erf = true", "has_erf = false"),
+    ("cuda activation: softplus's parameters swapped", CUDA_ACT, "parameters.a, parameters.b, y, x", "parameters.b, parameters.a, y, x"),
+    ("cuda activation: halves multiplied as halves", CUDA_ACT, "wide * static_cast<T>(g.value[k])", "static_cast<T>(v.value[k] * g.value[k])"),
+    ("activation: cotangents taken in any layout", LAYOUT, "SIB_CHECK(op, lies(t, channels_last)", "SIB_CHECK(op, true"),
+    ("activation: cotangent not laid out as x", ACT_OP, "u, grad_y = (t if _is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (u, grad_y))", "pass"),
+    ("activation: composed for the kernel", ACT_OP, 'if _extension.MISSING[_name] is None:\n        _LIBRARY', 'if False:\n        _LIBRARY'),
 ]  # fmt: skip
 
 

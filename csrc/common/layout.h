@@ -21,4 +21,11 @@ inline bool lies(const Tensor& t, bool channels_last) {
   return true;
 }
 
+// That t and x, which is in the layout that channels_last says, can be read side by side.
+inline void check_alike(const char* op, const char* name, const Tensor& t, const Tensor& x, bool channels_last) {
+  SIB_CHECK(op, t.dim() == x.dim() && t.numel() == x.numel(), name, " must have the shape of x");
+  SIB_CHECK(op, t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  SIB_CHECK(op, lies(t, channels_last), name, " must have the layout of x, contiguous or channels last");
+}
+
 }  // namespace sib_fast

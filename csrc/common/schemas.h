@@ -58,7 +58,7 @@ void define_schemas(Library& m) {
       "_batch_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor invstd, bool need_grad_y, bool need_x) -> (Tensor to_grad_y, Tensor to_x, Tensor "
       "to_weight)");
-  // u, grad_y, saved of one shape and layout; kind: activation_kernels.h -> u·f', u·grad_y·∂f'/∂saved ([0] unless
+  // u, grad_y, saved of one shape and layout; kind: common/activation.h -> u·f', u·grad_y·∂f'/∂saved ([0] unless
   // needed)
   m.def(
       "_activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int kind, float a, float b, bool "

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/layout.h"
 #include "cpu/activation_kernels.h"
 #include "cpu/capability.h"
 #include "cpu/tensor_view.h"
@@ -36,17 +36,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& u, const Tensor& grad_y, const Tens
 
 std::tuple<Tensor, Tensor> activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int64_t kind, double a,
                                                       double b, bool need_grad_y, bool need_saved) {
-  SIB_CHECK(kOp, kind >= 0 && kind < kActivations, "kind must be a number of activation_kernels.h, got ", kind);
+  SIB_CHECK(kOp, kind >= 0 && kind < kActivations, "kind must be a number of common/activation.h, got ", kind);
   SIB_CHECK(kOp, is_supported(saved.scalar_type()), "x must be float64, float32, bfloat16 or float16");
   const auto which = static_cast<Activation>(kind);
   SIB_CHECK(kOp, which != Activation::gelu || !need_grad_y, "gelu has no kernel for its first derivative");
   const bool channels_last = saved.dim() > 2 && !lies(saved, false);
-  for (const auto& [name, tensor] :
-       {std::tuple<const char*, const Tensor&>{"u", u}, {"grad_y", grad_y}, {"x", saved}}) {
-    SIB_CHECK(kOp, tensor.dim() == saved.dim() && tensor.numel() == saved.numel(), name, " must have the shape of x");
-    SIB_CHECK(kOp, tensor.scalar_type() == saved.scalar_type(), name, " must have the dtype of x");
-    SIB_CHECK(kOp, lies(tensor, channels_last), name, " must have the layout of x, contiguous or channels last");
-  }
+  check_alike(kOp, "x", saved, saved, channels_last);
+  check_alike(kOp, "u", u, saved, channels_last);
+  check_alike(kOp, "grad_y", grad_y, saved, channels_last);
   switch (saved.scalar_type()) {
     case ScalarType::Double:
       return run<double>(u, grad_y, saved, which, a, b, need_grad_y, need_saved);

@@ -4,13 +4,10 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "cpu/element_bits.h"
 
 namespace sib_fast::cpu {
-
-// Numbers as in sib_fast/ops/activation/__init__.py, KINDS. `saved` is x, or y for sigmoid and tanh.
-enum class Activation : int64_t { hardswish, silu, gelu, gelu_tanh, mish, elu, softplus, sigmoid, tanh };
-constexpr int64_t kActivations = 9;
 
 template <class E>
 struct ActivationKernels {

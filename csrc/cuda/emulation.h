@@ -506,6 +506,11 @@ void copy_async_wait() {
   }
 }
 
+inline void store_16(void* global, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::runtime_error("emulation: store_16 needs 16-byte alignment");
+  std::memcpy(global, &v, sizeof(v));
+}
+
 // An ulp off in a third of the cases, so that code which relies on more shows.
 inline float approximate_reciprocal(float y) {
   const float r = 1.0f / y;

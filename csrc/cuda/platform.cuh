@@ -96,6 +96,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// 16 bytes in one store. As PTX, since nvcc 13.0 takes a store of a struct apart where another branch writes its parts.
+__device__ __forceinline__ void store_16(void* global, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // 1/y within one ulp for normal y and 1/y.
 __device__ __forceinline__ float approximate_reciprocal(float y) {
   float r;

@@ -7,17 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_fast.ops.convolution import convolution
-
-# Devices on which the re-routed double backward has been measured (benchmarks/convolution_choice.py). Elsewhere PyTorch's runs.
-MEASURED_DEVICES = ("cpu",)
+from sib_fast.ops.convolution.choice import rules_of
 
 
 class _RoutedDoubleBackward:
-    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where that was measured."""
+    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where its rules say so (choice.py)."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = input.device.type
-        if input.ndim != weight.ndim or device not in MEASURED_DEVICES or input.is_complex():
+        ours = input.ndim == weight.ndim and not input.is_complex()
+        if not (ours and rules_of(input.device).second(input, weight, self.groups)):
             return super()._conv_forward(input, weight, bias)
         input, padding = self._padded(input)
         if torch.is_autocast_enabled(device):  # autocast knows PyTorch's convolution, not our op

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sib_fast.ops.activation as activation_op
 from sib_fast.ops.activation import KINDS, activation, reference
 from sib_fast.testing.assertions import assert_no_worse_than
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "emulated")
 
 PARAMETERS = {"hardtanh": (-1.5, 2.0), "leaky_relu": (0.1,), "elu": (0.7,), "softplus": (1.5, 20.0)}
 CASES = [(kind, PARAMETERS.get(kind, ())) for kind in KINDS]
@@ -30,13 +31,31 @@ OWN = {
     "softplus": F.softplus,
 }
 SMOOTH = [case for case in CASES if KINDS[case[0]].second is not None]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMESPACE = "sib_fast_emulated"
+TILE = 256 * 16  # bytes of a tensor that one block of the CUDA kernel takes at a time
+smooth = pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
+
+
+@pytest.fixture
+def kernel(kernel, monkeypatch) -> str:
+    """Under "emulated" the CUDA kernel takes the CPU kernel's place: a double backward is not told a backend."""
+    if kernel == "emulated":
+        monkeypatch.setitem(activation_op._KERNEL_OF, "cpu", (NAMESPACE, True))
+        monkeypatch.setattr(activation_op, "KERNELS", [*activation_op.KERNELS, "emulated"])
+    return kernel
+
+
+def double_backward(u, grad_y, saved, kind, parameters, need_grad_y=True, need_saved=True):
+    op = torch.ops.sib_fast_activation.double_backward
+    return op(u, grad_y, saved, kind, [float(p) for p in parameters], need_grad_y, need_saved)
 
 
 def second_order(function, x, dtype=torch.float64, seed=1):
     """y, grad_x, and the gradients of a function of those with respect to the cotangent and x."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
     leaf = x.detach().to(dtype).requires_grad_()
-    draw = lambda: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(torch.randn(x.shape, generator=g))  # noqa: E731
+    draw = lambda: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(torch.randn(x.shape, generator=g, device="cpu"))  # noqa: E731
     cotangent, weight = draw().requires_grad_(), draw()
     y = function(leaf)
     (first,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
@@ -78,6 +97,8 @@ def test_values_and_first_derivatives_are_pytorchs_bit_for_bit_at_kinks_too(kind
         for a, b in zip(*results, strict=True):
             if kind == "hardsigmoid" and dtype == torch.float64:
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=0)  # PyTorch's has a float32 sixth
+            elif kind == "mish" and leaf.device.type == "meta":  # tests/pretend.py: there PyTorch composes mish's gradient
+                torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
             else:
                 assert torch.equal(a, b)
 
@@ -97,15 +118,15 @@ def test_float32_is_no_worse_than_pytorchs_own(kind, parameters, kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
+@smooth
 def test_halves_are_rounded_once(kind, parameters, dtype, kernel):
     """The kernel's double backward of half tensors is the float32 one of the same numbers, rounded."""
     x = inputs((3, 4, 5, 5)).to(dtype)
-    op, rule = torch.ops.sib_fast_activation.double_backward, KINDS[kind]
+    rule = KINDS[kind]
     saved = OWN[kind](x, *parameters) if rule.saves_result else x
     u, g = torch.randn_like(saved), torch.randn_like(saved)
-    got = op(u, g, saved, kind, list(parameters), True, True)
-    wide = op(u.float(), g.float(), saved.float(), kind, list(parameters), True, True)
+    got = double_backward(u, g, saved, kind, parameters)
+    wide = double_backward(u.float(), g.float(), saved.float(), kind, parameters)
     for a, b in zip(got, wide, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -130,7 +151,7 @@ def test_gradcheck_and_gradgradcheck(kind, parameters, kernel):
     assert torch.autograd.gradgradcheck(lambda t: activation(t, kind, *parameters, backend=kernel), x)
 
 
-@pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
+@smooth
 def test_kernel_and_composed_agree_far_out(kind, parameters, kernel):
     """Where exp overflows and where 1 − tanh vanishes: finite and equal."""
     rule = KINDS[kind]
@@ -145,6 +166,115 @@ def test_kernel_and_composed_agree_far_out(kind, parameters, kernel):
         want = _double_backward_composed(one, one, saved.to(dtype).double(), kind, list(parameters), True, True)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=bound, atol=bound)
+
+
+@smooth
+def test_kinks_and_values_that_are_not_finite_are_pytorchs(kind, parameters, kernel):
+    """Equal where PyTorch's is finite; not finite where PyTorch's is not."""
+    inf, nan = float("inf"), float("nan")
+    points = [-3.0, 3.0, 0.0, -0.0, 20.0 / 1.5, 20.0, 0.5, -0.5, inf, -inf]
+    if kind not in ("hardswish", "elu"):  # there PyTorch's vector code and its tail disagree about NaN (CPU, torch 2.14)
+        points.append(nan)
+    cotangents = [(2.0, 3.0), (inf, 3.0), (2.0, inf), (nan, 3.0), (2.0, nan), (0.0, 3.0)]
+    x = torch.tensor([p for p in points for _ in cotangents])
+    u, g = (torch.tensor([pair[k] for _ in points for pair in cotangents]) for k in range(2))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13)):  # PyTorch's silu cancels at 20 in float32
+        results = []
+        for function in (OWN[kind], lambda t, *p: activation(t, kind, *p, backend=kernel)):
+            leaf, cotangent = (t.to(dtype).requires_grad_() for t in (x, g))
+            (first,) = torch.autograd.grad(function(leaf, *parameters), leaf, cotangent, create_graph=True)
+            results.append(torch.autograd.grad(first, [cotangent, leaf], u.to(dtype)))
+        for name, want, got in zip(("to_grad_y", "to_x"), *results, strict=True):
+            finite = want.isfinite()
+            assert finite.sum() > 10
+            assert torch.equal(got.isfinite(), finite), (name, x[got.isfinite() != finite], u[got.isfinite() != finite])
+            torch.testing.assert_close(got[finite], want[finite], rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_and_views_that_no_pack_divides(dtype, kernel, poisoned_memory):
+    """Whole tiles, part of one, views that start between two packs: every element, the same bits as element by element."""
+    tile, draw = TILE // dtype.itemsize, lambda n: (2 * torch.randn(n + 1)).to(dtype)
+    for count in (1, 7, tile - 1, tile, tile + 1, 2 * tile + 77):
+        u, g, x = (draw(count) for _ in range(3))
+        exact = [
+            t.double() for t in activation_op._double_backward_composed(*(t.double() for t in (u, g, x)), "silu", [], True, True)
+        ]
+        for first in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
+            views = [t[k:][:count] if k else t[:count] for t, k in zip((u, g, x), first, strict=True)]
+            moved = [t.clone() for t in views]
+            got, want = double_backward(*views, "silu", ()), double_backward(*moved, "silu", ())
+            for a, b in zip(got, want, strict=True):
+                assert a.shape == (count,)
+                assert torch.equal(a, b), (count, first)
+        for a, b in zip(double_backward(u, g, x, "silu", ()), exact, strict=True):
+            eps = torch.finfo(dtype).eps  # of the largest value, since f'' crosses zero
+            torch.testing.assert_close(a.double(), b, rtol=4 * eps, atol=2 * eps * b.abs().max().item())
+
+
+def test_more_tiles_than_blocks(kernel):
+    """Every block of the CUDA kernel takes a second tile: as if a part alone had been asked for."""
+    count = 16 * 132 * TILE // 8 + 700
+    u, g, x = (torch.randn(count, dtype=torch.float64) for _ in range(3))
+    got = double_backward(u, g, x, "tanh", ())
+    torch.testing.assert_close(got[0], u * (1 - x * x), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(got[1], -2 * u * g * x, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@smooth
+def test_each_part_alone_is_the_same_part(kind, parameters, dtype, kernel):
+    u, g, saved = (torch.randn(3, 700).to(dtype) for _ in range(3))
+    both = double_backward(u, g, saved, kind, parameters)
+    first = double_backward(u, g, saved, kind, parameters, True, False)
+    second = double_backward(u, g, saved, kind, parameters, False, True)
+    assert first[1].numel() == second[0].numel() == 0
+    torch.testing.assert_close(first[0], both[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(second[1], both[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("saved_layout", ["contiguous", "channels_last", "permuted", "strided"])
+def test_mixed_layouts(saved_layout, kernel, poisoned_memory):
+    """The result lies as the saved tensor does, if that is contiguous or channels last, whatever the cotangents' layouts."""
+    base = inputs((2, 5, 6, 4))
+    layouts = {
+        "contiguous": lambda t: t,
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    }
+    saved, u, g = layouts[saved_layout](base), torch.randn_like(base), torch.randn_like(base)
+    want = activation_op._double_backward_composed(u, g, base, "silu", [], True, True)
+    for of_u in layouts.values():
+        for of_g in layouts.values():
+            got = double_backward(of_u(u), of_g(g), saved, "silu", ())
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+                assert a.is_contiguous(memory_format=torch.channels_last) == (saved_layout == "channels_last")
+                assert a.is_contiguous() == (saved_layout != "channels_last")
+
+
+def test_the_kernel_refuses_what_it_cannot_read(kernel):
+    """Reached through the private op only; a wrong pointer would read another tensor."""
+    namespace = activation_op._KERNEL_OF["cuda" if kernel == "cuda" else "cpu"][0]
+    op = getattr(torch.ops, namespace)._activation_double_backward
+    x = torch.randn(2, 3, 4, 5)
+    for bad, match in (
+        (x[:1], "must have the shape of x"),
+        (x.double(), "must have the dtype of x"),
+        (x.contiguous(memory_format=torch.channels_last), "must have the layout of x"),
+    ):
+        with pytest.raises(RuntimeError, match="u " + match):
+            op(bad, x, x, 1, 0.0, 0.0, True, True)
+        with pytest.raises(RuntimeError, match="grad_y " + match):
+            op(x, bad, x, 1, 0.0, 0.0, True, True)
+    with pytest.raises(RuntimeError, match="x must have the layout of x"):
+        op(x[..., ::2], x[..., ::2], x[..., ::2], 1, 0.0, 0.0, True, True)
+    for number in (-1, 9):
+        with pytest.raises(RuntimeError, match="kind must be a number"):
+            op(x, x, x, number, 0.0, 0.0, True, True)
+    with pytest.raises(RuntimeError, match="x must be float64, float32"):
+        op(x.int(), x.int(), x.int(), 1, 0.0, 0.0, True, True)
 
 
 def filled(step):
@@ -196,9 +326,9 @@ def test_layouts(kind, layout, kernel):
         "strided": x.repeat_interleave(2, dim=3)[..., ::2],
         "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
     }[layout]
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     leaf = other.detach().requires_grad_()
-    cotangent, weight = (torch.randn(x.shape, generator=g).double() for _ in range(2))
+    cotangent, weight = (torch.randn(x.shape, generator=g, device="cpu").double().to(x.device) for _ in range(2))
     cotangent.requires_grad_()
     y = activation(leaf, kind, backend=kernel)
     (first,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
@@ -272,9 +402,10 @@ def test_opcheck(kind, parameters, kernel):
     op, given = torch.ops.sib_fast_activation, [float(p) for p in parameters]
     x = torch.randn(3, 4, 5, requires_grad=True)
     g = torch.randn(3, 4, 5)
-    torch.library.opcheck(op.forward.default, (x, kind, given))
-    torch.library.opcheck(op.forward_.default, (x.detach().clone(), kind, given))
-    torch.library.opcheck(op.backward.default, (g, x.detach(), kind, given))
+    if kernel != "emulated":  # PyTorch's in any case
+        torch.library.opcheck(op.forward.default, (x, kind, given))
+        torch.library.opcheck(op.forward_.default, (x.detach().clone(), kind, given))
+        torch.library.opcheck(op.backward.default, (g, x.detach(), kind, given))
     if KINDS[kind].second is not None:
         torch.library.opcheck(op.double_backward.default, (g, g + 1, x.detach(), kind, given, True, True))
 

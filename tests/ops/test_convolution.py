@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sib_fast
 import sib_fast.ops.convolution as convolution_op
-from sib_fast.ops.convolution import convolution, reference
+from sib_fast.ops.convolution import choice, convolution, reference
 
 CASES = {
     "3x3": ((3, 4, 9, 8), (6, 4, 3, 3), ([1, 1], [1, 1], [1, 1], 1)),
@@ -145,3 +146,24 @@ def test_no_convolution_with_a_map_sized_kernel():
     assert (1, 2, 12, 12) in theirs, "PyTorch no longer does it: is this op still needed?"
     assert theirs.count((1, 2, 12, 12)) == 6
     assert [shape for shape in convolution_shapes(convolution) if shape[-1] > 3] == []
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_layer_takes_the_way_that_its_devices_rules_say(groups, monkeypatch):
+    layer, x = sib_fast.nn.Conv2d(4, 4, 3, groups=groups), torch.randn(2, 4, 6, 6)
+    assert "sib_fast_convolution" in layer(x).grad_fn.name()
+    monkeypatch.setitem(choice.RULES, "cpu", choice.RULES["cpu"]._replace(second=lambda x, weight, groups: groups == 1))
+    assert ("sib_fast_convolution" in layer(x).grad_fn.name()) == (groups == 1)
+
+
+def test_a_device_without_rules_runs_pytorchs_own():
+    """CUDA has the safe row, taken without a measurement: no map-sized kernels, no loop over groups, the library's kernels."""
+    depthwise = torch.empty(8, 96, 56, 56, device="meta"), torch.empty(96, 1, 7, 7, device="meta")
+    stem, patch = torch.empty(8, 3, 224, 224, device="meta"), torch.empty(64, 3, 7, 7, device="meta")
+    for device, second in (("cuda", True), ("mps", False)):
+        rules = choice.rules_of(torch.device(device))
+        assert rules.second(*depthwise, 96) == rules.second(stem, patch, 1) == second
+        assert not rules.input_by_phases(stem, patch, [2, 2], [1, 1], 1)
+        assert not rules.weight_in_channels_last(depthwise[0], *depthwise, 96)
+    assert choice.rules_of(torch.device("cpu")).input_by_phases(stem, patch, [2, 2], [1, 1], 1)
+    assert "unverified" in choice.RULES["cuda"].evidence

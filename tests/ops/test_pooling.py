@@ -46,6 +46,18 @@ def test_values_and_both_derivatives_are_pytorchs(ours, theirs, geometry, layout
     assert ours(x, *geometry).is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout_of_u", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_double_backward_of_the_maximum_keeps_channels_last(layout_of_u):
+    """torch.gather's result is contiguous: every layer before the pooling would then have to convert."""
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = max_pool2d(x, *MAX["resnet"])
+    cotangent = torch.randn_like(y).requires_grad_()
+    (first,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+    (second,) = torch.autograd.grad(first, cotangent, torch.randn_like(x).contiguous(memory_format=layout_of_u))
+    assert second.is_contiguous(memory_format=torch.channels_last)
+    assert not second.is_contiguous()
+
+
 @pytest.mark.parametrize(("ours", "theirs", "geometry"), CASES)
 def test_gradgradcheck(ours, theirs, geometry):
     x = torch.randperm(2 * 2 * 5 * 6).double().view(2, 2, 5, 6).mul(0.1).requires_grad_()  # no two maxima near each other

@@ -2,7 +2,7 @@
 
 Where f'' is zero almost everywhere, the second derivative has one part, the first derivative's own kernel applied to u. PyTorch
 returns an activation-sized tensor of zeros for the other part and adds it to a gradient. Where f'' is not zero, PyTorch
-composes the two parts from about ten pointwise ops; here one kernel writes both.
+composes the two parts from about ten pointwise ops; here one kernel writes both, on the CPU and on CUDA.
 
 Values and first derivatives are PyTorch's own kernels. No autograd.Function on the way of a compiled step (see batch_norm).
 """
@@ -28,8 +28,8 @@ class _Kind(NamedTuple):
     """f, and what its derivatives need.
 
     parameters: how many floats f takes. saves_result: f' is known from y = f(x), which the next layer keeps anyway.
-    first(grad_y, saved, *parameters) = grad_y·f'. second(saved, *parameters) = ∂f'/∂saved; None where it is zero.
-    kernel: number in csrc/cpu/activation_kernels.h; None where only to_saved comes from there would not pay or none exists.
+    first(grad_y, saved, *parameters) = grad_y·f'. second(product, saved, *parameters) = product·∂f'/∂saved; None where that is
+    zero. kernel: number in csrc/common/activation.h; None where there is nothing to fuse.
     """
 
     parameters: int
@@ -53,35 +53,43 @@ def _sigmoids(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(z), torch.sigmoid(-z)
 
 
-def _silu_second(x: Tensor) -> Tensor:
+def _hardswish_second(product: Tensor, x: Tensor) -> Tensor:
+    return torch.where((x > -3) & (x < 3), product / 3, 0.0)
+
+
+def _silu_second(product: Tensor, x: Tensor) -> Tensor:
     s, rest = _sigmoids(x)
-    return s * rest * (2 + x * (rest - s))
+    return product * s * rest * (2 + x * (rest - s))
 
 
-def _gelu_second(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)) * (2 - x * x)
+def _gelu_second(product: Tensor, x: Tensor) -> Tensor:
+    return product * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)) * (2 - x * x)
 
 
-def _gelu_tanh_second(x: Tensor) -> Tensor:
+def _gelu_tanh_second(product: Tensor, x: Tensor) -> Tensor:
     # With z = sqrt(8/π)·(x + 0.044715·x³) and s = σ(z), f = x·s.
     k = math.sqrt(8 / math.pi)
     z1, z2 = k * (1 + 3 * 0.044715 * x * x), k * 6 * 0.044715 * x
     s, rest = _sigmoids(k * (x + 0.044715 * x**3))
-    return s * rest * (2 * z1 + x * ((rest - s) * z1 * z1 + z2))
+    return product * s * rest * (2 * z1 + x * ((rest - s) * z1 * z1 + z2))
 
 
-def _mish_second(x: Tensor) -> Tensor:
+def _mish_second(product: Tensor, x: Tensor) -> Tensor:
     # t = tanh(softplus(x)) = n/(n + 2), n = e^x(e^x + 2); beyond 20, 1 − t is below a rounding of a double.
     e = torch.exp(x.clamp(max=20))
     n, s = e * (e + 2), torch.sigmoid(x)
     t, rest = n / (n + 2), 2 / (n + 2)
     slope = rest * (1 + t)
-    return slope * s * (2 + x * (1 - s - 2 * t * s))
+    return product * slope * s * (2 + x * (1 - s - 2 * t * s))
 
 
-def _softplus_second(x: Tensor, beta: float, threshold: float) -> Tensor:
+def _elu_second(product: Tensor, x: Tensor, alpha: float) -> Tensor:
+    return product * torch.where(x < 0, alpha * torch.exp(x.clamp(max=0)), 0.0)
+
+
+def _softplus_second(product: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     s, rest = _sigmoids(x * beta)
-    return torch.where(x * beta > threshold, 0.0, beta * s * rest)
+    return product * torch.where(x * beta >= threshold, 0.0, beta * s * rest)
 
 
 KINDS: dict[str, _Kind] = {
@@ -97,7 +105,7 @@ KINDS: dict[str, _Kind] = {
         _aten.hardswish,
         _aten.hardswish_,
         _aten.hardswish_backward,
-        lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 3,
+        _hardswish_second,
         0,
     ),
     "silu": _Kind(0, False, _aten.silu, _aten.silu_, _aten.silu_backward, _silu_second, 1),
@@ -118,7 +126,7 @@ KINDS: dict[str, _Kind] = {
         _aten.elu,
         _aten.elu_,
         lambda g, x, alpha: _aten.elu_backward(g, alpha, 1, 1, False, x),
-        lambda x, alpha: torch.where(x > 0, 0.0, alpha * torch.exp(x.clamp(max=0))),
+        _elu_second,
         5,
     ),
     "softplus": _Kind(
@@ -130,10 +138,10 @@ KINDS: dict[str, _Kind] = {
         _softplus_second,
         6,
     ),
-    "sigmoid": _Kind(0, True, _aten.sigmoid, _aten.sigmoid_, _aten.sigmoid_backward, lambda y: 1 - 2 * y, 7),
-    "tanh": _Kind(0, True, _aten.tanh, _aten.tanh_, _aten.tanh_backward, lambda y: -2 * y, 8),
+    "sigmoid": _Kind(0, True, _aten.sigmoid, _aten.sigmoid_, _aten.sigmoid_backward, lambda product, y: product * (1 - 2 * y), 7),
+    "tanh": _Kind(0, True, _aten.tanh, _aten.tanh_, _aten.tanh_backward, lambda product, y: -2 * product * y, 8),
 }
-_GELU = 2  # its first derivative needs erf, for which the CPU kernel has no vector code: that part is PyTorch's
+KERNELS = ["cpu", "cuda"]
 
 _LIBRARY = torch.library.Library("sib_fast_activation", "DEF")
 _LIBRARY.define("forward(Tensor x, str kind, float[] parameters) -> Tensor")
@@ -170,7 +178,7 @@ def activation(x: Tensor, kind: str, *parameters: float, inplace: bool = False, 
         y = reference.activation(x, kind, *parameters)
         return x.copy_(y) if inplace else y
     if backend != "auto":
-        resolve(_OP, backend, x.device)
+        resolve(_OP, backend, x.device, KERNELS)
     given = [float(p) for p in parameters]
     if inplace:
         _OPS.forward_(x, kind, given)
@@ -190,26 +198,33 @@ def _backward(grad_y, saved, kind, parameters):
     return KINDS[kind].first(grad_y, saved, *parameters)
 
 
-def _double_backward_composed(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
-    """Both parts by PyTorch's ops: for devices without a kernel, and as the fake kernel."""
+# Where each device type's kernel is registered, and whether it has gelu's f' (erf, for which the CPU's has no vector code).
+_KERNEL_OF = {"cpu": ("sib_fast", False), "cuda": ("sib_fast", True)}
+
+
+def _double_backward_fused(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
+    """Both parts in one pass."""
+    namespace, has_erf = _KERNEL_OF[saved.device.type]
+    u, grad_y, saved = _laid_out_alike(u, grad_y, saved)
     rule = KINDS[kind]
+    a, b, *_ = *parameters, 0.0, 0.0
+    apart = need_grad_y and kind == "gelu" and not has_erf
+    to_grad_y, to_saved = getattr(torch.ops, namespace)._activation_double_backward(
+        u, grad_y, saved, rule.kernel, a, b, need_grad_y and not apart, need_saved
+    )
+    return rule.first(u, saved, *parameters) if apart else to_grad_y, to_saved
+
+
+def _double_backward_composed(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
+    """Both parts by PyTorch's ops, for devices without a kernel."""
+    rule = KINDS[kind]
+    u, grad_y, saved = _laid_out_alike(u, grad_y, saved)
     to_grad_y = rule.first(u, saved, *parameters) if need_grad_y else u.new_empty((0,))
     if not need_saved:
         return to_grad_y, u.new_empty((0,))
     wide = _checks.accumulation_dtype(saved.dtype)
-    product = u.to(wide) * grad_y.to(wide) * rule.second(saved.to(wide), *parameters)
-    return to_grad_y, product.to(saved.dtype)
-
-
-def _double_backward_cpu(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
-    rule = KINDS[kind]
-    first, second, *_ = *parameters, 0.0, 0.0
-    u, grad_y = _as_laid_out(u, saved), _as_laid_out(grad_y, saved)
-    apart = rule.kernel == _GELU and need_grad_y
-    to_grad_y, to_saved = torch.ops.sib_fast._activation_double_backward(
-        u, grad_y, _dense(saved), rule.kernel, first, second, need_grad_y and not apart, need_saved
-    )
-    return rule.first(u, saved, *parameters) if apart else to_grad_y, to_saved
+    product = u.to(wide) * grad_y.to(wide)
+    return to_grad_y, rule.second(product, saved.to(wide), *parameters).to(saved.dtype)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -220,28 +235,26 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
 
 
-def _as_laid_out(tensor: Tensor, x: Tensor) -> Tensor:
-    """tensor in the layout that `_dense(x)` has; no copy where it has that already."""
-    if x.is_contiguous() or not _is_channels_last(x):
-        return tensor.contiguous()
-    return tensor if _is_channels_last(tensor) else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+def _laid_out_alike(u: Tensor, grad_y: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three contiguous, or all channels last as `saved` is; no copy of what lies so already."""
+    if saved.is_contiguous() or not _is_channels_last(saved):
+        return u.contiguous(), grad_y.contiguous(), saved.contiguous()
+    u, grad_y = (t if _is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (u, grad_y))
+    return u, grad_y, saved
 
 
 for _name, _function in (("forward", _forward), ("forward_", _forward_), ("backward", _backward)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sib_fast_activation::{_name}", _function, lib=_LIBRARY)
 _LIBRARY.impl("double_backward", _double_backward_composed, "CompositeExplicitAutograd")
-if _extension.MISSING["cpu"] is None:
-    _LIBRARY.impl("double_backward", _double_backward_cpu, "CPU")
-
-    @torch.library.register_fake("sib_fast::_activation_double_backward")
-    def _fake_kernel(u, grad_y, saved, kind, first, second, need_grad_y, need_saved):
-        return tuple(torch.empty_like(saved) if need else u.new_empty((0,)) for need in (need_grad_y, need_saved))
+for _name in _KERNEL_OF:
+    if _extension.MISSING[_name] is None:
+        _LIBRARY.impl("double_backward", _double_backward_fused, _name.upper())
 
 
 @torch.library.register_fake("sib_fast_activation::double_backward", lib=_LIBRARY)
 def _fake_double_backward(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
-    return tuple(torch.empty_like(saved) if need else u.new_empty((0,)) for need in (need_grad_y, need_saved))
+    return tuple(torch.empty_like(_dense(saved)) if need else u.new_empty((0,)) for need in (need_grad_y, need_saved))
 
 
 def _setup_forward(ctx, inputs, output):

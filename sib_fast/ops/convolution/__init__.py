@@ -7,8 +7,7 @@ keeps the second derivative.
 
 More savings. Gradients that the running pass does not need are not computed (`sib_fast._needs`). The input gradient of a
 network's first layer, which a plain step never computes, goes by phases where it is strided and has few channels. The weight
-gradient of a depthwise layer of large kernels goes in channels last. The choices are rules on shapes, made from measurements;
-timed at run time they would change bits from run to run.
+gradient of a depthwise layer of large kernels goes in channels last. Where each is done, choice.py says.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sib_fast._needs import needed
 from sib_fast.ops.convolution import reference
+from sib_fast.ops.convolution.choice import rules_of
 
 _OP = "convolution"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -73,13 +73,6 @@ def _gradients(grad_y, x, weight, stride, padding, dilation, groups, needs):
     )
 
 
-def _by_phases(x, weight, stride, dilation, groups) -> bool:
-    """Where oneDNN's strided input gradient was found slower, benchmarks/convolution_choice.py: 7×7 of stride 2 and 4×4 of
-    stride 4 at 3 channels, 2.5 and 3 times; from 3×3 down, and at 64 channels, it was as fast or faster."""
-    few = weight.shape[1] <= 4 and min(weight.shape[2:]) >= 4
-    return x.device.type == "cpu" and x.ndim == 4 and groups == 1 and few and min(stride) >= 2 and max(dilation) == 1
-
-
 def _taps(kernel: int, stride: int, padding: int) -> tuple[list[tuple[int, int, int]], int, int]:
     """Along one dimension, grad_x[stride·a + r] = Σ grad_y[a + offset]·weight[k]: (r, offset, k) for every k; lowest, highest
     offset."""
@@ -115,14 +108,6 @@ def _input_gradient_by_phases(grad_y, x, weight, stride, padding):
     return torch.empty_like(x).copy_(out[:, :, : x.shape[2], : x.shape[3]])
 
 
-def _in_channels_last(grad_y, x, weight, groups) -> bool:
-    """Where oneDNN's depthwise weight gradient was found faster in channels last, the conversion counted,
-    benchmarks/convolution_choice.py: kernels of 5×5 and 7×7, three times on maps of 28×28 and more, level at 14×14, the other
-    way round below; at 3×3 the conversion takes what is gained."""
-    depthwise = x.device.type == "cpu" and x.ndim == 4 and groups == x.shape[1] == weight.shape[0] > 1
-    return depthwise and min(weight.shape[2:]) >= 5 and grad_y.shape[2] * grad_y.shape[3] >= 14 * 14
-
-
 def _weight_gradient_in_channels_last(grad_y, x, weight, *geometry):
     grad_y, x, w = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x, weight))
     return torch.empty_like(weight).copy_(_gradients(grad_y, x, w, *geometry, [False, True, False])[1])
@@ -130,8 +115,9 @@ def _weight_gradient_in_channels_last(grad_y, x, weight, *geometry):
 
 def _backward(grad_y, x, weight, stride, padding, dilation, groups, need_x, need_weight, need_bias):
     geometry = (stride, padding, dilation, groups)
-    phases = need_x and _by_phases(x, weight, stride, dilation, groups)
-    channels_last = need_weight and _in_channels_last(grad_y, x, weight, groups)
+    rules = rules_of(x.device)
+    phases = need_x and rules.input_by_phases(x, weight, stride, dilation, groups)
+    channels_last = need_weight and rules.weight_in_channels_last(grad_y, x, weight, groups)
     needs, grads = [need_x and not phases, need_weight and not channels_last, need_bias], [None, None, None]
     if any(needs):
         grads = list(_gradients(grad_y, x, weight, *geometry, needs))

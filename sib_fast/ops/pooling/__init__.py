@@ -94,6 +94,14 @@ def _autograd_of_max(ctx, grad_y, _):
     return grad, *[None] * len(ctx.geometry)
 
 
+def _gather(u: Tensor, indices: Tensor) -> Tensor:
+    """u at the maxima, in the layout of the indices, which is y's: torch.gather alone always returns a contiguous tensor."""
+    if indices.is_contiguous():
+        return u.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+    last = indices.permute(0, 2, 3, 1)
+    return u.permute(0, 2, 3, 1).flatten(1, 2).gather(1, last.flatten(1, 2)).view(last.shape).permute(0, 3, 1, 2)
+
+
 def _setup_max_backward(ctx, inputs, output):
     _, _, indices, *ctx.geometry = inputs
     ctx.save_for_backward(indices)
@@ -104,7 +112,7 @@ def _autograd_of_max_backward(ctx, u):
     to_grad_y = None
     if u is not None and ctx.needs_input_grad[0]:
         (indices,) = ctx.saved_tensors
-        to_grad_y = u.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        to_grad_y = _gather(u, indices)
     return to_grad_y, None, None, *[None] * len(ctx.geometry)
 
 

@@ -139,12 +139,21 @@ def test_without_gradients_it_is_pytorchs_fast_path():
             assert torch.equal(fast(x, x, x, need_weights=False)[0], plain.eval()(x, x, x, need_weights=False)[0])
 
 
-def test_a_prepared_vit_trains_without_being_told_of_the_math_kernel():
+def vision_transformer(layers: int) -> nn.Module:
     models = pytest.importorskip("torchvision.models", reason="torchvision does not import", exc_type=ImportError)
     torch.manual_seed(0)
-    model = models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5).double()
-    nn.init.normal_(model.heads.head.weight, std=0.3)
-    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 5, (4,))
+    model = models.VisionTransformer(32, 8, num_layers=layers, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+    nn.init.normal_(model.heads.head.weight, std=0.3)  # torchvision starts it at zero, which makes the VJP zero too
+    return model.double()
+
+
+def vit_batch():
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, 32, 32, generator=draw).double(), torch.randint(0, 5, (4,), generator=draw)
+
+
+def test_a_prepared_vit_trains_without_being_told_of_the_math_kernel():
+    model, (x, y) = vision_transformer(2), vit_batch()
     results = []
     for net in (copy.deepcopy(model), sib_fast.prepare(copy.deepcopy(model))):
         criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5).attach(net)
@@ -159,3 +168,24 @@ def test_a_prepared_vit_trains_without_being_told_of_the_math_kernel():
     scale = max(w.norm() for w in results[0])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 1e-10 * scale
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace autograd.grad")
+@pytest.mark.parametrize("low", [False, True], ids=["float64", "autocast"])
+def test_a_compiled_step_of_a_prepared_vit_is_the_eager_one(low):
+    """Attention, layer norms and GELU in one region; under autocast attention leaves it and comes back."""
+    net, (x, y) = sib_fast.prepare(vision_transformer(1)), vit_batch()
+    net, x = (net.float(), x.float()) if low else (net, x)
+    twin, criterion = copy.deepcopy(net), sib_fast.SIBLoss(1.0, 1e4, window_size=5)
+    base = copy.deepcopy(net)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        sib_fast.compile_step(net, criterion, backend="aot_eager")(x, y).loss.backward()
+        leaf = x.clone().requires_grad_()
+        criterion(twin(leaf), y, leaf).backward()
+        nn.functional.cross_entropy(base(x), y).backward()
+    scale = max(p.grad.norm() for p in twin.parameters())
+    bound = 2e-2 if low else 1e-11
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= bound * scale
+    second_order = max((a.grad - b.grad).norm() for a, b in zip(twin.parameters(), base.parameters(), strict=True))
+    assert second_order > (5 if low else 1000) * bound * scale

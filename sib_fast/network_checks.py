@@ -32,7 +32,8 @@ _COMPILED = (
     "a module under torch.compile must not be used: compiled code has no second derivative in PyTorch. Leave the model uncompiled"
 )
 _FUSED_ATTENTION = (
-    "fused attention must not be used: PyTorch has no second derivative for it. Run the forward under "
+    "fused attention must not be used: PyTorch has no second derivative for it. Call sib_fast.prepare(model) first, whose "
+    "MultiheadAttention has one for self-attention without masks, as in torchvision's ViT; or run the forward under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with timm call timm.layers.set_fused_attn(False) before the model is "
     "made; with Hugging Face pass attn_implementation='eager'"
 )

@@ -75,6 +75,17 @@ class Tokens(nn.Module):
         return self.layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
+class SelfAttention(nn.Module):
+    """Attention of tokens to each other, as a ViT has it. Shapes: [N, L, E] -> the same."""
+
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
 class Volume(nn.Module):
     """A 3d layer over a map of depth one. Shapes: [N, C, H, W] -> the same."""
 
@@ -107,6 +118,7 @@ PLACES = {
     nn.Conv3d: lambda: Volume(nn.Conv3d(6, 6, (1, 3, 3), padding=(0, 1, 1))),
     nn.GroupNorm: lambda: nn.GroupNorm(2, 6),
     nn.LayerNorm: lambda: Tokens(nn.LayerNorm(6)),
+    nn.MultiheadAttention: lambda: Tokens(SelfAttention(nn.MultiheadAttention(6, 2, batch_first=True))),
     nn.MaxPool2d: lambda: nn.MaxPool2d(3, 2, 1),
     nn.AvgPool2d: lambda: nn.AvgPool2d(2),
     nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d(4),

@@ -23,6 +23,8 @@ BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.
 CUDA_ACT, LAYOUT = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
+LN, LN_HOST, LN_OP = "csrc/cpu/layer_norm_kernels.cpp", "csrc/cpu/layer_norm_cpu.cpp", "sib_fast/ops/layer_norm/__init__.py"
+SOFT, SOFT_HOST, SOFT_OP = "csrc/cpu/softmax_kernels.cpp", "csrc/cpu/softmax_cpu.cpp", "sib_fast/ops/softmax/__init__.py"
 OBJ, OBJ_HOST = "csrc/cpu/hsic_objective_kernels.cpp", "csrc/cpu/hsic_objective_cpu.cpp"
 OBJ_HEADER, OBJ_OP, CUDA_OBJ = (
     "csrc/common/objective.h",
@@ -223,6 +225,34 @@ FAULTS = [
     ("activation: cotangents taken in any layout", LAYOUT, "SIB_CHECK(op, lies(t, channels_last)", "SIB_CHECK(op, true"),
     ("activation: cotangent not laid out as x", ACT_OP, "u, grad_y = (t if _is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (u, grad_y))", "pass"),
     ("activation: composed for the kernel", ACT_OP, 'if _extension.MISSING[_name] is None:\n        _LIBRARY', 'if False:\n        _LIBRARY'),
+    # layer norm, group norm, softmax
+    ("layer norm: mean in one part", LN, "return ((get(x[i]) - high) - low) * invstd;", "return (get(x[i]) - high) * invstd;"),
+    ("layer norm: variance without the mean's own rounding", LN, "mean[r] = m + shift;", "mean[r] = static_cast<float>(m);"),
+    ("layer norm: eps forgotten", LN, "- shift * shift + eps);", "- shift * shift);"),
+    ("layer norm: groups' weights by the row", LN, "const int64_t first = r % rows.groups * rows.channels();\n    const Compute<E>*g", "const int64_t first = 0 * rows.channels();\n    const Compute<E>*g"),
+    ("layer norm: last element of a row not summed", LN, "    for (int64_t i = 0; i < length; ++i) {\n      const Three t", "    for (int64_t i = 0; i < length - (length > 16); ++i) {\n      const Three t"),
+    ("layer norm: last channel of a row not written", LN, "for (int64_t c = 0; c < rows.channels(); ++c) {\n    const int64_t from = c * rows.spatial, to = from + rows.spatial;\n#pragma omp simd\n", "for (int64_t c = 0; c < rows.channels() - (rows.channels() > 3); ++c) {\n    const int64_t from = c * rows.spatial, to = from + rows.spatial;\n#pragma omp simd\n"),
+    ("layer norm: a channel's sum overwritten", LN, "sums[c] += run;", "sums[c] = run;"),
+    ("layer norm: A left out of grad_x", LN, "scale * ((get(grad[i]) * g[c] - A) - hat(i) * B)", "scale * (get(grad[i]) * g[c] - hat(i) * B)"),
+    ("layer norm: U left out of w", LN, "scale * ((get(v[i]) - U) - hat(i) * Tx)", "scale * (get(v[i]) - hat(i) * Tx)"),
+    ("layer norm: u_beta dropped", LN, "+ a[c] * hat(i) + b[c])", "+ a[c] * hat(i))"),
+    ("layer norm: kappa without B T", LN, "- A * mean_u - B * dot_u;", "- A * mean_u;"),
+    ("layer norm: mean of o without U B", LN, "double o_mean = -s * (A * dot_u + mean_u * B)", "double o_mean = -s * (A * dot_u)"),
+    ("layer norm: one of two B T in the dot of o", LN, "o_dot = -2 * s * B * dot_u;", "o_dot = -s * B * dot_u;"),
+    ("layer norm: u_gamma's mean left out", LN, "o_mean += of_a.a / count;", ""),
+    ("layer norm: kappa's own term left out", LN, "by_hat = static_cast<T>(-s * o_dot - s * s * kappa);\n      for_elements(rows, [=](int64_t i, int64_t c) {\n        put(out + i, by_u * get(v[i]) + by_h * g[c]", "by_hat = static_cast<T>(-s * o_dot);\n      for_elements(rows, [=](int64_t i, int64_t c) {\n        put(out + i, by_u * get(v[i]) + by_h * g[c]"),
+    ("layer norm: gradient of gamma by x̂ in the second", LN, "return static_cast<double>(get(grad[i]) * w(i));", "return static_cast<double>(get(grad[i]) * hat(i));"),
+    ("layer norm: a chunk's sums lost", LN_HOST, "for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) total", "for (int64_t chunk = 1 - (shape_.chunks == 1); chunk < shape_.chunks; ++chunk) total"),
+    ("layer norm: sums not zeroed", LN_HOST, "    std::memset(memory_.get(), 0,", "    if (shape.chunks < 2) std::memset(memory_.get(), 0,"),
+    ("layer norm: grad_beta in the place of grad_gamma", LN_HOST, "need_bias ? sums.of(i, need_weight) : nullptr", "need_bias ? sums.of(i, 0) : nullptr"),
+    ("layer norm: every gradient in every pass", LN_OP, "needs = (needed(ctx, 0), has_weight", "needs = (True, has_weight"),
+    ("layer norm: to_x dropped", LN_OP, "return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8", "return grads[0], None, grads[2] if needs[2] else None, *[None] * 8"),
+    ("softmax: b left out of to_grad_y", SOFT, "get(p[i]) * (get(v[i]) - b)", "get(p[i]) * get(v[i])"),
+    ("softmax: c left out of to_y", SOFT, "get(v[i]) * (get(g[i]) - c) - b * get(g[i])", "get(v[i]) * get(g[i]) - b * get(g[i])"),
+    ("softmax: b·gy left out of to_y", SOFT, "get(v[i]) * (get(g[i]) - c) - b * get(g[i])", "get(v[i]) * (get(g[i]) - c)"),
+    ("softmax: last block of rows cut short", SOFT_HOST, "to = end * block < rows ? end * block : rows,", "to = end * block < rows ? end * block : rows - (end > 1),"),
+    ("softmax: composed part without b·gy", SOFT_OP, "(u * (grad_y - c) - b * grad_y)", "(u * (grad_y - c))"),
+    ("softmax: to_y dropped", SOFT_OP, "return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))", "return grads[0], None"),
 ]  # fmt: skip
 
 

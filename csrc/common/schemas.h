@@ -63,6 +63,26 @@ void define_schemas(Library& m) {
   m.def(
       "_activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int kind, float a, float b, bool "
       "need_grad_y, bool need_saved) -> (Tensor to_grad_y, Tensor to_saved)");
+  // x contiguous, rows of `length` elements; row r has group r % groups' channels, `spatial` elements each; weight,
+  // bias acc [groups·length/spatial] -> y as x; float64 [rows] mean, 1/sqrt(variance + eps)
+  m.def(
+      "_layer_norm(Tensor x, Tensor? weight, Tensor? bias, int length, int groups, int spatial, float eps) -> (Tensor "
+      "y, Tensor mean, Tensor invstd)");
+  // grad_y as x -> grad_x as x, acc grad_weight, grad_bias; [0] where need_* is false
+  m.def(
+      "_layer_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, int length, int "
+      "groups, int spatial, bool need_x, bool need_weight, bool need_bias) -> (Tensor grad_x, Tensor grad_weight, "
+      "Tensor grad_bias)");
+  // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x, as x, and of weight, acc
+  m.def(
+      "_layer_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
+      "weight, Tensor mean, Tensor invstd, int length, int groups, int spatial, bool need_grad_y, bool need_x, bool "
+      "need_weight) -> (Tensor to_grad_y, Tensor to_x, Tensor to_weight)");
+  // u, grad_y, y of one shape, contiguous -> gradients of grad_y and y ([0] unless needed); rows along the last
+  // dimension
+  m.def(
+      "_softmax_double_backward(Tensor u, Tensor grad_y, Tensor y, bool need_grad_y, bool need_y) -> (Tensor "
+      "to_grad_y, Tensor to_y)");
   // x float32, any shape -> 2·x + 1: proves that the CUDA library loads, launches on the current stream and returns.
   m.def("_device_check(Tensor x) -> Tensor");
 }

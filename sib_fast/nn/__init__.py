@@ -15,9 +15,11 @@ from sib_fast.nn.activation import (
     Softplus,
     Tanh,
 )
+from sib_fast.nn.attention import MultiheadAttention
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
 from sib_fast.nn.inspect import Report, inspect
+from sib_fast.nn.layer_norm import GroupNorm, LayerNorm
 from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 from sib_fast.nn.prepare import prepare, restore
 
@@ -31,12 +33,15 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "LayerNorm",
     "LeakyReLU",
     "MaxPool2d",
     "Mish",
+    "MultiheadAttention",
     "ReLU",
     "ReLU6",
     "Report",

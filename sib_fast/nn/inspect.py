@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast import network_checks
-from sib_fast.nn.prepare import SWAPS, prepare
+from sib_fast.nn.prepare import SWAPS, fast_class, plain_class, prepare
 
 _OP = "inspect"
 STATUSES = ("obstacle", "swap", "prepared", "kept")
-_FAST = set(SWAPS.values())
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+
+_WHY = {
+    nn.Hardsigmoid: "PyTorch's has no second derivative",
+    nn.MultiheadAttention: "self-attention without masks and weights becomes products and a fused softmax; any other call stays "
+    "PyTorch's, which may run fused attention, without a second derivative",
+}
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,11 @@ def _in_modules(model: nn.Module) -> Iterator[Entry]:
     for name, module in model.named_modules():
         kind = type(module)
         obstacle = network_checks.obstacle_in(module)
-        if kind in SWAPS:
-            why = "PyTorch's has no second derivative" if kind is nn.Hardsigmoid else "its double backward becomes one fused op"
-            yield Entry("swap", _name_of(kind), (name,), _name_of(SWAPS[kind]), why)
-        elif kind in _FAST:
+        fast = fast_class(kind)
+        if fast is not None:
+            why = _WHY.get(kind, "its double backward becomes one fused op")
+            yield Entry("swap", _name_of(kind), (name,), _name_of(fast), why)
+        elif plain_class(kind) is not None:
             yield Entry("prepared", _name_of(kind), (name,), None, "swapped already")
         elif kind is nn.Hardsigmoid:
             fix = "compose it: relu6(x + 3) / 6"
@@ -128,12 +134,12 @@ def _in_modules(model: nn.Module) -> Iterator[Entry]:
         elif obstacle is not None:
             why, _, fix = obstacle.partition(". ")
             yield Entry("obstacle", _name_of(kind), (name,), None, why, fix)
-        elif isinstance(module, tuple(SWAPS)):
-            parent = next(_name_of(plain) for plain in SWAPS if isinstance(module, plain))
-            yield Entry("kept", _name_of(kind), (name,), None, f"a subclass of {parent} has a forward of its own")
         elif isinstance(module, nn.MultiheadAttention):
             why = "may run fused attention, which has no second derivative; an example input tells"
             yield Entry("kept", _name_of(kind), (name,), None, why, "run the forward under sdpa_kernel(SDPBackend.MATH)")
+        elif isinstance(module, tuple(SWAPS)):
+            parent = next(_name_of(plain) for plain in SWAPS if isinstance(module, plain))
+            yield Entry("kept", _name_of(kind), (name,), None, f"a subclass of {parent} has a forward of its own")
         elif isinstance(module, nn.RNNBase):
             why = "on a GPU it is cuDNN's, which has no second derivative"
             fix = "on a GPU run the forward under torch.backends.cudnn.flags(enabled=False)"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
 from sib_fast.nn import activation
+from sib_fast.nn.attention import MultiheadAttention
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
+from sib_fast.nn.layer_norm import GroupNorm, LayerNorm, other_layer_norm
 from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -16,6 +19,9 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
+    nn.LayerNorm: LayerNorm,
+    nn.GroupNorm: GroupNorm,
+    nn.MultiheadAttention: MultiheadAttention,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
@@ -35,15 +41,25 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Softplus: activation.Softplus,
     nn.Tanh: activation.Tanh,
 }
+_PLAIN = {fast: plain for plain, fast in SWAPS.items()}
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def _swap(op: str, model: _Model, classes: dict[type[nn.Module], type[nn.Module]]) -> _Model:
+def fast_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """What `prepare` makes of a module of this very class; None where it leaves it alone: a subclass has a forward of its own."""
+    return SWAPS.get(kind) or other_layer_norm(kind)
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that `prepare` made this one of, otherwise None."""
+    return _PLAIN.get(kind) or vars(kind).get("plain")
+
+
+def _swap(op: str, model: _Model, other_class: Callable[[type[nn.Module]], type[nn.Module] | None]) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        # The very class only: a subclass has a forward of its own.
-        module.__class__ = classes.get(type(module), type(module))
+        module.__class__ = other_class(type(module)) or type(module)
     return model
 
 
@@ -52,13 +68,14 @@ def prepare(model: _Model) -> _Model:
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
     before or after DDP and `SIBLoss.attach`. Pays for any loss on an input gradient, not only S-IB; without a second
-    derivative it gains nothing. Subclasses are left alone, and so are calls of torch.nn.functional.
+    derivative it gains nothing. Subclasses are left alone, but for torchvision's LayerNorm2d and timm's LayerNorm and
+    LayerNorm2d, and so are calls of torch.nn.functional.
 
     Errors:  TypeError if model is no module.
     """
-    return _swap("prepare", model, SWAPS)
+    return _swap("prepare", model, fast_class)
 
 
 def restore(model: _Model) -> _Model:
     """Undoes `prepare`, in place. Returns the same model. Errors: TypeError if model is no module."""
-    return _swap("restore", model, {fast: plain for plain, fast in SWAPS.items()})
+    return _swap("restore", model, plain_class)

@@ -72,6 +72,12 @@ def _vision_transformer() -> nn.Module:
     return model
 
 
+def _swin() -> nn.Module:
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer([4, 4], 12, depths=[2, 1], num_heads=[2, 3], window_size=[4, 4], num_classes=7)
+
+
 def _efficientnet() -> nn.Module:
     from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
@@ -94,6 +100,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "efficientnet": (_efficientnet, 48),
     "convnext": (_convnext, 48),
     "vit": (_vision_transformer, 32),
+    "swin": (_swin, 32),
 }
 
 

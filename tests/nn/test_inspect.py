@@ -91,9 +91,18 @@ def test_a_static_graph(tmp_path):
 
 
 def test_recurrent_layers_and_attention_are_pointed_out():
-    kept = {entry.kind: entry for entry in inspect(nn.Sequential(nn.LSTM(2, 2), nn.MultiheadAttention(4, 2))).of("kept")}
+    class Own(nn.MultiheadAttention):
+        pass
+
+    report = inspect(nn.Sequential(nn.LSTM(2, 2), nn.MultiheadAttention(4, 2), Own(4, 2)))
+    kept = {entry.kind: entry for entry in report.of("kept")}
     assert "cudnn" in kept["torch.nn.LSTM"].fix
-    assert "sdpa_kernel" in kept["torch.nn.MultiheadAttention"].fix
+    (own,) = (entry for kind, entry in kept.items() if kind.endswith("Own"))
+    assert "fused attention" in own.why
+    assert "sdpa_kernel" in own.fix
+    (swap,) = report.of("swap")
+    assert swap.kind == "torch.nn.MultiheadAttention"
+    assert "any other call stays PyTorch's" in swap.why
 
 
 # ---- with an example ----------------------------------------------------------------------------------------------------

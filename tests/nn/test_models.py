@@ -60,7 +60,7 @@ def test_prepared_models_have_the_plain_models_gradients(name):
 
 
 def test_the_table_holds_the_families_of_the_promise():
-    families = ("resnet", "vgg", "densenet", "mobilenet_v2", "mobilenet_v3", "efficientnet", "convnext", "vit")
+    families = ("resnet", "vgg", "densenet", "mobilenet_v2", "mobilenet_v3", "efficientnet", "convnext", "vit", "swin")
     assert all(any(name.startswith(family) for name in MODELS) for family in families)
 
 

@@ -1,0 +1,23 @@
+// The gradient of softmax's gradient, row by row. One table per element type and instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/element_bits.h"
+
+namespace sib_fast::cpu {
+
+template <class E>
+struct SoftmaxKernels {
+  // `rows` rows of `length`; to_grad_y and to_y, each unless null.
+  void (*double_backward)(const E* u, const E* gy, const E* y, int64_t rows, int64_t length, E* to_grad_y, E* to_y);
+};
+
+template <class E>
+const SoftmaxKernels<E>& softmax_kernels_baseline();
+template <class E>
+const SoftmaxKernels<E>& softmax_kernels_avx2();
+template <class E>
+const SoftmaxKernels<E>& softmax_kernels_avx512();
+
+}  // namespace sib_fast::cpu

@@ -1,0 +1,62 @@
+"""MultiheadAttention that can be differentiated twice, with a fused softmax: drop-in for torch.nn's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sib_fast import _checks
+from sib_fast.ops.softmax import softmax
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(Q Kᵀ/sqrt(E)) V, of products and a softmax: differentiable twice, on any device.
+
+    Shapes:  query [B, L, E], key [B, S, E], value [B, S, F] -> [B, L, F], one head of one image a batch entry. bfloat16 and
+             float16 are calculated in float32, as PyTorch's math kernel does.
+    Scale:   1/sqrt(E) on the query. dropout: of the weights, before they meet the values.
+    Source:  Vaswani et al. 2017; torch.nn.functional.scaled_dot_product_attention.
+    """
+    dtype = query.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = (t.to(_checks.accumulation_dtype(dtype)) for t in (query, key, value))
+        weights = softmax(torch.bmm(query * (1 / math.sqrt(query.shape[-1])), key.transpose(1, 2)))
+        return torch.bmm(F.dropout(weights, dropout) if dropout else weights, value).to(dtype)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention that can be differentiated twice, for self-attention as in a ViT: one [N, L, E] (or [L, N, E])
+    tensor for query, key and value, need_weights=False, no masks. Every other call, and any call without gradients, is
+    PyTorch's own, whose fused kernels have no second derivative."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        masked = key_padding_mask is not None or attn_mask is not None or is_causal
+        extended = self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None
+        one_batch = query is key and key is value and query.ndim == 3 and not query.is_nested
+        if need_weights or masked or extended or not one_batch or not torch.is_grad_enabled():
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return self._self_attention(query), None
+
+    def _self_attention(self, x: Tensor) -> Tensor:
+        # Unbound before it is transposed: the gradients of q, k and v are then stacked where the projection's backward wants
+        # them, without zeros and without a copy.
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)  # to [N, heads, L, head_dim]
+        heads = [t.permute(order).flatten(0, 1) for t in projected.unbind(2)]
+        out = attention(*heads, self.dropout if self.training else 0.0)
+        out = out.unflatten(0, (-1, self.num_heads))
+        back = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return F.linear(out.permute(back).flatten(2), self.out_proj.weight, self.out_proj.bias)

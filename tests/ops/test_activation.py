@@ -277,6 +277,13 @@ def test_the_kernel_refuses_what_it_cannot_read(kernel):
         op(x.int(), x.int(), x.int(), 1, 0.0, 0.0, True, True)
 
 
+def test_the_kernel_runs_and_not_the_composition(kernel, monkeypatch):
+    for device in activation_op._KERNEL_OF:
+        monkeypatch.setitem(activation_op._KERNEL_OF, device, ("sib_fast_of_nobody", True))
+    with pytest.raises(AttributeError, match="sib_fast_of_nobody"):
+        double_backward(*torch.randn(3, 5).unbind(), "silu", ())
+
+
 def filled(step):
     """How many activation-sized tensors of zeros, and how many ops, a call makes."""
     names = []

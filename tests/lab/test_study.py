@@ -140,8 +140,13 @@ def test_other_settings_do_not_mix_with_an_earlier_run(finished):
 def test_a_later_run_may_add_seeds(finished, tmp_path):
     study(tmp_path, seeds=(0,), variants=("plain",))
     study(tmp_path, seeds=(1,), variants=("plain",))
+    study(tmp_path, seeds=(0,), variants=("plain",))
     document = json.loads((tmp_path / "study.json").read_text())
     assert document["planned"] == [["small_conv_net", "plain", 0], ["small_conv_net", "plain", 1]]
+    commands = document["command"].split(" && ")
+    assert len(commands) == 2  # the third run repeated the first
+    assert "--seeds 0 " in commands[0]
+    assert "--seeds 1 " in commands[1]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -213,7 +213,7 @@ def _open(config: StudyConfig) -> dict[str, Any]:
         "variants": {name: find_variant(names[name], name).label for name in ordered},
         "baseline": "plain" if "plain" in names else ordered[0],
         "planned": planned,
-        "command": config.command(),
+        "command": " && ".join(dict.fromkeys([*filter(None, earlier.get("command", "").split(" && ")), config.command()])),
         "environment": environment(1, "cpu", "auto"),
     }
 

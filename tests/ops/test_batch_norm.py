@@ -15,13 +15,17 @@ KERNELS = ("cpu", "cuda", "emulated")
 
 def second_order(function, x, weight, bias, dtype, backend_seed=1):
     """y, its gradients, and the gradients of a function of those: every path of the double backward."""
-    g = torch.Generator().manual_seed(backend_seed)
+    g = torch.Generator("cpu").manual_seed(backend_seed)
+
+    def drawn(like):
+        return torch.randn(like.shape, generator=g, dtype=torch.float64, device="cpu").to(like.device, dtype)
+
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, weight, bias)]
-    cotangent = torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    cotangent = drawn(x).requires_grad_()
     present = [t for t in leaves if t is not None]
     y = function(*leaves)
     first = torch.autograd.grad(y, present, cotangent, create_graph=True)
-    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in first]
+    weights = [drawn(t) for t in first]
     scalar = sum((t * w).sum() for t, w in zip(first, weights, strict=True))
     # grad_bias does not depend on the bias, nor anything on it: its second derivative is absent, as in plain autograd.
     second = torch.autograd.grad(scalar, [cotangent, *present[:2]], allow_unused=True)
@@ -88,8 +92,9 @@ def test_half_inputs_are_read_as_they_are_and_rounded_once(dtype, layout, kernel
     """Every result is the float64 one of the same numbers to one rounding of the half; parameters' gradients to float32's."""
     x, weight, bias = make((6, 5, 9, 7))
     x, weight, bias = x.to(dtype).contiguous(memory_format=layout), weight.float(), bias.float()
-    draw = torch.Generator().manual_seed(1)
-    grad_y, u = (torch.randn(x.shape, generator=draw).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    draw = torch.Generator("cpu").manual_seed(1)
+    drawn = (torch.randn(x.shape, generator=draw, device="cpu").to(x.device, dtype) for _ in range(2))
+    grad_y, u = (t.contiguous(memory_format=layout) for t in drawn)
 
     def all_derivatives(wide):
         leaf, w, b = (t.detach().to(wide or t.dtype).requires_grad_() for t in (x, weight, bias))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sib_fast
+from sib_fast.nn.attention import attention
 
 
 def make(dtype=torch.float64, **options):
@@ -79,14 +80,18 @@ def test_dropout_is_pytorchs_at_the_same_seed():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves_are_calculated_in_float32_as_pytorchs_math_kernel_does(dtype):
+    """One rounding, at the end; rounded weights would be off by several."""
+    query, key, value = (2 * torch.randn(6, 9, 8).to(dtype) for _ in range(3))
+    got, exact = attention(query, key, value), attention(query.double(), key.double(), value.double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-6)
     plain, x = make(dtype, batch_first=True)
-    fast = sib_fast.prepare(copy.deepcopy(plain))
     with sdpa_kernel(SDPBackend.MATH):
         want = plain(x, x, x, need_weights=False)[0]
-    got = fast(x, x, x, need_weights=False)[0]
-    assert got.dtype == want.dtype == dtype
-    exact = sib_fast.restore(copy.deepcopy(fast)).double()(x.double(), x.double(), x.double(), need_weights=False)[0]
-    assert (got - exact).norm() <= 1.2 * (want - exact).norm()
+    got = sib_fast.prepare(plain)(x, x, x, need_weights=False)[0]
+    assert got.dtype == want.dtype
+    # A bfloat16 or float16 rounding that falls the other way, in front of the output's projection.
+    assert (got - want).norm() <= torch.finfo(dtype).eps * want.norm()
 
 
 def test_autocast():

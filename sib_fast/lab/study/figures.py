@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import textwrap
 from typing import TYPE_CHECKING
 
 from sib_fast.explain import REPORTED
@@ -91,7 +92,7 @@ def _style(study: Study, variant: str) -> dict[str, str]:
 def _energy(study: Study, arch: str) -> Figure:
     variants = study.present(arch)
     rows = -(-len(REPORTED) // 2)
-    figure = _figure(0.7 + rows * (0.55 + 0.19 * len(variants)))
+    figure = _figure(0.7 + rows * (0.55 + 0.26 * len(variants)))
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
     areas = [value for v in variants for value in study.values(arch, v, Quantity("mask_area")).values()]
     for axis, method in zip(axes.flat, REPORTED, strict=False):
@@ -104,9 +105,10 @@ def _energy(study: Study, arch: str) -> Figure:
                 axis.scatter([statistics.fmean(values)], [row], s=110, marker="|", color=colour, linewidths=2)
         if areas:
             axis.axvline(statistics.fmean(areas), color=_GREY, linestyle=":", linewidth=1)
-        axis.set_yticks(range(len(variants)), variants.values(), fontsize=8)
+        # a long label would leave no room for the right column's titles
+        axis.set_yticks(range(len(variants)), [textwrap.fill(label, 24) for label in variants.values()], fontsize=8)
+        axis.set_ylim(len(variants) - 0.5, -0.5)
         _tidy(axis)
-    axes[0, 0].invert_yaxis()
     for axis in axes[-1]:
         axis.set_xlabel(METRICS["energy"].heading, fontsize=9)
     if areas:

@@ -198,7 +198,9 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
         single(f"Accuracy on shifted backgrounds up by ≥ {ACCURACY_MARK:.2f}", SHIFTED, pair, ACCURACY_MARK),
         counted("Insertion and deletion not worse, mean of six", faithful, 2, not_worse),
     ]
-    control = study.variants.get(study.control, study.control)
+    if study.control not in study.variants:
+        return result
+    control = study.variants[study.control]
     result += [
         counted(
             f"{label} ahead of “{control}”: energy inside higher for at least {METHODS_NEEDED} of the six methods",

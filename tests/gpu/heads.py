@@ -9,6 +9,8 @@ from torch import Tensor
 
 from benchmarks.baselines import hsic_objective, natural_inputs, our_head
 from sib_fast import foreground_mask, region_statistics
+from sib_fast.ops.activation import activation
+from sib_fast.ops.batch_norm import batch_norm
 
 WINDOW = 9
 
@@ -51,8 +53,37 @@ def head_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backen
     return [value.detach(), *torch.autograd.grad(value, leaf)]
 
 
+def batch_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    """Forward, gradient and double backward."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (torch.linspace(a, 2.0, x.shape[1], dtype=wide, device=x.device).requires_grad_() for a in (0.5, -1.0))
+    leaf = x.detach().requires_grad_()
+    y = batch_norm(leaf, weight, bias, backend=backend)[0]
+    first = torch.autograd.grad(y, (leaf, weight, bias), 1e4 * vjp, create_graph=True)
+    return [y.detach(), *(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), torch.cos(x))]
+
+
+def activation_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    """Double backward."""
+    found = []
+    for kind in ("silu", "gelu", "softplus"):
+        leaf = x.detach().requires_grad_()
+        parameters = (1.0, 20.0) if kind == "softplus" else ()
+        (first,) = torch.autograd.grad(activation(leaf, kind, *parameters, backend=backend), leaf, 1e4 * vjp, create_graph=True)
+        found += torch.autograd.grad(first, leaf, torch.cos(x))
+    return found
+
+
 STEPS: dict[str, Callable[..., list[Tensor]]] = {"mask": mask_step, "statistics": statistics_step, "head": head_step}
 if hsic_objective is not None:
     STEPS["objective"] = objective_step
+# of sib_fast.nn; these ops have no Triton kernels
+LAYER_STEPS = {"batch_norm": batch_norm_step, "activation": activation_step}
 
-__all__ = ["STEPS", "WINDOW", "inputs", "natural_inputs"]
+
+def steps(backend: str) -> dict[str, Callable[..., list[Tensor]]]:
+    """Every step that has a kernel of this backend."""
+    return STEPS if backend == "triton" else STEPS | LAYER_STEPS
+
+
+__all__ = ["STEPS", "WINDOW", "inputs", "natural_inputs", "steps"]

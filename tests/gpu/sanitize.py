@@ -12,7 +12,7 @@ import sys
 import torch
 
 from sib_fast import _backends
-from tests.gpu.heads import STEPS, inputs
+from tests.gpu.heads import inputs, steps
 
 SHAPES = [(5, 3, 17, 23), (2, 1, 1, 50), (3, 70, 7, 7), (67, 3, 9, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 def main(backend: str, only: str = "") -> int:
     device = _backends.KERNEL_DEVICES[backend]
     torch.set_default_device(device)
-    for name, step in STEPS.items():
+    for name, step in steps(backend).items():
         if only in name:
             for shape in SHAPES:
                 for dtype in DTYPES:

@@ -1,4 +1,4 @@
-"""What the closing table reports about one network: accuracy, and where its input gradient lies."""
+"""Accuracy of a network, and where its input gradient lies."""
 
 from __future__ import annotations
 

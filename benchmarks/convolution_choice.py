@@ -4,8 +4,9 @@
     python -m benchmarks.convolution_choice --out FILE --device cuda      # float32, tf32, bf16, 16 times the images
 
 second: the double backward of a layer given u (the weight's and the cotangent's part), PyTorch's own against re-routed.
-input: the input gradient of a first layer, the library's own against by phases. weight: the weight gradient of a depthwise
-layer, as it lies against in channels last, the conversion counted. The ways of a row in one run, interleaved. On a CPU the
+input: the input gradient of a first layer, the library's own against by phases. weight: the weight gradient of a grouped
+layer, as it lies against in channels last, the conversion counted; of another against a convolution whose kernel is the map.
+The ways of a row in one run, interleaved. On a CPU the
 fastest round counts, in wall time, beside it the process's CPU time (which a busy machine disturbs less); on a GPU the median
 between device events, eagerly, since a loop over groups costs its launches too.
 
@@ -31,7 +32,7 @@ from sib_fast.ops.convolution.choice import RULES
 
 TOLERATED = 1.2  # times the fastest way's time; closer than that, a simpler rule is worth more
 DEFAULT_WAYS = {"second": "pytorch", "input": "library", "weight": "library"}
-OUR_WAYS = {"second": "routed", "input": "phases", "weight": "channels_last"}
+OUR_WAYS = {"second": "routed", "input": "phases"}
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 # name: images, in, out, groups, size, kernel, stride, padding: layers of ResNet, MobileNet, ConvNeXt
 SECOND = {
@@ -55,13 +56,23 @@ INPUT = {
     "convnext patches 4x4": (8, 3, 96, 1, 224, 4, 4, 0),
     "vit patches 16x16": (8, 3, 192, 1, 224, 16, 16, 0),
     "mobilenet stem 3x3": (8, 3, 32, 1, 224, 3, 2, 1),
+    "stem 3x3 to 64": (8, 3, 64, 1, 224, 3, 2, 1),
     "resnet down 3x3 64-128": (8, 64, 128, 1, 56, 3, 2, 1),
 }
 WEIGHT = {
     f"depthwise {kernel}x{kernel} {channels}": (8, channels, channels, channels, size, kernel, 1, kernel // 2)
     for channels, size, kernel in (
-        (96, 56, 3), (96, 56, 5), (240, 14, 5), (96, 56, 7), (192, 28, 7), (384, 14, 7), (768, 7, 7),
+        (96, 56, 3), (240, 28, 3), (96, 56, 5), (240, 14, 5), (1152, 7, 5), (96, 56, 7), (192, 28, 7), (384, 14, 7), (768, 7, 7),
     )
+} | {
+    "resnext 3x3 32 groups of 4": (8, 128, 128, 32, 56, 3, 1, 1),
+    "resnext 3x3 32 groups of 8": (8, 256, 256, 32, 28, 3, 1, 1),
+    "regnet 3x3 6 groups of 16": (8, 96, 96, 6, 28, 3, 1, 1),
+    "resnet 3x3 256 at 14": (8, 256, 256, 1, 14, 3, 1, 1),
+    "resnet down 3x3 256-512 at 14": (8, 256, 512, 1, 14, 3, 2, 1),
+    "3x3 384 at 7": (8, 384, 384, 1, 7, 3, 1, 1),
+    "resnet 3x3 512 at 7": (8, 512, 512, 1, 7, 3, 1, 1),
+    "resnet 3x3 512 at 7, 16 images": (16, 512, 512, 1, 7, 3, 1, 1),
 }  # fmt: skip
 
 
@@ -86,10 +97,10 @@ def input_gradients(x: torch.Tensor, weight: torch.Tensor, geometry: tuple) -> d
 
 def weight_gradients(x: torch.Tensor, weight: torch.Tensor, geometry: tuple) -> dict[str, Callable[[], None]]:
     grad_y = torch.randn_like(reference.convolution(x, weight, None, *geometry))
-    return {
-        "library": lambda: op._gradients(grad_y, x, weight, *geometry, [False, True, False]),
-        "channels_last": lambda: op._weight_gradient_in_channels_last(grad_y, x, weight, *geometry),
-    }
+    ways = {"library": lambda: op._gradients(grad_y, x, weight, *geometry, [False, True, False])}
+    if geometry[3] == 1:
+        return {**ways, "map": lambda: op._weight_gradient_by_map(grad_y, x, weight, *geometry[:3])}
+    return {**ways, "channels_last": lambda: op._weight_gradient_in_channels_last(grad_y, x, weight, *geometry)}
 
 
 def fastest(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
@@ -138,7 +149,11 @@ def chosen(row: dict) -> str:
     elif derivative == "input":
         ours = rules.input_by_phases(x, weight, geometry[0], geometry[2], groups)
     else:
-        ours = rules.weight_in_channels_last(reference.convolution(x, weight, None, *geometry), x, weight, groups)
+        grad_y = reference.convolution(x, weight, None, *geometry)
+        for way, rule in (("channels_last", rules.weight_in_channels_last), ("map", rules.weight_by_map)):
+            if rule(grad_y, x, weight, groups):
+                return way
+        return DEFAULT_WAYS[derivative]
     return (OUR_WAYS if ours else DEFAULT_WAYS)[derivative]
 
 

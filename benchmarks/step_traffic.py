@@ -5,14 +5,15 @@
 
 The step runs on fake tensors, so nothing is computed, and every op that PyTorch dispatches is counted where it is dispatched:
 
-bytes   sizes of its tensor arguments and results. A view, an uninitialised allocation and a question about a tensor count
-        nothing. One op counts once, whatever it is made of inside, PyTorch's batch norm and ours alike: a model of traffic for
-        comparing steps, not a measurement.
+bytes   sizes of its tensor arguments and results; what it writes in place counts as both. A view, an uninitialised
+        allocation and a question about a tensor count nothing. One op counts once, whatever it is made of inside, PyTorch's
+        batch norm and ours alike: a model of traffic for comparing steps, not a measurement.
 flops   convolutions and matrix products, 2 flops a multiply-add, by torch.utils.flop_counter; a convolution's backward by a
         formula here, since PyTorch's counts the weight gradient of a grouped convolution as if it had one group.
 peak    most bytes of tensors alive at once, parameters, gradients and input included; PyTorch's caching is not.
 
-Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare).
+Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare),
+ours_recompute (prepared with recompute=True: less memory, more bytes).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from sib_fast.testing.models import differentiable_twice
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
 DOCS, MARKS = ROOT / "docs" / "step.md", ("<!-- step_traffic -->", "<!-- /step_traffic -->")
-VARIANTS = ("plain", "naive", "ours", "ours_prepared")
+VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute")
+PREPARED = ("ours_prepared", "ours_recompute")
 MODELS = (
     "resnet18",
     "resnet50",
@@ -58,7 +60,7 @@ _FREE = ("prim.device", "aten._unsafe_view", "aten._reshape_alias", "aten.lift_f
 _ALLOCATIONS = ("aten.empty", "aten.new_empty")
 
 
-def _convolution_forward(x, weight, bias, stride, padding, dilation, groups, *, out_val) -> int:
+def _convolution_forward(x, weight, bias, *geometry, out_val) -> int:
     return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape))
 
 
@@ -80,6 +82,13 @@ def _gram_flops(func: Any, args: tuple) -> int:
     """The head's region statistics: symmetric Gram products of [N, D] rows, at their full 2N²D each (SPEC 8)."""
     maps = [a for a in args if isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] > 1]
     return 2 * 2 * maps[0].shape[0] * maps[0].numel() if maps and "region_statistics" in str(func) else 0
+
+
+def _written(func: Any, args: tuple, kwargs: dict, results: list[Tensor]) -> list[Tensor]:
+    """Arguments that the op writes and does not return: relu_ returns its argument and counts twice, an op of ours does not."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    named = (given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [t for t in named if isinstance(t, Tensor) and not any(t is result for result in results)]
 
 
 class Traffic(TorchDispatchMode):
@@ -117,7 +126,8 @@ class Traffic(TorchDispatchMode):
         if func.is_view or name.startswith((*_FREE, *_ALLOCATIONS)):
             return out
         arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.bytes[name] += sum(t.numel() * t.element_size() for t in (*arguments, *results))
+        touched = (*arguments, *results, *_written(func, args, kwargs or {}, results))
+        self.bytes[name] += sum(t.numel() * t.element_size() for t in touched)
         self.ops[name] += 1
         self.flops[name] += self._flops_of(func, name, args, kwargs or {}, out)
         return out
@@ -136,8 +146,8 @@ class Traffic(TorchDispatchMode):
 
 def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
     """One training step without the optimiser; the model is prepared here where the variant says so."""
-    if variant == "ours_prepared":
-        sib_fast.prepare(model)
+    if variant in PREPARED:
+        sib_fast.prepare(model, recompute=variant == "ours_recompute")
     if variant == "plain":
         return lambda: nn.functional.cross_entropy(model(x), target).backward()
     if variant == "naive":
@@ -162,7 +172,7 @@ def count(name: str, variant: str, images: int, size: int) -> Traffic:
     with FakeCopyMode(mode):
         model = copy.deepcopy(real)
     with mode, attention:
-        if variant != "plain" and not (variant == "ours_prepared" and nn.Hardsigmoid in SWAPS):
+        if variant != "plain" and not (variant in PREPARED and nn.Hardsigmoid in SWAPS):
             differentiable_twice(model)  # PyTorch's Hardsigmoid is not
         x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
         step = step_of(variant, model, x, target)

@@ -54,7 +54,9 @@ def test_rules_of_a_device_follow_its_row(monkeypatch):
 def test_a_measurement_has_every_way_and_what_the_rule_lost(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convolution_choice, "SECOND", {"grouped": (1, 4, 4, 2, 6, 3, 1, 1)})
     monkeypatch.setattr(convolution_choice, "INPUT", {"stem": (1, 3, 4, 1, 16, 7, 2, 3)})
-    monkeypatch.setattr(convolution_choice, "WEIGHT", {"depthwise": (1, 4, 4, 4, 14, 5, 1, 2)})
+    monkeypatch.setattr(
+        convolution_choice, "WEIGHT", {"depthwise": (1, 4, 4, 4, 14, 5, 1, 2), "late": (1, 384, 384, 1, 3, 3, 1, 1)}
+    )
     out = tmp_path / "choice.json"
     convolution_choice.main(
         ["--out", str(out), "--rounds", "1", "--threads", "1", "--skip-tests", "--precisions", "float32", "bf16"]
@@ -63,14 +65,14 @@ def test_a_measurement_has_every_way_and_what_the_rule_lost(tmp_path, monkeypatc
     assert [(r["derivative"], r["layout"], r["precision"]) for r in rows] == [
         (derivative, layout, precision)
         for precision in ("float32", "bf16")
-        for derivative in ("second", "input", "weight")
+        for derivative in ("second", "input", "weight", "weight")
         for layout in ("contiguous_format", "channels_last")
     ]
     for r in rows:
-        names = {convolution_choice.DEFAULT_WAYS[r["derivative"]], convolution_choice.OUR_WAYS[r["derivative"]]}
-        assert set(r["ways"]) == names
+        ours = {"grouped": "routed", "stem": "phases", "depthwise": "channels_last", "late": "map"}[r["layer"]]
+        assert set(r["ways"]) == {convolution_choice.DEFAULT_WAYS[r["derivative"]], ours}
         assert all(way["ms"] > 0 for way in r["ways"].values())
-        assert r["chosen"] == convolution_choice.OUR_WAYS[r["derivative"]]  # the CPU's rules take all three here
+        assert r["chosen"] == ours  # the CPU's rules take all four here
         times = {name: way["ms"] for name, way in r["ways"].items()}
         assert r["lost"] == pytest.approx(times[r["chosen"]] / min(times.values()), abs=1e-3)
     assert "fastest way's time" in capsys.readouterr().out

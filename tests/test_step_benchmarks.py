@@ -150,6 +150,22 @@ def test_bytes_ops_flops_and_peak_of_a_step_counted_by_hand():
 
 
 @pytest.mark.parametrize("prepared", [False, True])
+def test_an_activation_in_place_reads_and_writes(prepared):
+    """PyTorch's op returns what it has written, ours returns nothing: both count twice."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.step_traffic import Traffic
+
+    with FakeTensorMode():
+        layer = nn.LeakyReLU(0.1, inplace=True)
+        layer = sib_fast.prepare(layer) if prepared else layer
+        x = torch.randn(2, 8, 10, 10)
+        with Traffic([]) as traffic:
+            layer(x)
+    assert traffic.bytes.total() == 2 * 4 * x.numel()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
 def test_flops_of_a_grouped_convolution_counted_by_hand(prepared):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

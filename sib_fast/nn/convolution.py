@@ -11,7 +11,12 @@ from sib_fast.ops.convolution.choice import rules_of
 
 
 class _RoutedDoubleBackward:
-    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where its rules say so (choice.py)."""
+    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where its rules say so (choice.py).
+
+    recompute: as of that op; `prepare(model, recompute=True)` sets it.
+    """
+
+    recompute = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = input.device.type
@@ -23,7 +28,7 @@ class _RoutedDoubleBackward:
             low = torch.get_autocast_dtype(device)
             wide = (None, torch.float64)  # autocast leaves float64 alone
             input, weight, bias = (t if getattr(t, "dtype", None) in wide else t.to(low) for t in (input, weight, bias))
-        return convolution(input, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
+        return convolution(input, weight, bias, list(self.stride), padding, list(self.dilation), self.groups, self.recompute)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, list[int]]:
         """The input, padded here where the convolution cannot do it, and what is left for the convolution."""

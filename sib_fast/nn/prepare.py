@@ -41,6 +41,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Softplus: activation.Softplus,
     nn.Tanh: activation.Tanh,
 }
+_CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 _PLAIN = {fast: plain for plain, fast in SWAPS.items()}
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -55,15 +56,21 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _PLAIN.get(kind) or vars(kind).get("plain")
 
 
-def _swap(op: str, model: _Model, other_class: Callable[[type[nn.Module]], type[nn.Module] | None]) -> _Model:
+def _swap(
+    op: str, model: _Model, other_class: Callable[[type[nn.Module]], type[nn.Module] | None], recompute: bool = False
+) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            vars(module).pop("recompute", None)
         module.__class__ = other_class(type(module)) or type(module)
+        if recompute and isinstance(module, _CONVOLUTIONS):
+            module.recompute = True
     return model
 
 
-def prepare(model: _Model) -> _Model:
+def prepare(model: _Model, *, recompute: bool = False) -> _Model:
     """Swaps every torch.nn layer that `sib_fast.nn` has under the same name, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
@@ -71,9 +78,12 @@ def prepare(model: _Model) -> _Model:
     derivative it gains nothing. Subclasses are left alone, but for torchvision's LayerNorm2d and timm's LayerNorm and
     LayerNorm2d, and so are calls of torch.nn.functional.
 
+    Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
+             it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one
+             more pass of each batch norm's gradient; equal bits (docs/step.md).
     Errors:  TypeError if model is no module.
     """
-    return _swap("prepare", model, fast_class)
+    return _swap("prepare", model, fast_class, recompute)
 
 
 def restore(model: _Model) -> _Model:

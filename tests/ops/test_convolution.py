@@ -85,12 +85,46 @@ def test_large_depthwise_weight_gradient_in_channels_last(layout, monkeypatch):
     grad_y = torch.randn_like(x)
     calls, way = [], convolution_op._weight_gradient_in_channels_last
     monkeypatch.setattr(convolution_op, "_weight_gradient_in_channels_last", lambda *a: calls.append(1) or way(*a))
-    got = torch.ops.sib_fast_convolution.backward(grad_y, x, weight, *geometry, True, True, True)
+    got = torch.ops.sib_fast_convolution.backward(grad_y, x, weight, *geometry, False, True, True, True)
     want = torch.ops.aten.convolution_backward(grad_y, x, weight, [6], *geometry[:3], False, [0, 0], 6, [True, True, True])
     assert calls == [1]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert got[1].is_contiguous()
+
+
+def test_weight_gradient_by_the_map_is_the_weight_gradient():
+    """Kernels, strides, dilations, paddings and maps that do not fit each other."""
+    count, draw = 0, torch.Generator().manual_seed(0)
+    for _ in range(200):
+        kernel, stride, dilation, padding, size = (
+            torch.randint(low, high, (2,), generator=draw).tolist() for low, high in ((1, 5), (1, 4), (1, 4), (0, 4), (1, 14))
+        )
+        if any(s + 2 * p < d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
+            continue
+        x, weight = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+        grad_y = torch.randn_like(reference.convolution(x, weight, None, stride, padding, dilation, 1))
+        want = torch.ops.aten.convolution_backward(
+            grad_y, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [False, True, False]
+        )[1]
+        got = convolution_op._weight_gradient_by_map(grad_y, x, weight, stride, padding, dilation)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_many_channels_on_a_small_map_go_by_the_map(layout, monkeypatch):
+    x, weight = (torch.randn(s, dtype=torch.float64).contiguous(memory_format=layout) for s in ((2, 384, 5, 4), (384, 384, 3, 3)))
+    grad_y, geometry = torch.randn_like(x), ([1, 1], [1, 1], [1, 1], 1)
+    calls, way = [], convolution_op._weight_gradient_by_map
+    monkeypatch.setattr(convolution_op, "_weight_gradient_by_map", lambda *a: calls.append(1) or way(*a))
+    got = torch.ops.sib_fast_convolution.backward(grad_y, x, weight, *geometry, False, False, True, True)
+    want = torch.ops.aten.convolution_backward(grad_y, x, weight, [384], *geometry[:3], False, [0, 0], 1, [False, True, True])
+    assert calls == [1]
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert got[1].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("case", ["stem", "patches"])
@@ -101,10 +135,10 @@ def test_phases_serve_the_first_layer_in_float32_and_in_its_layout(case, monkeyp
     calls, phases = [], convolution_op._input_gradient_by_phases
     monkeypatch.setattr(convolution_op, "_input_gradient_by_phases", lambda *a: calls.append(1) or phases(*a))
     op = torch.ops.sib_fast_convolution.backward
-    got = op(grad_y, x, weight, *geometry, True, True, False)
+    got = op(grad_y, x, weight, *geometry, False, True, True, False)
     assert calls == [1]
     assert got[0].is_contiguous(memory_format=torch.channels_last)
-    exact = op(grad_y.double(), x.double(), weight.double(), *geometry, True, True, False)
+    exact = op(grad_y.double(), x.double(), weight.double(), *geometry, False, True, True, False)
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -112,15 +146,19 @@ def test_phases_serve_the_first_layer_in_float32_and_in_its_layout(case, monkeyp
 def test_opcheck():
     op = torch.ops.sib_fast_convolution
     x, w, b = torch.randn(2, 2, 5, 5), torch.randn(4, 2, 3, 3), torch.randn(4)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    geometry = ([1, 1], [1, 1], [1, 1], 1, False)
     torch.library.opcheck(op.forward.default, (x, w, b, *geometry))
     torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), x, w, *geometry, True, True, False))
     wide, kernel = torch.randn(2, 4, 14, 14), torch.randn(4, 1, 5, 5)
     torch.library.opcheck(
-        op.backward.default, (torch.randn_like(wide), wide, kernel, [1, 1], [2, 2], [1, 1], 4, True, True, False)
+        op.backward.default, (torch.randn_like(wide), wide, kernel, [1, 1], [2, 2], [1, 1], 4, False, True, True, False)
     )
-    stem, weight, geometry = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 5, 5), ([2, 2], [2, 2], [1, 1], 1)
+    stem, weight, geometry = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 5, 5), ([2, 2], [2, 2], [1, 1], 1, True)
     torch.library.opcheck(op.backward.default, (torch.randn(2, 4, 5, 5), stem, weight, *geometry, True, False, False))
+    small, many = torch.randn(2, 384, 3, 3), torch.randn(384, 384, 3, 3)
+    torch.library.opcheck(
+        op.backward.default, (torch.randn_like(small), small, many, [1, 1], [1, 1], [1, 1], 1, False, False, True, False)
+    )
 
 
 def convolution_shapes(function):
@@ -160,10 +198,13 @@ def test_a_device_without_rules_runs_pytorchs_own():
     """CUDA has the safe row, taken without a measurement: no map-sized kernels, no loop over groups, the library's kernels."""
     depthwise = torch.empty(8, 96, 56, 56, device="meta"), torch.empty(96, 1, 7, 7, device="meta")
     stem, patch = torch.empty(8, 3, 224, 224, device="meta"), torch.empty(64, 3, 7, 7, device="meta")
+    small, many = torch.empty(8, 512, 7, 7, device="meta"), torch.empty(512, 512, 3, 3, device="meta")
+    assert choice.rules_of(torch.device("cpu")).weight_by_map(small, small, many, 1)
     for device, second in (("cuda", True), ("mps", False)):
         rules = choice.rules_of(torch.device(device))
         assert rules.second(*depthwise, 96) == rules.second(stem, patch, 1) == second
         assert not rules.input_by_phases(stem, patch, [2, 2], [1, 1], 1)
         assert not rules.weight_in_channels_last(depthwise[0], *depthwise, 96)
+        assert not rules.weight_by_map(small, small, many, 1)
     assert choice.rules_of(torch.device("cpu")).input_by_phases(stem, patch, [2, 2], [1, 1], 1)
     assert "unverified" in choice.RULES["cuda"].evidence

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sib_fast import _checks, _extension
+from sib_fast._again import offer
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import reference
@@ -90,11 +91,17 @@ def _backward(ops, ctx, grad_y, *_):
     return grad_x if need_x else None, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
 
 
-def _setup_backward(ctx, inputs, output):
+def _setup_backward(ops, ctx, inputs, output):
     grad_y, x, weight, mean, invstd, need_x = inputs
     ctx.save_for_backward(grad_y, x, weight, mean, invstd)
     ctx.need_x = need_x
+    if need_x:
+        offer(ctx, partial(_grad_x_again, ops))
     ctx.set_materialize_grads(False)
+
+
+def _grad_x_again(ops, ctx):
+    return ops._batch_norm_backward(*ctx.saved_tensors, True)[0]
 
 
 def _double_backward(ops, ctx, u, u_weight, u_bias):
@@ -125,7 +132,7 @@ def add_kernels(backend: str, namespace: str) -> None:
     if ops._batch_norm not in _FORWARD.values():
         for name, gradient, setup in (
             ("_batch_norm", partial(_backward, ops), _setup_forward),
-            ("_batch_norm_backward", partial(_double_backward, ops), _setup_backward),
+            ("_batch_norm_backward", partial(_double_backward, ops), partial(_setup_backward, ops)),
             ("_batch_norm_double_backward", _third_derivative, _setup_double_backward),
         ):
             torch.library.register_autograd(f"{namespace}::{name}", gradient, setup_context=setup)

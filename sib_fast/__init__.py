@@ -11,7 +11,7 @@ from sib_fast.nn import prepare, restore
 from sib_fast.ops import foreground_mask, region_statistics
 from sib_fast.step import StepOutput, compile_step
 from sib_fast.types import RegionStatistics
-from sib_fast.vjp import vjp_map
+from sib_fast.vjp import vjp_leaf, vjp_map
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +27,7 @@ __all__ = [
     "prepare",
     "region_statistics",
     "restore",
+    "vjp_leaf",
     "vjp_map",
     "why_not",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_fast import _checks, _needs
+from sib_fast import _checks
 from sib_fast._backends import BACKENDS
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
@@ -20,7 +20,7 @@ from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
-from sib_fast.vjp import SCALARS, vjp_map
+from sib_fast.vjp import SCALARS, vjp_leaf, vjp_map
 
 _OP = "SIBLoss"
 _CALLS = "calls"  # key of the counter in a state_dict
@@ -506,8 +506,7 @@ class _InputCapture(_Capture):
         if value.requires_grad:
             attachment.captured = lambda: value  # not ours: no graph need hold the tensor itself
             return None
-        source = value.clone() if value.is_inference() else value
-        place[key] = _needs.mark_vjp_leaf(source.detach().requires_grad_())
+        place[key] = vjp_leaf(value)
         attachment.captured = weakref.ref(place[key])
         return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
 
@@ -544,7 +543,7 @@ class _FeatureCapture(_Capture):
         if output.requires_grad:
             attachment.captured = lambda: output
             return None
-        leaf = _needs.mark_vjp_leaf(output.detach().requires_grad_())
+        leaf = vjp_leaf(output)
         attachment.captured = weakref.ref(leaf)
         return leaf
 

@@ -1,4 +1,4 @@
-"""vjp_map: a scalar of the logits, differentiated with respect to a tensor of the graph, kept in the graph (SPEC 2)."""
+"""vjp_map, vjp_leaf: a scalar of the logits, differentiated with respect to a tensor of the graph, kept in the graph (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -60,6 +60,26 @@ def _cotangent(logits: Tensor, scalar: str | Callable, labels: Tensor | None, cr
     return chosen
 
 
+def vjp_leaf(x: Tensor) -> Tensor:
+    """x as a leaf for a loss on its gradient: read by `vjp_map` or `torch.autograd.grad`, and by nothing else.
+
+        x = sib_fast.vjp_leaf(x)      # instead of x.requires_grad_()
+        vjp = sib_fast.vjp_map(model(x), x)
+
+    `loss.backward()` fills the gradient of every leaf, so with `x.requires_grad_()` each step ends with the input gradient of
+    the first layer, which nobody reads. For this leaf a prepared first convolution does not compute it, and `.grad` stays None.
+    `SIBLoss.attach` does the same by itself.
+
+    Shapes:  x of any shape, floating point -> the same numbers, sharing memory; no gradient flows to x itself.
+    Errors:  TypeError if x is no floating-point tensor.
+    """
+    op = "vjp_leaf"
+    _checks.require_tensor(op, "x", x)
+    _checks.require_floating(op, "x", x)
+    x = x.clone() if x.is_inference() else x
+    return _needs.mark_vjp_leaf(x.detach().requires_grad_())
+
+
 def vjp_map(
     logits: Tensor,
     x: Tensor,
@@ -111,10 +131,9 @@ def vjp_map(
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(create_graph or callable(scalar)):
         cotangent = _cotangent(logits, scalar, labels, create_graph) * scale
         try:
-            with _needs.reading_vjp(x):
-                (vjp,) = torch.autograd.grad(
-                    logits, x, cotangent.to(logits.dtype), create_graph=create_graph, retain_graph=True, allow_unused=True
-                )
+            (vjp,) = torch.autograd.grad(
+                logits, x, cotangent.to(logits.dtype), create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
         except RuntimeError as error:
             if "double backward" in str(error):
                 raise RuntimeError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sib_fast import SIBLoss, _needs, prepare
+from sib_fast import SIBLoss, _needs, prepare, vjp_leaf
 from sib_fast.testing.counting import OpLog
 from sib_fast.testing.networks import conv_net, image_batch, parameter_gradients
 
@@ -99,6 +99,62 @@ def test_the_hidden_leaf_keeps_no_gradient(prepared):
     criterion(net(x), target).backward()
     assert seen[0].requires_grad
     assert seen[0].grad is None
+
+
+def penalty(net: nn.Module, leaf: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy and a penalty on its input gradient: no S-IB."""
+    loss = nn.functional.cross_entropy(net(leaf), target)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return loss + 10 * gradient.square().sum()
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_leaf_of_the_users_own_wastes_nothing(normalise):
+    x, target = image_batch()
+    x = x.double()
+    results, stems = [], []
+    for make in (lambda x: x.clone().requires_grad_(), vjp_leaf):
+        net = prepare(conv_net().double())
+        net = Normalised(*net) if normalise else net
+        leaf = make(x)
+        with OpLog() as log:
+            penalty(net, leaf, target).backward()
+        calls = [
+            (shapes, rest) for (name, shapes), (_, rest) in zip(log.ops, log.calls, strict=True) if "convolution.backward" in name
+        ]
+        stems.append(sorted(rest[-3:-1] for shapes, rest in calls if shapes[1][1] == 3))
+        results.append([p.grad for p in net.parameters()])
+        assert (leaf.grad is None) == (make is vjp_leaf)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert stems == [[(False, True), (True, False), (True, True)], [(False, True), (False, True), (True, False)]]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_marked_leaf_gives_its_gradient_to_whoever_asks(normalise):
+    """In every way of asking but a plain backward pass: of the leaf, of what was made of it, with parameters, twice."""
+    x, target = image_batch()
+    net = prepare(conv_net())
+    plain = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(nn.functional.cross_entropy(net(plain), target), plain)
+    leaf = vjp_leaf(x)
+    inner = (leaf - 0.0) * 1.0 if normalise else leaf
+    loss = nn.functional.cross_entropy(net(inner), target)
+    parameters = list(net.parameters())
+    for asked in ([leaf], [leaf, *parameters], [inner], [inner, leaf]):
+        for got in torch.autograd.grad(loss, asked, retain_graph=True)[: 1 if len(asked) > 2 else len(asked)]:
+            assert torch.equal(got, want)
+    for got, value in zip(torch.autograd.grad(loss, parameters), parameters, strict=True):
+        assert got.shape == value.shape
+
+
+def test_a_leaf_must_be_of_floats():
+    with pytest.raises(TypeError, match="vjp_leaf: x must be"):
+        vjp_leaf(torch.zeros(2, dtype=torch.int64))
+    with torch.inference_mode():
+        x = torch.ones(2)
+    assert vjp_leaf(x).requires_grad
+    assert vjp_leaf(x).data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("prepared", [False, True])

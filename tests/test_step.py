@@ -150,6 +150,15 @@ def test_every_layer_of_nn_is_exact(layer):
     assert_step_is_eager(net, compile_step(net, criterion, backend="aot_eager"), criterion, *batch())
 
 
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.Hardswish], ids=lambda c: c.__name__)
+def test_activations_in_place(layer):
+    """As torchvision's networks have them. Their graph is made by a Function of ours, which is no custom one of the user's."""
+    net, criterion = network(layer), SIBLoss(**WEIGHTS)
+    net[2] = layer(inplace=True)
+    sib_fast.prepare(net)
+    assert_step_is_eager(net, compile_step(net, criterion, backend="aot_eager"), criterion, *batch())
+
+
 def test_pytorchs_own_layers_are_exact():
     net, criterion = conv_net().double(), SIBLoss(**WEIGHTS)
     assert_step_is_eager(net, compile_step(net, criterion, backend="aot_eager"), criterion, *batch())

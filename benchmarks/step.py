@@ -6,8 +6,10 @@
 A step is zero_grad, forward, loss and backward (no optimiser), random weights and data, in training mode.
 
 variants    plain, naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare), lazy (prepared,
-            every=4: the mean of four steps), plain_compiled, naive_compiled (the whole naive step in one torch.compile region),
-            ours_compiled (prepared, sib_fast.compile_step). On the CPU the compiled ones run on request only: minutes to build.
+            every=4: the mean of four steps), recompute (prepared with recompute=True), penalty and penalty_prepared (no S-IB:
+            cross-entropy and a penalty on its input gradient), plain_compiled, naive_compiled (the whole naive step in one
+            torch.compile region), ours_compiled (prepared, sib_fast.compile_step). On the CPU the compiled ones run on request
+            only: minutes to build.
 precision   float32, tf32 (CUDA: tensor cores for float32 products), bf16 (autocast)
 layout      contiguous, channels_last (model and images)
 
@@ -42,9 +44,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sib_fast
 from benchmarks.provenance import ROOT, command_line, report
+from benchmarks.step_traffic import penalised_loss
 from sib_fast.lab.naive import naive_sib_loss
 
-EAGER = ("plain", "naive", "ours", "ours_prepared", "lazy")
+EAGER = ("plain", "naive", "ours", "ours_prepared", "lazy", "recompute", "penalty", "penalty_prepared")
 COMPILED = ("plain_compiled", "naive_compiled", "ours_compiled")
 PRECISIONS = ("float32", "tf32", "bf16")
 LAYOUTS = ("contiguous", "channels_last")
@@ -117,8 +120,8 @@ class Setting:
 
 def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Callable[[Tensor, Tensor], Tensor]:
     """loss(x, target) of one variant on this model, which it prepares where the variant says so."""
-    if variant in ("ours_prepared", "lazy", "ours_compiled"):
-        sib_fast.prepare(model)
+    if variant in ("ours_prepared", "lazy", "recompute", "penalty_prepared", "ours_compiled"):
+        sib_fast.prepare(model, recompute=variant == "recompute")
     if variant == "plain":
         return lambda x, target: F.cross_entropy(model(x), target)
     if variant == "plain_compiled":
@@ -130,6 +133,8 @@ def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Ca
 
     if variant == "naive":
         return lambda x, target: naive(x.clone().requires_grad_(), target)
+    if variant.startswith("penalty"):
+        return lambda x, target: penalised_loss(model, x, target)
     if variant == "naive_compiled":
         compiled_naive = torch.compile(naive, fullgraph=True, mode=compile_mode)
 

@@ -1,7 +1,7 @@
 """Bytes, ops, flops and live memory of a training step, counted without running it: any torchvision model, no GPU.
 
     python -m benchmarks.step_traffic resnet50 --images 16
-    python -m benchmarks.step_traffic --docs            # every model, stored, and the table of docs/step.md renewed
+    python -m benchmarks.step_traffic --docs            # every model, stored, and the tables of the docs renewed
 
 The step runs on fake tensors, so nothing is computed, and every op that PyTorch dispatches is counted where it is dispatched:
 
@@ -13,7 +13,8 @@ flops   convolutions and matrix products, 2 flops a multiply-add, by torch.utils
 peak    most bytes of tensors alive at once, parameters, gradients and input included; PyTorch's caching is not.
 
 Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare),
-ours_recompute (prepared with recompute=True: less memory, more bytes).
+ours_recompute (prepared with recompute=True: less memory, more bytes); and without S-IB, a penalty on the gradient of the
+cross-entropy with respect to the input: penalty, penalty_prepared.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ from sib_fast.nn.prepare import SWAPS
 from sib_fast.testing.models import differentiable_twice
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
-DOCS, MARKS = ROOT / "docs" / "step.md", ("<!-- step_traffic -->", "<!-- /step_traffic -->")
-VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute")
-PREPARED = ("ours_prepared", "ours_recompute")
+MARKS = ("<!-- step_traffic -->", "<!-- /step_traffic -->")
+VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared")
+PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared")
+# The page that shows a variant's rows.
+DOCS = {
+    ROOT / "docs/step.md": ("plain", "naive", "ours", "ours_prepared", "ours_recompute"),
+    ROOT / "docs/input_gradients.md": ("plain", "penalty", "penalty_prepared"),
+}
 MODELS = (
     "resnet18",
     "resnet50",
@@ -144,6 +150,14 @@ class Traffic(TorchDispatchMode):
         return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
+def penalised_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy and the sum of squares of its gradient with respect to x (Drucker and LeCun 1992)."""
+    x = sib_fast.vjp_leaf(x)
+    loss = nn.functional.cross_entropy(model(x), target)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + gradient.square().sum()
+
+
 def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
     """One training step without the optimiser; the model is prepared here where the variant says so."""
     if variant in PREPARED:
@@ -157,6 +171,8 @@ def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callab
             naive_sib_loss(model(leaf), target, leaf).backward()
 
         return naive
+    if variant.startswith("penalty"):
+        return lambda: penalised_loss(model, x, target).backward()
     criterion = sib_fast.SIBLoss().attach(model)
     return lambda: criterion(model(x), target).backward()
 
@@ -203,14 +219,15 @@ def measure(name: str, images: int, size: int, variants: tuple[str, ...] = VARIA
     return {"model": name, "shape": [images, 3, size, size], "variants": rows}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], variants: tuple[str, ...] = VARIANTS) -> str:
     """Markdown: a line a model and variant, relative to the plain step."""
     lines = [
         "| model | step | bytes | ops | flops | peak memory | GB moved | ops counted |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        for variant, t in row["variants"].items():
+        for variant in (v for v in variants if v in row["variants"]):
+            t = row["variants"][variant]
             ratio = t["to_plain"]
             lines.append(
                 f"| {row['model']} | {variant} | {ratio['bytes']:.2f}× | {ratio['ops']:.1f}× | {ratio['flops']:.2f}× | "
@@ -219,15 +236,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stored_table() -> str:
-    """The table of the stored rows: what docs/step.md shows."""
-    return table(json.loads(STORED.read_text())["rows"])
+def stored_table(page: Path) -> str:
+    """The table of the stored rows that a page shows."""
+    return table(json.loads(STORED.read_text())["rows"], DOCS[page])
 
 
 def write_docs() -> None:
-    """Puts the stored table into docs/step.md, between its two marks."""
-    before, rest = DOCS.read_text().split(MARKS[0])
-    DOCS.write_text(f"{before}{MARKS[0]}\n{stored_table()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    """Puts the stored table into each page, between its two marks."""
+    for page in DOCS:
+        before, rest = page.read_text().split(MARKS[0])
+        page.write_text(f"{before}{MARKS[0]}\n{stored_table(page)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -238,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--top", type=int, default=12, help="ops listed by bytes, for each variant")
     parser.add_argument("--json", type=Path, help="where to store the rows, with their provenance")
-    parser.add_argument("--docs", action="store_true", help="store the rows where docs/step.md's table comes from, and renew it")
+    parser.add_argument("--docs", action="store_true", help="store the rows where the docs' tables come from, and renew those")
     args = parser.parse_args(argv)
     variants = tuple(v for v in VARIANTS if v == "plain" or v in args.variants)
     rows = [measure(name, args.images, args.size, variants, args.top) for name in args.models]

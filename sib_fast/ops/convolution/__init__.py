@@ -47,7 +47,7 @@ def convolution(
 
     Shapes:  x [N, C, *], weight [K, C/groups, *], bias [K] or None -> y [N, K, *], in x's dtype and layout.
     Args:    recompute: where the gradient of y comes out of a batch norm, the graph of the first derivative keeps none of it and
-             calculates it again: a quarter less memory of that graph for one pass over two activations. Equal bits.
+             calculates it again: half of what that graph keeps of both layers, for one pass over two activations. Equal bits.
     Order:   twice; a third derivative is PyTorch's own, through the ops that the second one is made of.
     Errors:  PyTorch's own.
     Source:  SPEC 10.

@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,9 @@ def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def report(args: argparse.Namespace, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Gate, measurement, file. Returns the rows."""
+def report(args: argparse.Namespace, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Gate, measurement, file. Returns the rows. Where they come one by one each is stored at once: a run that is cut short has
+    measured something."""
     torch.set_num_threads(args.threads)
     tests: Any = "skipped"
     if args.tests is not None:
@@ -138,6 +139,8 @@ def report(args: argparse.Namespace, measure: Callable[[], list[dict[str, Any]]]
     elif not args.skip_tests:
         require_green_ops()
         tests = "green"
-    rows = measure()
-    write_json(args.out, {"tests": tests, **provenance(), "rows": rows})
+    rows, source = [], provenance()
+    for row in measure():
+        rows.append(row)
+        write_json(args.out, {"tests": tests, **source, "rows": rows})
     return rows

@@ -1,7 +1,10 @@
 """The training step: plain, naive S-IB, ours, each eager and compiled, interleaved in one run.
 
     python -m benchmarks.step --out benchmarks/results/<device>/step.json
-    python -m benchmarks.step --device cuda --images 128 --out benchmarks/results/<gpu>/step.json
+    python -m benchmarks.step --device cuda --preset issue --budget 500 --out benchmarks/results/<gpu>/step.json
+
+--preset issue: the cells that the goals are about first, then the rest of the table, as far as the budget goes. Each row is stored
+as soon as it is there.
 
 A step is zero_grad, forward, loss and backward (no optimiser), random weights and data, in training mode.
 
@@ -221,7 +224,9 @@ def peak_bytes_here(setting: Setting, variant: str) -> int:
 
 
 def peak_bytes(setting: Setting, variant: str) -> int:
-    """peak_bytes_here in a fresh process: freed memory of earlier steps would be used again, unseen."""
+    """peak_bytes_here; on a CPU in a fresh process, since freed memory of earlier steps would be used again, unseen."""
+    if setting.device == "cuda":
+        return peak_bytes_here(setting, variant)
     code = (
         "import torch; from benchmarks.step import *; "
         f"torch.set_num_threads({torch.get_num_threads()}); print(peak_bytes_here(Setting(**{asdict(setting)!r}), {variant!r}))"
@@ -314,15 +319,70 @@ def measure(setting: Setting, variants: tuple[str, ...], rounds: int, memory: bo
     return row
 
 
+# ---- what is measured, in which order -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row to be measured: a setting and its variants."""
+
+    setting: Setting
+    variants: tuple[str, ...]
+
+
+def issue(device: str, images: int = 128, size: int = 224) -> list[Cell]:
+    """What the goals need first: ResNet-50 in bf16, channels last, and as the authors run it; then compiled, then the table."""
+
+    def cell(model: str, precision: str, layout: str, *variants: str) -> Cell:
+        return Cell(Setting(model, images, size, device, precision, layout), ("plain", *variants))
+
+    full = ("naive", "ours", "ours_prepared", "lazy", "recompute")
+    best = ("bf16", "channels_last")
+    table = [
+        cell("resnet50", *best, *full, "penalty", "penalty_prepared"),
+        cell("resnet50", "float32", "contiguous", *full),
+        cell("resnet50", *best, "ours_prepared", "plain_compiled", "ours_compiled", "naive_compiled"),
+        cell("convnext_tiny", *best, *full),
+        cell("vit_s", *best, *full),
+        cell("resnet18", *best, *full),
+    ]
+    rest = itertools.product(("resnet50", "resnet18", "convnext_tiny", "vit_s"), PRECISIONS, LAYOUTS)
+    done = {(c.setting.model, c.setting.precision, c.setting.layout) for c in table}
+    return table + [cell(*key, *full) for key in rest if key not in done]
+
+
+def goals(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What issue 4 expects of ResNet-50 in bf16, channels last, from the rows that are there: ours over plain, naive over ours at
+    the same settings and as the authors run it (float32, contiguous, eager), peak memory over plain's."""
+    found: dict[str, float] = {}
+    naive_float32 = None
+    for row in (row for row in rows if row["model"] == "resnet50" and "median_s" in row):
+        seconds, key = row["median_s"], (row["precision"], row["layout"])
+        if key == ("float32", "contiguous") and "naive" in seconds:
+            naive_float32 = seconds["naive"]
+        if key == ("bf16", "channels_last") and {"naive", "ours_prepared"} <= set(seconds):
+            found["ours_prepared_over_plain"] = row["ratio_to_plain"]["ours_prepared"]
+            found["naive_over_ours_prepared"] = round(seconds["naive"] / seconds["ours_prepared"], 3)
+            ours = seconds["ours_prepared"]
+            for variant in ("ours_prepared", "recompute"):
+                if variant in row.get("peak_to_plain", {}):
+                    found[f"peak_of_{variant}_over_plain"] = row["peak_to_plain"][variant]
+    if naive_float32 is not None and "naive_over_ours_prepared" in found:
+        found["naive_as_the_authors_over_ours_prepared"] = round(naive_float32 / ours, 3)
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__, rounds=5)
+    parser.add_argument("--preset", choices=("issue",), help="instead of models, precisions, layouts and variants")
+    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18", "resnet50"])
     parser.add_argument(
         "--variants", nargs="+", choices=(*EAGER, *COMPILED), help="default: all on CUDA, the eager ones on a CPU"
     )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["float32"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["contiguous"])
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, help="default: 16, of the preset 128")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile-mode", default="default", help="torch.compile's mode, for example reduce-overhead")
@@ -331,27 +391,48 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def cells(args: argparse.Namespace) -> list[Setting]:
-    """The settings that were asked for; tf32 exists on CUDA only."""
-    grid = itertools.product(args.models, args.precisions, args.layouts)
-    return [
-        Setting(model, args.images, args.size, args.device, precision, layout, args.compile_mode)
-        for model, precision, layout in grid
-        if precision != "tf32" or args.device == "cuda"
-    ]
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """What was asked for; tf32 exists on CUDA only."""
+    if args.preset == "issue":
+        asked = issue(args.device, args.images or 128, args.size)
+    else:
+        chosen = args.variants or (*EAGER, *(COMPILED if args.device == "cuda" else ()))
+        variants = tuple(v for v in (*EAGER, *COMPILED) if v == "plain" or v in chosen)
+        grid = itertools.product(args.models, args.precisions, args.layouts)
+        images = args.images or 16
+        asked = [
+            Cell(Setting(model, images, args.size, args.device, precision, layout, args.compile_mode), variants)
+            for model, precision, layout in grid
+        ]
+    return [cell for cell in asked if cell.setting.precision != "tf32" or args.device == "cuda"]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    chosen = args.variants or (*EAGER, *(COMPILED if args.device == "cuda" else ()))
-    variants = tuple(v for v in (*EAGER, *COMPILED) if v == "plain" or v in chosen)
+    asked, begun = cells(args), time.monotonic()
 
-    def run() -> list[dict[str, Any]]:
-        return [measure(setting, variants, args.rounds, not args.no_memory, args.profile) for setting in cells(args)]
+    def run() -> Iterator[dict[str, Any]]:
+        for cell in asked:
+            if args.budget is not None and time.monotonic() - begun > args.budget:
+                return
+            try:
+                yield measure(cell.setting, cell.variants, args.rounds, not args.no_memory, args.profile)
+            except RuntimeError as error:  # no memory, a compiler that fails: the other rows are worth having
+                yield {**asdict(cell.setting), "failed": f"{type(error).__name__}: {str(error)[:500]}"}
+                gc.collect()
 
-    for row in report(args, run):
+    rows = report(args, run)
+    failed = [row for row in rows if "failed" in row]
+    for row in (row for row in rows if row not in failed):
         print(json.dumps({k: row[k] for k in ("model", "shape", "precision", "layout", "median_s", "ratio_to_plain")}))
         print("   ", json.dumps({k: row[k] for k in ("peak_to_plain", "vjp_cosine_to_float32", "profile") if k in row}))
+    for cell in asked[len(rows) :]:
+        print(f"not measured, no time left: {cell.setting.model} {cell.setting.precision} {cell.setting.layout}")
+    print("goals of issue 4:", json.dumps(goals(rows)))
+    for row in failed:
+        print("FAILED", json.dumps(row))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

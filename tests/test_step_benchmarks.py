@@ -96,6 +96,74 @@ def test_a_row_has_every_figure(setting, tmp_path, monkeypatch):
     assert 0.9 < low < 1
 
 
+def test_rows_are_stored_as_they_come_and_a_failing_one_costs_the_others_nothing(setting, tmp_path, monkeypatch, capsys):
+    out, measured = tmp_path / "step.json", []
+
+    def measure(setting, variants, *_):
+        measured.append(setting.precision)
+        if setting.precision == "bf16" and setting.layout == "contiguous":
+            raise RuntimeError("out of memory, planted")
+        stored = json.loads(out.read_text())["rows"] if out.is_file() else []
+        assert len(stored) == len(measured) - 1
+        row = {"model": "tiny", "shape": [1], "precision": setting.precision, "layout": setting.layout}
+        return {**row, "median_s": {"plain": 1.0}, "ratio_to_plain": {"plain": 1.0}}
+
+    monkeypatch.setattr(step, "measure", measure)
+    command = [
+        "--out",
+        str(out),
+        "--models",
+        "tiny",
+        "--precisions",
+        "bf16",
+        "float32",
+        "--layouts",
+        "contiguous",
+        "channels_last",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        step.main([*command, "--skip-tests", "--threads", "1"])
+    assert stop.value.code == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4
+    assert rows[0]["failed"] == "RuntimeError: out of memory, planted"
+    assert "FAILED" in capsys.readouterr().out
+    step.main([*command, "--budget", "-1"])
+    assert "not measured, no time left: tiny float32 channels_last" in capsys.readouterr().out
+
+
+def test_the_issues_cells_begin_with_what_the_goals_need():
+    cells = step.issue("cuda")
+    keys = [(c.setting.model, c.setting.precision, c.setting.layout) for c in cells]
+    assert keys[0] == ("resnet50", "bf16", "channels_last")
+    assert {"naive", "ours_prepared", "lazy", "recompute"} < set(cells[0].variants)
+    assert keys[1] == ("resnet50", "float32", "contiguous")
+    assert len(set(keys)) == 4 * 3 * 2, "the table of the issue: models, precisions, layouts"
+    assert all(c.variants[0] == "plain" and c.setting.images == 128 for c in cells)
+    assert any(set(step.COMPILED) <= set(c.variants) for c in cells)
+
+
+def test_goals_are_ratios_of_the_rows():
+    def row(precision, layout, peaks=None, **seconds):
+        return {
+            "model": "resnet50", "precision": precision, "layout": layout, "median_s": seconds, "peak_to_plain": peaks or {},
+            "ratio_to_plain": {name: value / seconds["plain"] for name, value in seconds.items()},
+        }  # fmt: skip
+
+    ours = row("bf16", "channels_last", {"ours_prepared": 1.9, "recompute": 1.5}, plain=1.0, naive=6.0, ours_prepared=2.5)
+    compiled = row("bf16", "channels_last", plain=1.0, ours_compiled=2.0)
+    naive = row("float32", "contiguous", plain=4.0, naive=20.0)
+    failed = {"model": "resnet50", "precision": "tf32", "failed": "RuntimeError"}
+    assert step.goals([failed, ours, compiled]) == {
+        "ours_prepared_over_plain": 2.5,
+        "naive_over_ours_prepared": 2.4,
+        "peak_of_ours_prepared_over_plain": 1.9,
+        "peak_of_recompute_over_plain": 1.5,
+    }
+    assert step.goals([ours, naive])["naive_as_the_authors_over_ours_prepared"] == 8.0
+    assert step.goals([naive]) == {}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_memory_meter_sees_the_graph_of_a_second_derivative():
     setting = step.Setting("resnet18", images=2, size=96, device="cpu")

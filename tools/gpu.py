@@ -6,10 +6,11 @@ tests      tests/gpu, then each backend's tests (the verdicts that benchmarks as
 ceilings   copy bandwidth, matrix rates, error against chain length, naive's kernels one by one
 head       benchmarks.head: baselines and every green backend, in every product mode
 ops        the pytest-benchmark suites
-step       benchmarks.step --device cuda
+step       benchmarks.step --preset issue: ResNet-50 in bf16 first, then the rest of the table as far as the time goes
+choice     benchmarks.convolution_choice: what the rules of the convolution on CUDA should be; asked for
 sanitizer  compute-sanitizer memcheck and racecheck over every kernel on small shapes, caching off
 
-OUT gets summary.json (rewritten after every phase), log.txt and one JSON a measurement: 8 files, none large. A backend whose
+OUT gets summary.json (rewritten after every phase), log.txt and one JSON a measurement: 9 files, none large. A backend whose
 tests are red is left out of the timings, and the table at the end says so. Verdicts and ceilings of an earlier call on the same
 machine and commit are used again (build/gpu-results). --prepare, on the machine that has git and a compiler, writes build/gpu:
 the prebuilt libraries and the commit. --dry-run runs the same code on the CPU, with small sizes.
@@ -34,8 +35,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES, CARRIED, KEPT = ROOT / "sib_fast/lib", ROOT / "build/gpu", ROOT / "build/gpu-results"
 # In the order of what the ledger wants first; seconds that a phase may take at most.
-PHASES = {"build": 240, "smoke": 90, "tests": 420, "ceilings": 60, "head": 300, "ops": 240, "step": 180, "sanitizer": 300}
-DEFAULT = [phase for phase in PHASES if phase != "sanitizer"]
+PHASES = {
+    "build": 240, "smoke": 90, "tests": 420, "ceilings": 60, "head": 300, "ops": 240, "step": 300, "choice": 180, "sanitizer": 300,
+}  # fmt: skip
+DEFAULT = [phase for phase in PHASES if phase not in ("choice", "sanitizer")]
 
 
 class Run:
@@ -264,16 +267,26 @@ def ops(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def step(run: Run, seconds: float) -> dict[str, Any]:
-    small = ["--models", "resnet18", "--images", 2, "--size", 32, "--rounds", 1] if run.dry else []
-    device = ["--device", run.device] if "--device" in (ROOT / "benchmarks/step.py").read_text() else []
-    if not device and not run.dry:
-        return {"ok": False, "why": "benchmarks/step.py has no --device"}
+    seconds = run.left(seconds)
+    small = ["--models", "resnet18", "--images", 2, "--size", 32, "--rounds", 1]
+    what = small if run.dry else ["--preset", "issue", "--budget", int(seconds * 0.75), "--profile"]
     verdicts = run.kept("tests.json")
     gate = ["--tests", verdicts] if verdicts else []
     status, text = run.python(
-        "-m", "benchmarks.step", "--out", run.out / "step.json", *small, *device, *gate, timeout=run.left(seconds)
+        "-m", "benchmarks.step", "--out", run.out / "step.json", "--device", run.device, *what, *gate, timeout=seconds
     )  # fmt: skip
-    return {"ok": status == 0, "end": text[-1000:]}
+    return {"ok": status == 0, "end": text[-2000:]}
+
+
+def choice(run: Run, seconds: float) -> dict[str, Any]:
+    small = ["--images", 1, "--rounds", 1] if run.dry else []
+    verdicts = run.kept("tests.json")
+    gate = ["--tests", verdicts] if verdicts else []
+    status, text = run.python(
+        "-m", "benchmarks.convolution_choice", "--out", run.out / "convolution_choice.json", "--device", run.device, *small,
+        *gate, timeout=run.left(seconds),
+    )  # fmt: skip
+    return {"ok": status == 0, "end": text[-2000:]}
 
 
 def sanitizer(run: Run, seconds: float) -> dict[str, Any]:
@@ -348,7 +361,7 @@ def table(summary: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default all but sanitizer")
+    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default all but choice and sanitizer")
     parser.add_argument("--budget", type=float, default=560, help="seconds for the whole call (the lent machine gives 600)")
     parser.add_argument("--preset", default="quick", help="sizes of head and ops: quick or full")
     parser.add_argument("--dry-run", action="store_true")

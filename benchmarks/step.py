@@ -3,8 +3,8 @@
     python -m benchmarks.step --out benchmarks/results/<device>/step.json
     python -m benchmarks.step --device cuda --preset issue --budget 500 --out benchmarks/results/<gpu>/step.json
 
---preset issue: the cells that the goals are about first, then the rest of the table, as far as the budget goes. Each row is stored
-as soon as it is there.
+--preset issue: the cells that the goals are about first, then the rest of the table, as far as the budget goes. Each row is
+stored as soon as it is there.
 
 A step is zero_grad, forward, loss and backward (no optimiser), random weights and data, in training mode.
 

@@ -54,7 +54,7 @@ def test_compiled_variants_compute_the_naive_steps_gradients(setting, monkeypatc
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
     model, (x, target) = setting.make_model().double(), setting.make_batch()
     results = []
-    for name in ("naive", "naive_compiled", "ours_compiled"):
+    for name in ("naive", "naive_compiled", "ours_compiled", "convolutions_compiled"):
         net = copy.deepcopy(model)
         results.append(parameter_gradients(step.loss_of(name, net)(x.double(), target), net))
     scale = max(grad.norm() for grad in results[0].values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -70,7 +70,7 @@ def _swap(
     return model
 
 
-def prepare(model: _Model, *, recompute: bool = False) -> _Model:
+def prepare(model: _Model, *, recompute: bool = False, only: Iterable[type[nn.Module]] | None = None) -> _Model:
     """Swaps every torch.nn layer that `sib_fast.nn` has under the same name, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
@@ -80,10 +80,15 @@ def prepare(model: _Model, *, recompute: bool = False) -> _Model:
 
     Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
              it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one
-             more pass of each batch norm's gradient; equal bits (docs/step.md).
-    Errors:  TypeError if model is no module.
+             more pass of each batch norm's gradient; equal bits (docs/step.md). only: swap layers of these classes alone, for
+             example (nn.Conv2d,); default all.
+    Errors:  TypeError if model is no module, ValueError if `only` names a class that has no fast layer.
     """
-    return _swap("prepare", model, fast_class, recompute)
+    chosen = None if only is None else set(only)
+    for kind in chosen or ():
+        if fast_class(kind) is None:
+            raise ValueError(f"prepare: only must hold classes that sib_fast.nn has a layer for, got {kind.__name__}")
+    return _swap("prepare", model, lambda kind: fast_class(kind) if chosen is None or kind in chosen else None, recompute)
 
 
 def restore(model: _Model) -> _Model:

@@ -114,6 +114,16 @@ def test_subclasses_are_left_alone():
     assert [type(m) for m in model] == [Own, sib_fast.nn.BatchNorm2d]
 
 
+def test_only_the_classes_that_are_asked_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    sib_fast.prepare(model, only=(nn.Conv2d, nn.ReLU))
+    assert [type(m) for m in model] == [sib_fast.nn.Conv2d, nn.BatchNorm2d, sib_fast.nn.ReLU]
+    sib_fast.restore(model)
+    assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    with pytest.raises(ValueError, match=r"prepare: only must hold classes that sib_fast\.nn has a layer for, got Linear"):
+        sib_fast.prepare(model, only=[nn.Linear])
+
+
 def test_a_compiled_step_is_exact():
     model = sib_fast.prepare(
         nn.Sequential(

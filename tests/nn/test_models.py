@@ -59,6 +59,33 @@ def test_prepared_models_have_the_plain_models_gradients(name):
     assert max((w - base[key]).norm() for key, w in want.items()) > 1000 * TOLERANCE * scale
 
 
+def float32_error(model: nn.Module, x: Tensor, y: Tensor, mask: Tensor, exact: Tensor | None) -> tuple[Tensor, float]:
+    """All parameter gradients of one step in one vector, and how far it is from the exact one, relative. A given mask: the
+    density's ranks would flip, in PyTorch's float32 as in ours."""
+    criterion = sib_fast.SIBLoss(1.0, 1e3)
+    leaf = x.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = criterion(model(leaf), y, leaf, mask=mask)
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    vector = torch.cat([g.double().flatten() for g in grads])
+    return vector, 0.0 if exact is None else ((vector - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_no_further_from_float64_than_pytorchs_own(name):
+    torch.manual_seed(0)
+    plain = without_randomness(MODELS[name][0]())
+    exact_model, prepared = copy.deepcopy(plain).double(), sib_fast.prepare(copy.deepcopy(plain))
+    for model in (plain, exact_model):
+        differentiable_twice(model)
+    x, y = batch_for(name)
+    mask = (x[:, :1] > 0).double()
+    exact, _ = float32_error(exact_model, x, y, mask, None)
+    _, low = float32_error(plain, x.float(), y, mask.float(), exact)
+    _, got = float32_error(prepared, x.float(), y, mask.float(), exact)
+    assert got <= 1.5 * low + 8 * torch.finfo(torch.float32).eps, (got, low)
+
+
 def test_the_table_holds_the_families_of_the_promise():
     families = ("resnet", "vgg", "densenet", "mobilenet_v2", "mobilenet_v3", "efficientnet", "convnext", "vit", "swin")
     assert all(any(name.startswith(family) for name in MODELS) for family in families)

@@ -46,6 +46,8 @@ STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
 MARKS = ("<!-- step_traffic -->", "<!-- /step_traffic -->")
 VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared")
 PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared")
+PRECISIONS = ("float32", "bf16")
+GOAL = ("resnet50", 128, 224)  # in bf16: what issue 4 asks of a GPU, counted
 # The page that shows a variant's rows.
 DOCS = {
     ROOT / "docs/step.md": ("plain", "naive", "ours", "ours_prepared", "ours_recompute"),
@@ -158,26 +160,37 @@ def penalised_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return loss + gradient.square().sum()
 
 
-def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """One training step without the optimiser; the model is prepared here where the variant says so."""
+def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, precision: str = "float32") -> Callable[[], None]:
+    """One training step without the optimiser, under autocast in bf16; the model is prepared here where the variant says so."""
+    loss = _loss_of(variant, model, x, target)
+
+    def step() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+
+    return step
+
+
+def _loss_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], Tensor]:
     if variant in PREPARED:
         sib_fast.prepare(model, recompute=variant == "ours_recompute")
     if variant == "plain":
-        return lambda: nn.functional.cross_entropy(model(x), target).backward()
+        return lambda: nn.functional.cross_entropy(model(x), target)
     if variant == "naive":
 
-        def naive() -> None:
+        def naive() -> Tensor:
             leaf = x.clone().requires_grad_()
-            naive_sib_loss(model(leaf), target, leaf).backward()
+            return naive_sib_loss(model(leaf), target, leaf)
 
         return naive
     if variant.startswith("penalty"):
-        return lambda: penalised_loss(model, x, target).backward()
+        return lambda: penalised_loss(model, x, target)
     criterion = sib_fast.SIBLoss().attach(model)
-    return lambda: criterion(model(x), target).backward()
+    return lambda: criterion(model(x), target)
 
 
-def count(name: str, variant: str, images: int, size: int) -> Traffic:
+def count(name: str, variant: str, images: int, size: int, precision: str = "float32") -> Traffic:
     """The traffic of one step of a torchvision model, in training mode, on fake CPU tensors."""
     import torchvision.models
 
@@ -191,14 +204,16 @@ def count(name: str, variant: str, images: int, size: int) -> Traffic:
         if variant != "plain" and not (variant in PREPARED and nn.Hardsigmoid in SWAPS):
             differentiable_twice(model)  # PyTorch's Hardsigmoid is not
         x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
-        step = step_of(variant, model, x, target)
+        step = step_of(variant, model, x, target, precision)
         with Traffic([x, target, *model.parameters(), *model.buffers()]) as traffic:
             step()
     return traffic
 
 
-def measure(name: str, images: int, size: int, variants: tuple[str, ...] = VARIANTS, top: int = 12) -> dict[str, Any]:
-    counted = {variant: count(name, variant, images, size) for variant in variants}
+def measure(
+    name: str, images: int, size: int, variants: tuple[str, ...] = VARIANTS, top: int = 12, precision: str = "float32"
+) -> dict[str, Any]:
+    counted = {variant: count(name, variant, images, size, precision) for variant in variants}
     rows = {}
     for variant, traffic in counted.items():
         totals = {
@@ -216,7 +231,7 @@ def measure(name: str, images: int, size: int, variants: tuple[str, ...] = VARIA
         }
         totals["top_gigabytes"] = {op: [round(b / 1e9, 3), traffic.ops[op]] for op, b in traffic.bytes.most_common(top)}
         rows[variant] = totals
-    return {"model": name, "shape": [images, 3, size, size], "variants": rows}
+    return {"model": name, "shape": [images, 3, size, size], "precision": precision, "variants": rows}
 
 
 def table(rows: list[dict[str, Any]], variants: tuple[str, ...] = VARIANTS) -> str:
@@ -226,11 +241,12 @@ def table(rows: list[dict[str, Any]], variants: tuple[str, ...] = VARIANTS) -> s
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
+        name = row["model"] if row["precision"] == "float32" else f"{row['model']}, {row['shape'][0]} images, {row['precision']}"
         for variant in (v for v in variants if v in row["variants"]):
             t = row["variants"][variant]
             ratio = t["to_plain"]
             lines.append(
-                f"| {row['model']} | {variant} | {ratio['bytes']:.2f}× | {ratio['ops']:.1f}× | {ratio['flops']:.2f}× | "
+                f"| {name} | {variant} | {ratio['bytes']:.2f}× | {ratio['ops']:.1f}× | {ratio['flops']:.2f}× | "
                 f"{ratio['peak']:.2f}× | {t['gigabytes']:.1f} | {t['ops']} |"
             )
     return "\n".join(lines)
@@ -253,13 +269,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="bf16: autocast")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--top", type=int, default=12, help="ops listed by bytes, for each variant")
     parser.add_argument("--json", type=Path, help="where to store the rows, with their provenance")
     parser.add_argument("--docs", action="store_true", help="store the rows where the docs' tables come from, and renew those")
     args = parser.parse_args(argv)
     variants = tuple(v for v in VARIANTS if v == "plain" or v in args.variants)
-    rows = [measure(name, args.images, args.size, variants, args.top) for name in args.models]
+    rows = [measure(name, args.images, args.size, variants, args.top, args.precision) for name in args.models]
+    if args.docs:
+        rows.append(measure(*GOAL, variants, args.top, "bf16"))
     keep = ("torch", "sib_fast", "commit", "date")
     for path in filter(None, (args.json, STORED if args.docs else None)):
         write_json(path, {**{k: v for k, v in provenance().items() if k in keep}, "rows": rows})
@@ -268,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     for row in rows:
         last = variants[-1]
-        print(f"\n{row['model']} {row['shape']}, {last}, most bytes by op:")
+        print(f"\n{row['model']} {row['shape']} {row['precision']}, {last}, most bytes by op:")
         for op, (gigabytes, times) in row["variants"][last]["top_gigabytes"].items():
             print(f"  {gigabytes:9.3f} GB  {times:5} × {op}")
 

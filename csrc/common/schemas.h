@@ -48,16 +48,21 @@ void define_schemas(Library& m) {
   m.def(
       "_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor variance, "
       "Tensor invstd)");
-  // grad_y as x, in its layout too -> grad_x as x ([0] unless need_x), acc grad_weight [C], grad_bias [C]
+  // grad_y, addend as x, in its layout too -> grad_x + addend as x ([0] unless need_x), acc grad_weight [C],
+  // grad_bias [C]
   m.def(
-      "_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool need_x) -> "
-      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, Tensor? addend, bool "
+      "need_x) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   // u, u_weight, u_bias: cotangents of those three -> gradients of grad_y and x, as x ([0] unless needed), and of
   // weight, acc [C]
   m.def(
       "_batch_norm_double_backward(Tensor u, Tensor? u_weight, Tensor? u_bias, Tensor grad_y, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor invstd, bool need_grad_y, bool need_x) -> (Tensor to_grad_y, Tensor to_x, Tensor "
       "to_weight)");
+  // The same with statistics that do not depend on x, acc [C]; an absent mean is 0. CPU only
+  m.def(
+      "_running_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? mean, Tensor variance, float eps, "
+      "bool need_x) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   // u, grad_y, saved of one shape and layout; kind: common/activation.h -> u·f', u·grad_y·∂f'/∂saved ([0] unless
   // needed)
   m.def(

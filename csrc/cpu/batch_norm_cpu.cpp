@@ -176,11 +176,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
 
 template <class E>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& weight,
-                                            const Tensor& mean, const Tensor& invstd, bool need_x) {
+                                            const Tensor& mean, const Tensor& invstd,
+                                            const std::optional<Tensor>& addend, bool need_x) {
   using T = Compute<E>;
   const Shape shape = shape_of(x);
   const ScalarType type = accumulation_type(x.scalar_type());
   check_like("grad_y", grad_y, x, shape);
+  if (addend) check_like("addend", *addend, x, shape);
   const PerChannel gamma("weight", weight, type, shape.channels, 1.0);
   check_plain(kOp, "mean", mean, ScalarType::Double, shape.channels);
   check_plain(kOp, "invstd", invstd, ScalarType::Double, shape.channels);
@@ -189,6 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   Tensor grad_weight = torch::stable::new_empty(x, {shape.channels}, type);
   Tensor grad_bias = torch::stable::new_empty(x, {shape.channels}, type);
   T *gw = out<T>(grad_weight), *gb = out<T>(grad_bias);
+  const E* added = addend ? in<E>(*addend) : nullptr;
   const double count = static_cast<double>(shape.count());
   run<T, 2, kBackwardCoefficients>(
       shape,
@@ -204,7 +207,46 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
         k[3] = static_cast<T>(sums[1] / count * s[c] * s[c]);  // B·invstd, so that x̂ need not be formed
       },
       [&](const BatchNormPart& part, const T* k) {
-        if (need_x) kernels<E>().write_grad_x(part, in<E>(grad_y), in<E>(x), k, out<E>(grad_x));
+        if (need_x) kernels<E>().write_grad_x(part, in<E>(grad_y), in<E>(x), added, k, out<E>(grad_x));
+      });
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// Eval mode: grad_x = gamma·invstd·gy, which is the pass of y over gy.
+template <class E>
+std::tuple<Tensor, Tensor, Tensor> running_backward(const Tensor& grad_y, const Tensor& x,
+                                                    const std::optional<Tensor>& weight,
+                                                    const std::optional<Tensor>& mean, const Tensor& variance,
+                                                    double eps, bool need_x) {
+  using T = Compute<E>;
+  const Shape shape = shape_of(x);
+  const ScalarType type = accumulation_type(x.scalar_type());
+  check_like("grad_y", grad_y, x, shape);
+  const PerChannel gamma("weight", weight, type, shape.channels, 1.0);
+  const PerChannel centre("mean", mean, type, shape.channels, 0.0);
+  const PerChannel spread("variance", variance, type, shape.channels, 0.0);
+  const Scratch centre_memory(shape.channels * static_cast<int64_t>(sizeof(double)));
+  double* m = reinterpret_cast<double*>(centre_memory.get());
+  for (int64_t c = 0; c < shape.channels; ++c) m[c] = centre(c);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor grad_weight = torch::stable::new_empty(x, {shape.channels}, type);
+  Tensor grad_bias = torch::stable::new_empty(x, {shape.channels}, type);
+  T *gw = out<T>(grad_weight), *gb = out<T>(grad_bias);
+  run<T, 2, kForwardCoefficients>(
+      shape,
+      [&](const BatchNormPart& part, double* sums) {
+        kernels<E>().sums_gy(part, in<E>(grad_y), in<E>(x), m + first_channel(part), sums);
+      },
+      [&](int64_t c, const double* sums, T* k) {
+        const double invstd = 1.0 / __builtin_sqrt(spread(c) + eps);
+        gb[c] = static_cast<T>(sums[0]);
+        gw[c] = static_cast<T>(sums[1] * invstd);
+        k[0] = T(0);
+        k[1] = static_cast<T>(gamma(c) * invstd);
+        k[2] = T(0);
+      },
+      [&](const BatchNormPart& part, const T* k) {
+        if (need_x) kernels<E>().write_y(part, in<E>(grad_y), k, out<E>(grad_x));
       });
   return {grad_x, grad_weight, grad_bias};
 }
@@ -277,8 +319,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Te
                                                       double eps){SIB_FAST_BY_ELEMENT(forward, x, x, weight, bias, eps)}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_y, Tensor x, std::optional<Tensor> weight,
-                                                       Tensor mean, Tensor invstd, bool need_x){
-    SIB_FAST_BY_ELEMENT(backward, x, grad_y, x, weight, mean, invstd, need_x)}
+                                                       Tensor mean, Tensor invstd, std::optional<Tensor> addend,
+                                                       bool need_x){
+    SIB_FAST_BY_ELEMENT(backward, x, grad_y, x, weight, mean, invstd, addend, need_x)}
+
+std::tuple<Tensor, Tensor, Tensor> running_batch_norm_backward(Tensor grad_y, Tensor x, std::optional<Tensor> weight,
+                                                               std::optional<Tensor> mean, Tensor variance, double eps,
+                                                               bool need_x){
+    SIB_FAST_BY_ELEMENT(running_backward, x, grad_y, x, weight, mean, variance, eps, need_x)}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(Tensor u, std::optional<Tensor> u_weight,
                                                               std::optional<Tensor> u_bias, Tensor grad_y, Tensor x,
@@ -292,6 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(Tensor u, std::opt
 STABLE_TORCH_LIBRARY_IMPL(sib_fast, CPU, m) {
   m.impl("_batch_norm", TORCH_BOX(&batch_norm));
   m.impl("_batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("_running_batch_norm_backward", TORCH_BOX(&running_batch_norm_backward));
   m.impl("_batch_norm_double_backward", TORCH_BOX(&batch_norm_double_backward));
 }
 

@@ -1,6 +1,7 @@
 // Batch norm in training mode on the CPU, up to its second derivative (SPEC 10): the passes over activations.
 //
 //   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      grad_x = gamma·invstd·(gy - A - x̂·B),  A = ⟨gy⟩, B = ⟨gy·x̂⟩
+//   (and what another pass has for x already, the addend)
 //   given u, u_gamma, u_beta:   to gy and to x are affine in (u, gy, x - mean); the coefficients are
 //   batch_norm_cpu.cpp's
 //
@@ -177,10 +178,16 @@ void write_y(const BatchNormPart& part, const E* x, const Compute<E>* k, E* y) {
 }
 
 template <class E>
-void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const Compute<E>* k, E* grad_x) {
-  for_elements<kBackwardCoefficients>(part, k, [=](int64_t i, const auto& of) {
-    put(grad_x + i, of(1) * ((get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3)));
-  });
+void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const E* addend, const Compute<E>* k, E* grad_x) {
+  const auto at = [=](int64_t i, const auto& of) {
+    return of(1) * ((get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3));
+  };
+  if (addend) {
+    for_elements<kBackwardCoefficients>(
+        part, k, [=](int64_t i, const auto& of) { put(grad_x + i, at(i, of) + get(addend[i])); });
+  } else {
+    for_elements<kBackwardCoefficients>(part, k, [=](int64_t i, const auto& of) { put(grad_x + i, at(i, of)); });
+  }
 }
 
 template <class E>

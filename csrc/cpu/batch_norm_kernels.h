@@ -30,8 +30,8 @@ struct BatchNormKernels {
   void (*sums_u)(const BatchNormPart&, const E* u, const E* gy, const E* x, const double* mean, double* sums);
   // y = (x - k0)·k1 + k2
   void (*write_y)(const BatchNormPart&, const E* x, const T* k, E* y);
-  // grad_x = k1·((gy - k2) - (x - k0)·k3)
-  void (*write_grad_x)(const BatchNormPart&, const E* gy, const E* x, const T* k, E* grad_x);
+  // grad_x = k1·((gy - k2) - (x - k0)·k3) + addend, which may be null
+  void (*write_grad_x)(const BatchNormPart&, const E* gy, const E* x, const E* addend, const T* k, E* grad_x);
   // to_grad_y = k1·u + k2·(x - k0) + k3;   to_x = k4·u + k5·gy + k6·(x - k0) + k7;   either may be null
   void (*write_second)(const BatchNormPart&, const E* u, const E* gy, const E* x, const T* k, E* to_grad_y, E* to_x);
 };

@@ -204,19 +204,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
   return {y, mean, variance, invstd};
 }
 
-template <class E>
+template <class E, bool added>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& weight,
-                                            const Tensor& mean, const Tensor& invstd, bool need_x) {
+                                            const Tensor& mean, const Tensor& invstd,
+                                            const std::optional<Tensor>& addend, bool need_x) {
   using T = Compute<E>;
   const Shape shape = shape_of(x);
   const ScalarType type = accumulation_type(x.scalar_type());
   check_like("grad_y", grad_y, x, shape);
+  if (added) check_like("addend", *addend, x, shape);
   const DeviceGuard guard(x.get_device_index());
   Tensor grad_x = like(x, need_x);
   Tensor grad_weight = new_channels(x, shape.channels, type), grad_bias = new_channels(x, shape.channels, type);
-  Arguments<Backward<E>> a{};
-  a.in[0] = in<E>(grad_y);
-  a.in[1] = in<E>(x);
+  Arguments<Backward<E, added>> a{};
+  if (added) a.in[0] = in<E>(*addend);
+  a.in[added] = in<E>(grad_y);
+  a.in[added + 1] = in<E>(x);
   a.out[0] = out<E>(grad_x);
   a.of.weight = per_channel<T>("weight", weight, type, shape.channels);
   a.of.mean = statistic("mean", mean, shape.channels);
@@ -257,6 +260,13 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const Tensor& u, const std::o
   return {to_grad_y, to_x, to_weight};
 }
 
+template <class E>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& weight,
+                                            const Tensor& mean, const Tensor& invstd,
+                                            const std::optional<Tensor>& addend, bool need_x) {
+  return (addend ? backward<E, true> : backward<E, false>)(grad_y, x, weight, mean, invstd, addend, need_x);
+}
+
 // Calls `function<E>` for the element type of x.
 #define SIB_FAST_BY_ELEMENT(function, x, ...)                    \
   switch ((x).scalar_type()) {                                   \
@@ -275,8 +285,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Te
                                                       double eps){SIB_FAST_BY_ELEMENT(forward, x, x, weight, bias, eps)}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad_y, Tensor x, std::optional<Tensor> weight,
-                                                       Tensor mean, Tensor invstd, bool need_x){
-    SIB_FAST_BY_ELEMENT(backward, x, grad_y, x, weight, mean, invstd, need_x)}
+                                                       Tensor mean, Tensor invstd, std::optional<Tensor> addend,
+                                                       bool need_x){
+    SIB_FAST_BY_ELEMENT(backward, x, grad_y, x, weight, mean, invstd, addend, need_x)}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(Tensor u, std::optional<Tensor> u_weight,
                                                               std::optional<Tensor> u_bias, Tensor grad_y, Tensor x,

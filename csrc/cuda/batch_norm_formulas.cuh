@@ -4,7 +4,7 @@
 //   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      grad_x = gamma·invstd·(gy - A - x̂·B),  A = ⟨gy⟩, B = ⟨gy·x̂⟩
 //   given u, u_gamma, u_beta:   to gy and to x are affine in (u, gy, x - mean)
 //
-// A class says: inputs (x last), outputs, sums, coefficients, and
+// A class says: inputs (x last; the first kUnsummed are read by `write` alone), outputs, sums, coefficients, and
 //   centre        what a channel's x is taken relative to, in T: its first element, or the mean rounded to T
 //   add           the sums of M elements of one channel, joined to the channel's in double
 //   coefficients  from the sums to the T numbers that `write` needs; writes what there is one number of a channel of
@@ -42,7 +42,7 @@ template <class E>
 struct Forward {
   using Element = E;
   using T = Compute<E>;
-  static constexpr int kInputs = 1, kOutputs = 1, kSums = 2, kCoefficients = 3;
+  static constexpr int kUnsummed = 0, kInputs = 1, kOutputs = 1, kSums = 2, kCoefficients = 3;
   struct Channels {
     const T *weight, *bias;
     double *mean, *variance, *invstd;
@@ -89,12 +89,13 @@ struct Forward {
   }
 };
 
-// grad_x, grad_weight, grad_bias from gy, x.
-template <class E>
+// grad_x, grad_weight, grad_bias from gy, x; to grad_x what another pass has for x already is added, the first input.
+template <class E, bool added>
 struct Backward {
   using Element = E;
   using T = Compute<E>;
-  static constexpr int kInputs = 2, kOutputs = 1, kSums = 2, kCoefficients = 4;
+  static constexpr int kUnsummed = added ? 1 : 0, kInputs = 2 + kUnsummed;
+  static constexpr int kOutputs = 1, kSums = 2, kCoefficients = 4;
   struct Channels {
     const T* weight;
     const double *mean, *invstd;
@@ -107,7 +108,7 @@ struct Backward {
   }
 
   template <int M>
-  static __device__ __forceinline__ void add(const T (&v)[kInputs][M], int, T centre, double (&sums)[kSums]) {
+  static __device__ __forceinline__ void add(const T (&v)[2][M], int, T centre, double (&sums)[kSums]) {
     T g = T(0), gx = T(0);
 #pragma unroll
     for (int i = 0; i < M; ++i) {
@@ -132,7 +133,9 @@ struct Backward {
   }
 
   static __device__ __forceinline__ void write(const T (&v)[kInputs], const T (&k)[kCoefficients], T (&to)[kOutputs]) {
-    to[0] = k[1] * ((v[0] - k[2]) - (v[1] - k[0]) * k[3]);
+    constexpr int gy = kUnsummed, x = gy + 1;
+    const T grad_x = k[1] * ((v[gy] - k[2]) - (v[x] - k[0]) * k[3]);
+    to[0] = added ? grad_x + v[0] : grad_x;
   }
 };
 
@@ -141,7 +144,7 @@ template <class E>
 struct Second {
   using Element = E;
   using T = Compute<E>;
-  static constexpr int kInputs = 3, kOutputs = 2, kSums = 5, kCoefficients = 8;
+  static constexpr int kUnsummed = 0, kInputs = 3, kOutputs = 2, kSums = 5, kCoefficients = 8;
   struct Channels {
     const T *weight, *u_weight, *u_bias;
     const double *mean, *invstd;

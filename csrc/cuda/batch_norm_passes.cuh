@@ -6,9 +6,10 @@
 //   merge_kernel            [C, sums, parts] -> coefficients [C]: a warp a channel
 //
 // Launches  sums | merge | writes; where a channel (a tile) is one part, one launch that sums, then writes.
-// Traffic   sums read every input once; writes read every input once and write the outputs: forward 2 reads and 1 write
-//           of an activation, gradient 4 and 1, its gradient 6 and 2. A write goes through the blocks in the opposite
-//           order, so that it meets first what the sums read last and L2 still holds.
+// Traffic   sums read every input once (an addend not); writes read every input once and write the outputs: forward 2
+//           reads and 1 write of an activation, gradient 4 and 1 (5 and 1 with an addend), its gradient 6 and 2. A
+//           write goes through the blocks in the opposite order, so that it meets first what the sums read last and
+//           L2 still holds.
 // Order     a thread's elements in memory order; lanes by butterfly, warps or rows of threads, then parts, in fixed
 //           order; the cut depends on the shape and the type alone: equal inputs give equal bits.
 // Offsets   int64 throughout.
@@ -20,6 +21,10 @@
 namespace sib_fast::cuda::batch_norm {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
+// Cuts and tiles depend on what is summed alone, so that an input that is only added changes no bit of a sum.
+template <class Op>
+constexpr int kSummed = Op::kInputs - Op::kUnsummed;
+
 // Threads of a block lie side by side, 2^width_bits of them, in a run (channels first) or in a row (channels last).
 struct Geometry {
   int64_t images, channels, spatial;  // channels last: rows, channels, 1
@@ -154,7 +159,7 @@ __device__ __forceinline__ void block_sums(double (&sums)[K], double* shared) {
 
 // Launch: 128 threads, blocks (channels, parts); shared: the sums of 4 warps.
 template <class Op>
-__global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, kSummed<Op> == 3 ? 4 : 5)
     channels_first_kernel(const __grid_constant__ Arguments<Op> a) {
   using E = typename Op::Element;
   using T = typename Op::T;
@@ -168,8 +173,8 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
   Pack<E, V> raw[kUnroll][Op::kInputs];
   int64_t first[kUnroll];
   int lo[kUnroll], hi[kUnroll];
-  // The next packs of the walk, all loads before the first is waited for.
-  const auto load_next = [&](Walk<V>& walk) {
+  // The next packs of the walk, all loads before the first is waited for; of the inputs `from` and the later ones.
+  const auto load_next = [&](Walk<V>& walk, int from) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       hi[u] = lo[u] = 0;
@@ -178,8 +183,10 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
       if (hi[u] <= lo[u]) continue;
       const bool whole = first[u] >= 0 && first[u] + V <= total;
 #pragma unroll
-      for (int t = 0; t < Op::kInputs; ++t)
+      for (int t = 0; t < Op::kInputs; ++t) {
+        if (t < from) continue;
         raw[u][t] = load<E, V>(a.in[t], first[u], lo[u], hi[u], whole && (a.at.packed >> t & 1));
+      }
     }
   };
 
@@ -188,15 +195,15 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
     const T centre = a.centre(c);
     double sums[Op::kSums] = {};
     for (Walk<V> walk(a.at, c, part); walk.more();) {
-      load_next(walk);
+      load_next(walk, Op::kUnsummed);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (hi[u] <= lo[u]) continue;
-        T v[Op::kInputs][V];
+        T v[kSummed<Op>][V];
 #pragma unroll
-        for (int t = 0; t < Op::kInputs; ++t) {
+        for (int t = 0; t < kSummed<Op>; ++t) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) v[t][i] = static_cast<T>(raw[u][t].value[i]);
+          for (int i = 0; i < V; ++i) v[t][i] = static_cast<T>(raw[u][Op::kUnsummed + t].value[i]);
         }
         blank(v, lo[u], hi[u]);
         Op::add(v, hi[u] - lo[u], centre, sums);
@@ -228,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
   for (int o = 0; o < Op::kOutputs; ++o) any = any || a.out[o] != nullptr;
   if (!any) return;
   for (Walk<V> walk(a.at, c, part); walk.more();) {
-    load_next(walk);
+    load_next(walk, 0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (hi[u] <= lo[u]) continue;
@@ -258,13 +265,13 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
 template <class Op>
 struct Columns {
   static constexpr int kBytes = sizeof(typename Op::Element);
-  static constexpr int kColumns = kBytes == 8 ? 1 : kBytes == 4 || Op::kInputs == 3 ? 2 : 4;
+  static constexpr int kColumns = kBytes == 8 ? 1 : kBytes == 4 || kSummed<Op> == 3 ? 2 : 4;
   static constexpr int kRows = Op::kInputs == 1 ? 8 : 4;  // of a thread under way at once
   static constexpr int64_t kShared = int64_t{kThreads} * kColumns * Op::kSums * static_cast<int64_t>(sizeof(double));
 };
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 5 : 4)
+__global__ void __launch_bounds__(kThreads, kSummed<Op> == 3 ? 5 : 4)
     channels_last_kernel(const __grid_constant__ Arguments<Op> a) {
   using E = typename Op::Element;
   using T = typename Op::T;
@@ -280,13 +287,16 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 5 : 4)
   const int64_t begin = part * a.at.image_step + y;
   const int64_t end = columns > 0 ? min((part + int64_t{1}) * a.at.image_step, a.at.images) : 0;
   Pack<E, V> raw[kRows][Op::kInputs];
-  // Rows past the end are the last one once more.
-  const auto load_rows = [&](int64_t row) {
+  // Rows past the end are the last one once more. Of the inputs `from` and the later ones.
+  const auto load_rows = [&](int64_t row, int from) {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const int64_t first = min(row + u * row_step, end - 1) * channels + column;
 #pragma unroll
-      for (int t = 0; t < Op::kInputs; ++t) raw[u][t] = load<E, V>(a.in[t], first, 0, columns, a.at.packed >> t & 1);
+      for (int t = 0; t < Op::kInputs; ++t) {
+        if (t < from) continue;
+        raw[u][t] = load<E, V>(a.in[t], first, 0, columns, a.at.packed >> t & 1);
+      }
     }
   };
 
@@ -297,15 +307,15 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 5 : 4)
 #pragma unroll
     for (int i = 0; i < V; ++i) centre[i] = i < columns ? a.centre(column + i) : T(0);
     for (int64_t row = begin; row < end; row += kRows * row_step) {
-      load_rows(row);
+      load_rows(row, Op::kUnsummed);
       const int rows = static_cast<int>(min((end - row + row_step - 1) / row_step, static_cast<int64_t>(kRows)));
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        T v[Op::kInputs][kRows];
+        T v[kSummed<Op>][kRows];
 #pragma unroll
-        for (int t = 0; t < Op::kInputs; ++t) {
+        for (int t = 0; t < kSummed<Op>; ++t) {
 #pragma unroll
-          for (int u = 0; u < kRows; ++u) v[t][u] = static_cast<T>(raw[u][t].value[i]);
+          for (int u = 0; u < kRows; ++u) v[t][u] = static_cast<T>(raw[u][Op::kUnsummed + t].value[i]);
         }
         blank(v, 0, rows);
         Op::add(v, rows, centre[i], sums[i]);
@@ -369,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 5 : 4)
   for (int o = 0; o < Op::kOutputs; ++o) any = any || a.out[o] != nullptr;
   if (!any) return;
   for (int64_t row = begin; row < end; row += kRows * row_step) {
-    load_rows(row);
+    load_rows(row, 0);
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       if (row + u * row_step >= end) continue;

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sib_fast._backends import REFERENCE, automatic
 from sib_fast.ops.batch_norm import KERNELS, batch_norm
+from sib_fast.ops.batch_norm.running import running_batch_norm
 from sib_fast.ops.batch_norm.synchronised import synchronised_batch_norm
 
 
@@ -17,17 +18,19 @@ def _recomputing() -> bool:
 
 
 class _FusedDoubleBackward:
-    """forward of torch.nn's batch norms, with batch statistics by `sib_fast.ops.batch_norm`.
+    """forward of torch.nn's batch norms, by `sib_fast.ops.batch_norm`; in eval mode with running statistics by its `running`.
 
-    In eval mode with running statistics the layer is linear in x, has a cheap double backward already, and is PyTorch's. So it
-    is where `batch_norm` has no kernel: composed of plain operations, its reference is slower than what it would replace.
+    PyTorch's it is where nothing is gained: in eval mode without gradients, or compiled, where the compiler fuses what PyTorch
+    composes; and where `batch_norm` has no kernel, as its reference is composed of plain operations and slower than PyTorch's.
     Running statistics move once a step: a forward that checkpointing repeats in backward leaves them alone.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
-            return super().forward(input)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return super().forward(input)
+            return running_batch_norm(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
         if not self._synchronises() and automatic(input.device, KERNELS) == REFERENCE:
             return super().forward(input)
         y, mean, variance, count = self._normalise(input)

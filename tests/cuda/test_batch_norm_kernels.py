@@ -46,10 +46,10 @@ def problem(shape, layout, dtype, mean=3.0):
     return [maps[0], *channels[:2], *maps[1:], *channels[2:]]
 
 
-def derivatives(ops, x, weight, bias, grad_y, u, u_weight, u_bias):
+def derivatives(ops, x, weight, bias, grad_y, u, u_weight, u_bias, addend=None):
     """y, mean, variance, the three gradients, and the gradients of grad_y, x and weight, by the registered ops."""
     y, mean, variance, invstd = ops._batch_norm(x, weight, bias, 1e-5)
-    first = ops._batch_norm_backward(grad_y, x, weight, mean, invstd, True)
+    first = ops._batch_norm_backward(grad_y, x, weight, mean, invstd, addend, True)
     second = ops._batch_norm_double_backward(u, u_weight, u_bias, grad_y, x, weight, mean, invstd, True, True)
     return [y, mean, variance, *first, *second]
 
@@ -84,6 +84,23 @@ def test_every_cut(shape, layout, dtype, registered, poisoned_memory):
         assert got[k].stride() == made[0].stride()
 
 
+def assert_added(got, plain, exact, addend, dtype):
+    """Every sum has the bits that it has without an addend; grad_x has it added, and is rounded once."""
+    assert all(torch.equal(a, b) for k, (a, b) in enumerate(zip(got, plain, strict=True)) if k != 3)
+    wanted = exact[3] + addend.double()
+    assert_close([got[3]], [wanted], dtype)
+    assert (got[3].double() - wanted).norm() < 0.1 * addend.double().norm()
+    assert got[3].stride() == plain[3].stride()
+
+
+@cuts
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_addend_at_every_cut(shape, layout, dtype, registered, poisoned_memory):
+    made, addend = problem(shape, layout, dtype), laid_out(draw(shape, 9, dtype), layout)
+    got = derivatives(registered, *made, addend)
+    assert_added(got, derivatives(registered, *made), exact_derivatives(*made), addend, dtype)
+
+
 def at_offset(t, offset):
     """t's numbers, `offset` elements behind the start of a buffer whose other elements are NaN; its layout as it is."""
     held = torch.full((t.numel() + 16,), float("nan"), dtype=t.dtype)
@@ -99,8 +116,12 @@ def test_every_alignment(shape, layout, offsets, dtype, registered):
     """Activations that start anywhere, each elsewhere: the same numbers, and nothing read from beside them."""
     x, weight, bias, grad_y, u, *rest = made = problem(shape, layout, dtype)
     moved = [at_offset(t, k) for t, k in zip((x, grad_y, u), offsets, strict=True)]
+    exact = exact_derivatives(*made)
     got = derivatives(registered, moved[0], weight, bias, *moved[1:], *rest)
-    assert_close(got, exact_derivatives(*made), dtype)
+    assert_close(got, exact, dtype)
+    addend = laid_out(draw(shape, 9, dtype), layout)
+    added = derivatives(registered, moved[0], weight, bias, *moved[1:], *rest, at_offset(addend, offsets[2]))
+    assert_added(added, got, exact, addend, dtype)
 
 
 @pytest.mark.parametrize("layout", [FIRST, LAST])
@@ -108,9 +129,9 @@ def test_every_alignment(shape, layout, offsets, dtype, registered):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 6e4])
 def test_a_channels_values_stay_its_own(shape, layout, value, registered):
     """A channel of NaN, Inf or huge numbers changes no bit of the others, which share packs and tiles with it."""
-    made = problem(shape, layout, torch.float16)
+    made = [*problem(shape, layout, torch.float16), laid_out(draw(shape, 9, torch.float16), layout)]
     want = derivatives(registered, *made)
-    for t in (made[0], made[3], made[4]):
+    for t in (made[0], made[3], made[4], made[7]):
         t[:, 1] = value
     rest = [c for c in range(shape[1]) if c != 1]
     for k, (a, b) in enumerate(zip(derivatives(registered, *made), want, strict=True)):
@@ -156,7 +177,7 @@ def test_65536_halves_of_a_channel(dtype, layout, registered):
 @cuts
 def test_equal_bits_twice_and_in_any_schedule(shape, layout, registered, monkeypatch):
     """Under the emulation threads and blocks take turns at random: a missing barrier shows as other bits, or as NaN."""
-    made = problem(shape, layout, torch.float32)
+    made = [*problem(shape, layout, torch.float32), laid_out(draw(shape, 9, torch.float32), layout)]
     want = derivatives(registered, *made)
     for seed in (1, 2):
         monkeypatch.setenv("SIB_FAST_EMULATION_SEED", str(seed))
@@ -169,7 +190,7 @@ def test_only_what_is_asked_for(shape, layout, registered, poisoned_memory):
     x, weight, bias, grad_y, u, u_weight, u_bias = made = problem(shape, layout, torch.float32)
     want = derivatives(registered, *made)
     _, mean, _, invstd = registered._batch_norm(x, weight, bias, 1e-5)
-    none, *parameters = registered._batch_norm_backward(grad_y, x, weight, mean, invstd, False)
+    none, *parameters = registered._batch_norm_backward(grad_y, x, weight, mean, invstd, None, False)
     assert none.shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(parameters, want[4:6], strict=True))
     for needs in ((True, False), (False, True), (False, False)):
@@ -193,11 +214,15 @@ def test_what_protects_memory_is_checked(registered):
     with pytest.raises(RuntimeError, match="weight must have 4 elements, got 5"):
         registered._batch_norm(x, torch.ones(5), None, 1e-5)
     with pytest.raises(RuntimeError, match="grad_y must have the layout of x"):
-        registered._batch_norm_backward(x.contiguous(memory_format=torch.channels_last), x, None, mean, mean, True)
+        registered._batch_norm_backward(x.contiguous(memory_format=torch.channels_last), x, None, mean, mean, None, True)
     with pytest.raises(RuntimeError, match="grad_y must have the dtype of x"):
-        registered._batch_norm_backward(x.double(), x, None, mean, mean, True)
+        registered._batch_norm_backward(x.double(), x, None, mean, mean, None, True)
+    with pytest.raises(RuntimeError, match="addend must have the layout of x"):
+        registered._batch_norm_backward(x, x, None, mean, mean, x.contiguous(memory_format=torch.channels_last), True)
+    with pytest.raises(RuntimeError, match="addend must have the shape of x"):
+        registered._batch_norm_backward(x, x, None, mean, mean, x[:2], True)
     with pytest.raises(RuntimeError, match="mean has an unexpected dtype"):
-        registered._batch_norm_backward(x, x, None, mean.float(), mean, True)
+        registered._batch_norm_backward(x, x, None, mean.float(), mean, None, True)
     with pytest.raises(RuntimeError, match="u must have the shape of x"):
         registered._batch_norm_double_backward(x[:2], None, None, x, x, None, mean, mean, True, True)
 

@@ -243,9 +243,9 @@ def test_opcheck(kernel, registered):
         torch.library.opcheck(op._batch_norm.default, (x, weight, bias, 1e-5))
         torch.library.opcheck(op._batch_norm.default, (x, None, None, 1e-5))
         _, mean, _, invstd = op._batch_norm(x.detach(), weight.detach(), bias.detach(), 1e-5)
-        torch.library.opcheck(
-            op._batch_norm_backward.default, (torch.randn_like(x), x.detach(), weight.detach(), mean, invstd, True)
-        )
+        for addend in (None, torch.randn_like(x)):
+            made = (torch.randn_like(x), x.detach(), weight.detach(), mean, invstd, addend, True)
+            torch.library.opcheck(op._batch_norm_backward.default, made)
         torch.library.opcheck(
             op._batch_norm_double_backward.default,
             (torch.randn_like(x), None, None, torch.randn_like(x), x.detach(), weight.detach(), mean, invstd, True, True),

@@ -1,7 +1,7 @@
 """batch_norm: batch norm with batch statistics whose double backward is one fused op (SPEC 10).
 
 Not an autograd.Function: inside a compiled step that calls autograd.grad, dynamo drops the second derivative of a Function
-in silence. The op and its backward op are registered, each with `torch.library.register_autograd`.
+in silence. The op and its backward op are registered, each with its gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._again import offer
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops._handover import register_autograd_with_handover
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import reference
 
@@ -82,35 +83,39 @@ def _setup_forward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ops, ctx, grad_y, *_):
-    if grad_y is None:
-        return None, None, None, None
-    x, weight, mean, invstd = ctx.saved_tensors
+def _backward(ops, ctx, grad_y, _mean, _variance, _invstd, handed):
+    """handed: what this op's double backward has for x in the same pass."""
     need_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias = ops._batch_norm_backward(_as_laid_out(grad_y, x), x, weight, mean, invstd, need_x)
+    if grad_y is None:
+        return handed if need_x else None, None, None, None
+    x, weight, mean, invstd = ctx.saved_tensors
+    addend = None if handed is None or not need_x else _as_laid_out(handed, x)
+    grad_x, grad_weight, grad_bias = ops._batch_norm_backward(_as_laid_out(grad_y, x), x, weight, mean, invstd, addend, need_x)
     return grad_x if need_x else None, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, None
 
 
 def _setup_backward(ops, ctx, inputs, output):
-    grad_y, x, weight, mean, invstd, need_x = inputs
+    grad_y, x, weight, mean, invstd, addend, need_x = inputs
     ctx.save_for_backward(grad_y, x, weight, mean, invstd)
     ctx.need_x = need_x
-    if need_x:
+    if need_x and addend is None:
         offer(ctx, partial(_grad_x_again, ops))
     ctx.set_materialize_grads(False)
 
 
 def _grad_x_again(ops, ctx):
-    return ops._batch_norm_backward(*ctx.saved_tensors, True)[0]
+    return ops._batch_norm_backward(*ctx.saved_tensors, None, True)[0]
 
 
 def _double_backward(ops, ctx, u, u_weight, u_bias):
     grad_y, x, weight, mean, invstd = ctx.saved_tensors
+    to_addend = u if ctx.need_x and ctx.needs_input_grad[5] else None
     u = torch.zeros_like(x) if u is None or not ctx.need_x else _as_laid_out(u, x)
     need_grad_y, need_x = ctx.needs_input_grad[:2]
     parts = [None if part is None else part.contiguous() for part in (u_weight, u_bias)]
     to_grad_y, to_x, to_weight = ops._batch_norm_double_backward(u, *parts, grad_y, x, weight, mean, invstd, need_grad_y, need_x)
-    return to_grad_y if need_grad_y else None, to_x if need_x else None, None if weight is None else to_weight, None, None, None
+    to_weight = None if weight is None else to_weight
+    return to_grad_y if need_grad_y else None, to_x if need_x else None, to_weight, None, None, to_addend, None
 
 
 def _setup_double_backward(ctx, inputs, output):
@@ -130,8 +135,8 @@ def add_kernels(backend: str, namespace: str) -> None:
     """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
     ops = getattr(torch.ops, namespace)
     if ops._batch_norm not in _FORWARD.values():
+        register_autograd_with_handover(namespace, "_batch_norm", partial(_backward, ops), _setup_forward)
         for name, gradient, setup in (
-            ("_batch_norm", partial(_backward, ops), _setup_forward),
             ("_batch_norm_backward", partial(_double_backward, ops), partial(_setup_backward, ops)),
             ("_batch_norm_double_backward", _third_derivative, _setup_double_backward),
         ):
@@ -144,7 +149,7 @@ def _fake_forward(x, weight, bias, eps):
     return torch.empty_like(x), channel, torch.empty_like(channel), torch.empty_like(channel)
 
 
-def _fake_backward(grad_y, x, weight, mean, invstd, need_x):
+def _fake_backward(grad_y, x, weight, mean, invstd, addend, need_x):
     channel = x.new_empty((x.shape[1],), dtype=_checks.accumulation_dtype(x.dtype))
     return torch.empty_like(x) if need_x else x.new_empty((0,)), channel, torch.empty_like(channel)
 

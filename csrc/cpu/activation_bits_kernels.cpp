@@ -24,35 +24,27 @@ struct LaneRules {
   }
 };
 
-// The byte of one column of a unit, and its eight elements of y.
-template <TwoSlopes kind, class E, int... k>
-inline uint8_t column(const E* x, const TwoSlopesParameters<E, Compute<E>>& of, E* y,
-                      std::integer_sequence<int, k...>) {
-  unsigned byte = 0;
-  const auto element = [&](int bit) {
-    const E given = x[bit * kBitsRow];
-    bool passes;
-    y[bit * kBitsRow] = two_slopes<kind, LaneRules>(given, get(given), of, passes);
-    byte |= passes ? 1u << bit : 0u;
-  };
-  (element(k), ...);
-  return static_cast<uint8_t>(byte);
-}
-
 template <TwoSlopes kind, class E>
 void forward_of(const TwoSlopesParameters<E, Compute<E>> of, const E* x, int64_t count, E* y, uint8_t* bits) {
-  for (; count >= kBitsUnit; count -= kBitsUnit, x += kBitsUnit, y += kBitsUnit, bits += kBitsRow) {
+  for (; count > 0; count -= kBitsUnit, x += kBitsUnit, y += kBitsUnit, bits += kBitsRow) {
+    std::memset(bits, 0, kBitsRow);
+    for (int row = 0; row < 8 && row * kBitsRow < count; ++row) {
+      const E* const from = x + row * kBitsRow;
+      E* const to = y + row * kBitsRow;
+      const unsigned bit = 1u << row;
+      const auto element = [=](int64_t i) {
+        const E given = from[i];
+        bool passes;
+        to[i] = two_slopes<kind, LaneRules>(given, get(given), of, passes);
+        bits[i] = static_cast<uint8_t>(bits[i] | (passes ? bit : 0u));
+      };
+      if (count - row * kBitsRow >= kBitsRow) {
 #pragma omp simd
-    for (int i = 0; i < kBitsRow; ++i) {
-      bits[i] = column<kind>(x + i, of, y + i, std::make_integer_sequence<int, 8>());
+        for (int i = 0; i < kBitsRow; ++i) element(i);
+      } else {
+        for (int64_t i = 0; i < count - row * kBitsRow; ++i) element(i);
+      }
     }
-  }
-  if (count == 0) return;
-  std::memset(bits, 0, kBitsRow);
-  for (int64_t i = 0; i < count; ++i) {
-    bool passes;
-    y[i] = two_slopes<kind, LaneRules>(x[i], get(x[i]), of, passes);
-    bits[i % kBitsRow] |= static_cast<uint8_t>(passes << i / kBitsRow);
   }
 }
 

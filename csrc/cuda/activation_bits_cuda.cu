@@ -12,6 +12,8 @@
 // Order     every element by itself: equal inputs give equal bits.
 // Twins     cpu/activation_bits_kernels.cpp; truth: PyTorch's own kernels.
 
+#include <type_traits>
+
 #include "common/activation_bits_checks.h"
 #include "cuda/pack.cuh"
 #include "cuda/platform.cuh"
@@ -21,7 +23,7 @@ namespace {
 
 constexpr const char* kActivationBits = "activation";
 constexpr int kBitsThreads = 128;
-constexpr int kBitsBlocks = 32;  // a multiprocessor: twice what fits, so that an uneven end is short
+constexpr int kBitsBlocks = 16;  // a multiprocessor: twice what fits, so that an uneven end is short
 
 struct DeviceRules {
   static constexpr bool bound_is_low = true, nan_passes = true;
@@ -31,6 +33,7 @@ struct DeviceRules {
   }
 };
 
+// The bytes of a thread's columns as one word.
 template <int bytes>
 struct BitsWordOf;
 template <>
@@ -46,139 +49,94 @@ struct BitsWordOf<8> {
   using type = uint64_t;
 };
 
-// A thread's columns of one unit: a pack for each of the eight rows, and the columns' bytes in one word.
 template <class E>
-struct BitsColumns {
-  using Pack = Pack16<E>;
-  static constexpr int kColumns = Pack::kCount;
+struct BitsShape {
+  static constexpr int kColumns = Pack16<E>::kCount;
   static constexpr int kThreadsPerUnit = kBitsRow / kColumns;
   static constexpr int kUnitsPerBlock = kBitsThreads / kThreadsPerUnit;
-  using Word = typename BitsWordOf<kColumns>::type;
-
-  int64_t unit;
-  int left;  // elements of the unit
-  bool packed;
-
-  __device__ __forceinline__ BitsColumns(int64_t which, int64_t count, bool aligned) : unit(which) {
-    const int64_t rest = count - unit * kBitsUnit;
-    left = rest < kBitsUnit ? static_cast<int>(rest) : kBitsUnit;
-    packed = aligned && left == kBitsUnit;
-  }
-  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) % kThreadsPerUnit; }
-  // Not packed: neighbouring threads have neighbouring columns.
-  static __device__ __forceinline__ int column(int j) { return thread() + j * kThreadsPerUnit; }
-
-  __device__ __forceinline__ void read(const E* from, Pack (&rows)[8]) const {
-    from += unit * kBitsUnit;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      if (packed) {
-        rows[k] = *reinterpret_cast<const Pack*>(from + k * kBitsRow + thread() * kColumns);
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int i = k * kBitsRow + column(j);
-        rows[k].value[j] = i < left ? from[i] : static_cast<E>(0);
-      }
-    }
-  }
-  __device__ __forceinline__ void write(E* to, const Pack (&rows)[8]) const {
-    to += unit * kBitsUnit;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      if (packed) {
-        store_pack(to + k * kBitsRow + thread() * kColumns, rows[k]);
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int i = k * kBitsRow + column(j);
-        if (i < left) to[i] = rows[k].value[j];
-      }
-    }
-  }
-  __device__ __forceinline__ Word read_bits(const uint8_t* bits) const {
-    bits += unit * kBitsRow;
-    if (packed) return *reinterpret_cast<const Word*>(bits + thread() * kColumns);
-    Word word = 0;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) word |= static_cast<Word>(static_cast<Word>(bits[column(j)]) << 8 * j);
-    return word;
-  }
-  __device__ __forceinline__ void write_bits(uint8_t* bits, Word word) const {
-    bits += unit * kBitsRow;
-    if (packed) {
-      *reinterpret_cast<Word*>(bits + thread() * kColumns) = word;
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int rows = (left - column(j) + kBitsRow - 1) / kBitsRow;  // that exist in this column
-      bits[column(j)] = static_cast<uint8_t>(rows <= 0 ? 0 : (word >> 8 * j) & ((1u << rows) - 1u));
-    }
-  }
 };
 
-// Calls function for the units of a thread.
-template <class E, class Function>
-__device__ __forceinline__ void for_units(int64_t count, bool aligned, Function function) {
-  using Columns = BitsColumns<E>;
+// to[i] = element(from[i], its bit) for all elements. Byte is uint8_t where `element` makes the bits, const uint8_t
+// where it reads them. No __restrict__: `to` may be `from`, and a thread has read its elements before it writes them.
+template <class E, class Byte, class Element>
+__device__ __forceinline__ void for_elements(const E* from, int64_t count, bool aligned, E* to, Byte* bits,
+                                             Element element) {
+  using Pack = Pack16<E>;
+  using Shape = BitsShape<E>;
+  using Word = typename BitsWordOf<Shape::kColumns>::type;
+  constexpr bool makes = !std::is_const<Byte>::value;
+  const int thread = static_cast<int>(threadIdx.x) % Shape::kThreadsPerUnit;
   const int64_t units = (count + kBitsUnit - 1) / kBitsUnit;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Columns::kUnitsPerBlock;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * Columns::kUnitsPerBlock;
-  for (int64_t unit = first + threadIdx.x / Columns::kThreadsPerUnit; unit < units; unit += step) {
-    function(Columns(unit, count, aligned));
+  const int64_t step = static_cast<int64_t>(gridDim.x) * Shape::kUnitsPerBlock;
+  int64_t unit = static_cast<int64_t>(blockIdx.x) * Shape::kUnitsPerBlock + threadIdx.x / Shape::kThreadsPerUnit;
+  for (; unit < units; unit += step) {
+    const E* const in = from + unit * kBitsUnit;
+    E* const out = to + unit * kBitsUnit;
+    Byte* const row = bits + unit * kBitsRow;
+    const int64_t left = count - unit * kBitsUnit;
+    if (aligned && left >= kBitsUnit) {
+      const int first = thread * Shape::kColumns;  // a thread's columns lie side by side
+      Pack packs[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) packs[k] = *reinterpret_cast<const Pack*>(in + k * kBitsRow + first);
+      Word word = 0;
+      if constexpr (!makes) word = *reinterpret_cast<const Word*>(row + first);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+#pragma unroll
+        for (int j = 0; j < Shape::kColumns; ++j) {
+          bool passes = word >> (8 * j + k) & 1;
+          packs[k].value[j] = element(packs[k].value[j], passes);
+          if constexpr (makes) word = static_cast<Word>(word | static_cast<Word>(passes) << (8 * j + k));
+        }
+        store_pack(out + k * kBitsRow + first, packs[k]);
+      }
+      if constexpr (makes) *reinterpret_cast<Word*>(row + first) = word;
+      continue;
+    }
+    // Neighbouring threads have neighbouring columns.
+#pragma unroll 1
+    for (int column = thread; column < kBitsRow; column += Shape::kThreadsPerUnit) {
+      E values[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k * kBitsRow + column < left) values[k] = in[k * kBitsRow + column];
+      }
+      unsigned byte = 0;
+      if constexpr (!makes) byte = row[column];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k * kBitsRow + column >= left) break;
+        bool passes = byte >> k & 1u;
+        out[k * kBitsRow + column] = element(values[k], passes);
+        if constexpr (makes) byte |= static_cast<unsigned>(passes) << k;
+      }
+      if constexpr (makes) row[column] = static_cast<uint8_t>(byte);
+    }
   }
 }
 
-// No __restrict__: y may be x. Each thread reads its elements before it writes them.
 template <class E, class T, TwoSlopes kind>
 __global__ void __launch_bounds__(kBitsThreads)
     activation_bits_kernel(const E* x, int64_t count, bool aligned, TwoSlopesParameters<E, T> of, E* y, uint8_t* bits) {
-  for_units<E>(count, aligned, [&](const BitsColumns<E>& mine) {
-    typename BitsColumns<E>::Pack rows[8];
-    typename BitsColumns<E>::Word word = 0;
-    mine.read(x, rows);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-#pragma unroll
-      for (int j = 0; j < BitsColumns<E>::kColumns; ++j) {
-        E& value = rows[k].value[j];
-        bool passes;
-        value = two_slopes<kind, DeviceRules>(value, static_cast<T>(value), of, passes);
-        word |= static_cast<decltype(word)>(static_cast<decltype(word)>(passes) << (8 * j + k));
-      }
-    }
-    mine.write(y, rows);
-    mine.write_bits(bits, word);
+  for_elements(x, count, aligned, y, bits, [of](E value, bool& passes) {
+    return two_slopes<kind, DeviceRules>(value, static_cast<T>(value), of, passes);
   });
 }
 
 template <class E, class T, bool leaky>
 __global__ void __launch_bounds__(kBitsThreads)
-    activation_bits_backward_kernel(const E* __restrict__ grad_y, const uint8_t* __restrict__ bits, int64_t count,
-                                    bool aligned, T slope, E* __restrict__ grad_x) {
-  for_units<E>(count, aligned, [&](const BitsColumns<E>& mine) {
-    typename BitsColumns<E>::Pack rows[8];
-    mine.read(grad_y, rows);
-    const auto word = mine.read_bits(bits);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-#pragma unroll
-      for (int j = 0; j < BitsColumns<E>::kColumns; ++j) {
-        E& value = rows[k].value[j];
-        const E other = leaky ? static_cast<E>(static_cast<T>(value) * slope) : static_cast<E>(0);
-        value = word >> (8 * j + k) & 1 ? value : other;
-      }
-    }
-    mine.write(grad_x, rows);
+    activation_bits_backward_kernel(const E* grad_y, const uint8_t* bits, int64_t count, bool aligned, T slope,
+                                    E* grad_x) {
+  for_elements(grad_y, count, aligned, grad_x, bits, [slope](E value, bool passes) {
+    const E other = leaky ? static_cast<E>(static_cast<T>(value) * slope) : static_cast<E>(0);
+    return passes ? value : other;
   });
 }
 
 template <class E>
 dim3 bits_grid(const Tensor& t) {
-  const int64_t blocks = divide_up(divide_up(t.numel(), kBitsUnit), BitsColumns<E>::kUnitsPerBlock);
+  const int64_t blocks = divide_up(divide_up(t.numel(), kBitsUnit), BitsShape<E>::kUnitsPerBlock);
   const int64_t most = int64_t{kBitsBlocks} * device_of(t).multiprocessors;
   return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }

@@ -150,6 +150,8 @@ KINDS: dict[str, _Kind] = {
     "tanh": _Kind(0, True, _aten.tanh, _aten.tanh_, _aten.tanh_backward, lambda product, y: -2 * product * y, 8),
 }
 KERNELS = ["cpu", "cuda"]
+# Of the CPU's kernels with bits: gcc has vector code for these only by integers, slower than PyTorch's own.
+_SLOW_HALVES = {"relu": (torch.float16,), "hardtanh": (torch.float16,), "leaky_relu": (torch.float16, torch.bfloat16)}
 
 _LIBRARY = torch.library.Library("sib_fast_activation", "DEF")
 _LIBRARY.define("forward(Tensor x, str kind, float[] parameters) -> Tensor")
@@ -203,8 +205,11 @@ def activation(x: Tensor, kind: str, *parameters: float, inplace: bool = False, 
 
 def _keeps_bits(x: Tensor, kind: str) -> bool:
     """Whether there will be a backward that reads bits: without one PyTorch's kernel writes y alone."""
-    wanted = torch.is_grad_enabled() and x.requires_grad and KINDS[kind].bits is not None
-    return wanted and automatic(x.device, KERNELS) != REFERENCE
+    if not (torch.is_grad_enabled() and x.requires_grad) or KINDS[kind].bits is None:
+        return False
+    if x.device.type == "cpu" and x.dtype in _SLOW_HALVES[kind]:
+        return False
+    return automatic(x.device, KERNELS) != REFERENCE
 
 
 def _forward(x, kind, parameters):

@@ -21,6 +21,21 @@ inline bool lies(const Tensor& t, bool channels_last) {
   return true;
 }
 
+// Whether t's elements lie in one run of memory, without gaps: its dimensions in any order.
+inline bool lies_dense(const Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t run = 1;
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      if (t.size(d) == 1 || t.stride(d) != run) continue;
+      run *= t.size(d);
+      grown = true;
+    }
+  }
+  return run == t.numel();
+}
+
 // That t and x, which is in the layout that channels_last says, can be read side by side.
 inline void check_alike(const char* op, const char* name, const Tensor& t, const Tensor& x, bool channels_last) {
   SIB_CHECK(op, t.dim() == x.dim() && t.numel() == x.numel(), name, " must have the shape of x");

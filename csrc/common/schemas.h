@@ -68,6 +68,11 @@ void define_schemas(Library& m) {
   m.def(
       "_activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int kind, float a, float b, bool "
       "need_grad_y, bool need_saved) -> (Tensor to_grad_y, Tensor to_saved)");
+  // x dense, in any order of its dimensions; y lies as x, or is x; kind, a, b: common/activation_bits.h -> y = f(x),
+  // and uint8 [64·ceil(numel/512)]: a bit an element, in memory order
+  m.def("_activation_bits(Tensor x, Tensor(a!) y, int kind, float a, float b) -> Tensor bits");
+  // grad_y dense, in x's order -> grad_x, which lies as grad_y
+  m.def("_activation_bits_backward(Tensor grad_y, Tensor bits, int kind, float slope) -> Tensor");
   // x contiguous, rows of `length` elements; row r has group r % groups' channels, `spatial` elements each; weight,
   // bias acc [groups·length/spatial] -> y as x; float64 [rows] mean, 1/sqrt(variance + eps)
   m.def(

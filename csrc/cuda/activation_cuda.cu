@@ -11,11 +11,11 @@
 // Order     every element by itself: equal inputs give equal bits.
 // Twins     cpu/activation_kernels.cpp; ops/activation/__init__.py composes the same; truth: reference.py.
 
-#include <cstring>
 #include <tuple>
 
 #include "common/activation.h"
 #include "common/layout.h"
+#include "cuda/pack.cuh"
 #include "cuda/platform.cuh"
 
 namespace sib_fast::cuda {
@@ -24,19 +24,6 @@ namespace {
 constexpr const char* kActivation = "activation";
 constexpr int kActivationThreads = 256;
 constexpr int kActivationBlocks = 16;  // a multiprocessor: twice what fits, so that an uneven end is short
-
-template <class E>
-struct alignas(16) ActivationPack {
-  static constexpr int kCount = 16 / static_cast<int>(sizeof(E));
-  E value[kCount];
-};
-
-template <class E>
-__device__ __forceinline__ void store_pack(E* to, const ActivationPack<E>& pack) {
-  uint4 bits;
-  memcpy(&bits, &pack, sizeof(bits));
-  store_16(to, bits);
-}
 
 struct DeviceMath {
   static constexpr bool has_erf = true;
@@ -69,7 +56,7 @@ __global__ void __launch_bounds__(kActivationThreads)
     activation_double_backward_kernel(const E* __restrict__ u, const E* __restrict__ gy, const E* __restrict__ saved,
                                       int64_t count, bool aligned, ActivationParameters<T> parameters,
                                       E* __restrict__ to_grad_y, E* __restrict__ to_saved) {
-  using Pack = ActivationPack<E>;
+  using Pack = Pack16<E>;
   constexpr int64_t kTile = int64_t{kActivationThreads} * Pack::kCount;
   for (int64_t tile = blockIdx.x * kTile; tile < count; tile += gridDim.x * kTile) {
     const bool packed = aligned && tile + kTile <= count;
@@ -125,12 +112,8 @@ std::tuple<Tensor, Tensor> run_activation(const Tensor& u, const Tensor& gy, con
   const auto in = [](const Tensor& t) { return static_cast<const E*>(t.const_data_ptr()); };
   const auto out = [](const Tensor& t, bool need) { return need ? static_cast<E*>(t.mutable_data_ptr()) : nullptr; };
   E *first = out(to_grad_y, need_grad_y), *second = out(to_saved, need_saved);
-  bool aligned = true;
-  for (const void* pointer :
-       {static_cast<const void*>(in(u)), static_cast<const void*>(in(gy)), static_cast<const void*>(in(saved)),
-        static_cast<const void*>(first), static_cast<const void*>(second)})
-    aligned = aligned && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  const int64_t tiles = divide_up(count, int64_t{kActivationThreads} * ActivationPack<E>::kCount);
+  const bool aligned = start_at_packs({in(u), in(gy), in(saved), first, second});
+  const int64_t tiles = divide_up(count, int64_t{kActivationThreads} * Pack16<E>::kCount);
   const int64_t most = int64_t{kActivationBlocks} * device_of(saved).multiprocessors;
   const dim3 grid(static_cast<unsigned>(tiles < most ? tiles : most));
   with_activation(kind, [&](auto k) {

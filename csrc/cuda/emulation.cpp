@@ -1,6 +1,7 @@
 // The CUDA sources under the emulation: torch.ops.sib_fast_emulated on CPU tensors, for tests. One line per op.
 
 #include "common/schemas.h"
+#include "cuda/activation_bits_cuda.cu"
 #include "cuda/activation_cuda.cu"
 #include "cuda/batch_norm_cuda.cu"
 #include "cuda/device_check_cuda.cu"

@@ -79,6 +79,8 @@ def test_every_architecture_has_every_kernel(usage):
         "collect_kernel",
         "column_grads_kernel",
         "activation_double_backward_kernel",
+        "activation_bits_kernel",
+        "activation_bits_backward_kernel",
     ):
         assert any(name in kernel for kernel in first), name
 

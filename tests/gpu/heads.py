@@ -64,8 +64,13 @@ def batch_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, 
 
 
 def activation_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
-    """Double backward."""
+    """Double backward; and forward, backward and double backward by bits."""
     found = []
+    for kind, parameters in (("relu", ()), ("hardtanh", (0.0, 1.0)), ("leaky_relu", (0.1,))):
+        leaf, grad = x.detach().requires_grad_(), (1e4 * vjp).requires_grad_()
+        y = activation(leaf, kind, *parameters, backend=backend)
+        (first,) = torch.autograd.grad(y, leaf, grad, create_graph=True)
+        found += [y.detach(), first.detach(), *torch.autograd.grad(first, grad, torch.cos(x))]
     for kind in ("silu", "gelu", "softplus"):
         leaf = x.detach().requires_grad_()
         parameters = (1.0, 20.0) if kind == "softplus" else ()

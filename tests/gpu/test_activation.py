@@ -49,13 +49,61 @@ def test_views_between_two_packs_have_the_same_bits(dtype, kernel):
     assert all(torch.equal(a, b[1:]) for a, b in zip(got, want, strict=True))
 
 
+def by_bits(x, grad, kind="relu", parameters=()):
+    ops = torch.ops.sib_fast_activation
+    y, bits = ops.forward_bits(x, kind, list(parameters))
+    return y, ops.backward(grad, bits, kind, list(parameters), activation_op._memory_order(y)), bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "parameters"), [("relu", ()), ("hardtanh", (0.0, 6.0)), ("hardtanh", (-0.7, 0.3)), ("leaky_relu", (0.1,))]
+)
+def test_bits_give_pytorchs_values_and_gradients_to_the_bit(kind, parameters, dtype, kernel):
+    """Every special value with every other as its gradient, the signs of zeros and NaN among them; then sizes that fill a GPU."""
+    rule = KINDS[kind]
+    points = torch.tensor([-torch.inf, -2.0, -0.7, -0.3, -0.0, 0.0, 1e-7, 0.3, 0.7, 2.0, 6.0, torch.inf, torch.nan], dtype=dtype)
+    pairs = [t.repeat(64) for t in torch.cartesian_prod(points, points).unbind(1)]
+    for x, g in (pairs, *(inputs(count, dtype, kind)[1:] for count in COUNTS)):
+        y, grad, _ = by_bits(x, g, kind, parameters)
+        want = rule.forward(x, *parameters)
+        leaf = x.clone().requires_grad_()
+        (want_grad,) = torch.autograd.grad(rule.forward(leaf, *parameters), leaf, g)
+        torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(grad, want_grad, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(y[~x.isnan()].signbit(), want[~x.isnan()].signbit())
+        inside = x.clone()
+        torch.ops.sib_fast_activation.forward_bits_(inside, kind, list(parameters))
+        torch.testing.assert_close(inside, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_views_between_two_packs(dtype, kernel):
+    _, g, x = inputs(COUNTS[2], dtype, "relu")
+    y, grad, _ = by_bits(x[1:], g[1:])
+    assert torch.equal(y, x[1:].relu())
+    assert torch.equal(grad, torch.where(x > 0, g, 0)[1:])
+
+
+@real_gpu
+def test_relu_keeps_a_bit_an_element_alive(kernel):
+    """Nothing keeps y but its reader: a ReLU whose reader keeps nothing costs 1/32 of it."""
+    x = torch.randn(COUNTS[3], requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    kept = activation_op.activation(x, "relu").sum()
+    assert kept.requires_grad
+    assert torch.cuda.memory_allocated() - before < COUNTS[3] / 8 + 2**21
+
+
 @real_gpu
 def test_twenty_runs_have_the_same_bits_and_nothing_synchronises(kernel, request):
     made = inputs(COUNTS[3], torch.bfloat16, "gelu")
     want = run(*made, "gelu")
     request.getfixturevalue("no_synchronisation")
     results = [run(*made, "gelu") for _ in range(20)]
+    bits = [by_bits(*made[1:]) for _ in range(20)]
     torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for result in bits for a, b in zip(result, bits[0], strict=True))
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, want, strict=True))
 
 
@@ -70,16 +118,19 @@ def test_a_side_stream_and_a_graph_follow_their_inputs(kernel):
         torch.cuda._sleep(50_000_000)
         for t, source in zip(late, other, strict=True):
             t.copy_(source)
-        got = run(*late, "mish")
+        got, got_bits = run(*late, "mish"), by_bits(*late[1:])
     side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    want_bits = by_bits(*other[1:])
+    assert all(torch.equal(a, b) for a, b in zip(got_bits, want_bits, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(*static, "mish")
+        out, out_bits = run(*static, "mish"), by_bits(*static[1:])
     for t, source in zip(static, other, strict=True):
         t.copy_(source)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out_bits, want_bits, strict=True))
 
 
 @real_gpu
@@ -92,6 +143,11 @@ def test_more_than_two_to_the_31_elements(kernel):
     for part in (slice(0, 5000), slice(2**31 - 2500, 2**31 + 4099)):
         want = run(u[part].clone(), g[part].clone(), x[part].clone(), "tanh")
         assert all(torch.equal(a[part], b) for a, b in zip(got, want, strict=True))
+    del u, got
+    y, grad, _ = by_bits(x, g)
+    for part in (slice(0, 5000), slice(2**31 - 2500, 2**31 + 4099)):
+        assert torch.equal(y[part], x[part].relu())
+        assert torch.equal(grad[part], torch.where(x[part] > 0, g[part], 0))
 
 
 @real_gpu

@@ -106,7 +106,20 @@ def test_pytorchs_hardsigmoid_cannot():
 
 @trace_autograd_ops
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("name", ["ReLU-in-place", "SiLU-in-place", "Hardswish-in-place", "Hardsigmoid", "GELU", "Sigmoid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ReLU",
+        "ReLU-in-place",
+        "ReLU6-in-place",
+        "LeakyReLU",
+        "SiLU-in-place",
+        "Hardswish-in-place",
+        "Hardsigmoid",
+        "GELU",
+        "Sigmoid",
+    ],
+)
 def test_a_compiled_step_is_exact(name, pool):
     net = sib_fast.prepare(network(ACTIVATIONS[name], POOLS[pool]))
     criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sib_fast.ops.activation as activation_op
+from sib_fast import _backends
 from sib_fast.ops.activation import KINDS, activation, reference
 from sib_fast.testing.assertions import assert_no_worse_than
+from sib_fast.testing.counting import OpLog
 
 KERNELS = ("cpu", "cuda", "emulated")
 
@@ -31,9 +35,12 @@ OWN = {
     "softplus": F.softplus,
 }
 SMOOTH = [case for case in CASES if KINDS[case[0]].second is not None]
+TWO_SLOPES = [case for case in CASES if KINDS[case[0]].bits is not None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMESPACE = "sib_fast_emulated"
 TILE = 256 * 16  # bytes of a tensor that one block of the CUDA kernel takes at a time
+UNIT = 512  # elements whose bits lie in 64 bytes, csrc/common/activation_bits.h
+two_slopes = pytest.mark.parametrize(("kind", "parameters"), TWO_SLOPES, ids=[kind for kind, _ in TWO_SLOPES])
 smooth = pytest.mark.parametrize(("kind", "parameters"), SMOOTH, ids=[kind for kind, _ in SMOOTH])
 
 
@@ -49,6 +56,11 @@ def kernel(kernel, monkeypatch) -> str:
 def double_backward(u, grad_y, saved, kind, parameters, need_grad_y=True, need_saved=True):
     op = torch.ops.sib_fast_activation.double_backward
     return op(u, grad_y, saved, kind, [float(p) for p in parameters], need_grad_y, need_saved)
+
+
+def kernels(kernel):
+    """The private ops that `kernel` runs."""
+    return getattr(torch.ops, activation_op._KERNEL_OF["cuda" if kernel == "cuda" else "cpu"][0])
 
 
 def second_order(function, x, dtype=torch.float64, seed=1):
@@ -256,8 +268,7 @@ def test_mixed_layouts(saved_layout, kernel, poisoned_memory):
 
 def test_the_kernel_refuses_what_it_cannot_read(kernel):
     """Reached through the private op only; a wrong pointer would read another tensor."""
-    namespace = activation_op._KERNEL_OF["cuda" if kernel == "cuda" else "cpu"][0]
-    op = getattr(torch.ops, namespace)._activation_double_backward
+    op = kernels(kernel)._activation_double_backward
     x = torch.randn(2, 3, 4, 5)
     for bad, match in (
         (x[:1], "must have the shape of x"),
@@ -380,14 +391,270 @@ def test_in_place_on_a_view_and_on_the_result_of_another_op():
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
-def test_in_place_keeps_one_tensor_alive():
-    """relu: the result is what backward keeps, so that x's memory is the only one."""
-    x = torch.randn(5, 5, requires_grad=True)
-    hidden = x * 2
-    storage = hidden.data_ptr()
-    activation(hidden, "relu", inplace=True)
-    (kept,) = hidden.grad_fn.saved_tensors
-    assert kept.data_ptr() == storage
+@pytest.mark.parametrize("inplace", [False, True], ids=["out-of-place", "in-place"])
+@two_slopes
+def test_a_bit_an_element_is_kept_and_neither_x_nor_y(kind, parameters, inplace, kernel):
+    """Counted by what autograd packs, in forward, backward and double backward; and y goes when its last reader goes."""
+    packed = []
+    x = torch.randn(3, 2048, requires_grad=True)
+    hidden = x * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = activation(hidden, kind, *parameters, inplace=inplace, backend=kernel)
+        graph = y.view_as(y)  # keeps the node, not y
+        (first,) = torch.autograd.grad(graph, x, torch.randn_like(y, requires_grad=True), create_graph=True)
+        first.sum().backward()
+    bits = [t for t in packed if t.dtype == torch.uint8]
+    assert len(bits) >= 2
+    assert all(t.numel() == x.numel() // 8 for t in bits)
+    assert len({t.data_ptr() for t in bits}) == 1
+    assert [t for t in packed if t.dtype != torch.uint8 and t.numel() >= x.numel()] == []
+    held, maps = weakref.ref(y.untyped_storage()), (graph.grad_fn, first.grad_fn)
+    packed.clear()
+    del y, hidden, graph
+    assert held() is None
+    assert all(node is not None for node in maps)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out-of-place", "in-place"])
+@two_slopes
+def test_without_a_backward_no_bits_are_made(kind, parameters, inplace, kernel):
+    """PyTorch's kernel, which writes y alone: without grad, in inference mode, and where x needs no gradient."""
+    x = torch.randn(4, 600)
+
+    def ops(x):
+        with OpLog() as log:
+            y = activation(x.clone(), kind, *parameters, inplace=inplace)
+        assert torch.equal(y, OWN[kind](x, *parameters))
+        return [name.split(".")[1] for name, _ in log.ops if "sib_fast" in name]
+
+    plain = ["forward_" if inplace else "forward"]
+    leaf = x.clone().requires_grad_()
+    assert ops(x) == plain
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert ops(leaf) == plain
+    assert ops(leaf) == ["forward_bits_" if inplace else "forward_bits"]
+
+
+def test_where_there_is_no_kernel_y_is_kept(monkeypatch):
+    """The values and both derivatives are the same."""
+    x = inputs()
+    want = [second_order(lambda t, kind=kind, p=p: activation(t, kind, *p), x) for kind, p in TWO_SLOPES]
+    for name in activation_op.KERNELS:
+        monkeypatch.setitem(_backends.MISSING, name, "it was not built")
+    with OpLog() as log:
+        got = [second_order(lambda t, kind=kind, p=p: activation(t, kind, *p), x) for kind, p in TWO_SLOPES]
+    assert not [name for name, _ in log.ops if "bits" in name]
+    for a, b in zip(got, want, strict=True):
+        assert all(torch.equal(c, d) for c, d in zip(a, b, strict=True))
+
+
+def by_pytorch(kind, parameters, x, grad):
+    leaf = x.clone().requires_grad_()
+    y = OWN[kind](leaf, *parameters)
+    return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+
+
+def by_bits(kind, parameters, x, grad):
+    given = [float(p) for p in parameters]
+    y, bits = torch.ops.sib_fast_activation.forward_bits(x, kind, given)
+    order = activation_op._memory_order(y)
+    return y, torch.ops.sib_fast_activation.backward(grad, bits, kind, given, order), bits
+
+
+def assert_same_bits(a, b):
+    """The same to the bit, but for NaN's payload and the sign of zero."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@two_slopes
+def test_bits_give_pytorchs_values_and_gradients_to_the_bit(kind, parameters, dtype, kernel, poisoned_memory):
+    """Every special value with every other as its gradient, 64 times each (PyTorch's vector code); bounds that the dtype rounds.
+
+    On CUDA PyTorch's rules at NaN and at -0 are others: csrc/common/activation_bits.h. The emulated kernel follows those.
+    """
+    inf, nan = float("inf"), float("nan")
+    points = [-inf, -2.0, -1.5, -0.7, -0.3, -0.0, 0.0, 1e-7, 0.3, 0.7, 2.0, 3.0, inf, nan]
+    x, g = (t.reshape(-1, 1).expand(-1, 64).reshape(-1) for t in torch.cartesian_prod(*[torch.tensor(points)] * 2).unbind(1))
+    x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
+    bounds = [parameters] if kind != "hardtanh" else [parameters, (0.0, 6.0), (-0.7, 0.3), (-1.0, 0.0)]
+    for given in bounds:
+        y, grad, _ = by_bits(kind, given, x, g)
+        want_y, want_grad = by_pytorch(kind, given, x, g)
+        assert_same_bits(y, want_y)
+        if kernel == "emulated" and kind == "hardtanh":  # passes there, as in PyTorch's CUDA kernel
+            assert_same_bits(grad[x.isnan()], g[x.isnan()])
+            grad, want_grad = grad[~x.isnan()], want_grad[~x.isnan()]
+        assert_same_bits(grad, want_grad)
+        if kernel != "emulated":
+            assert torch.equal(y[~x.isnan()].signbit(), want_y[~x.isnan()].signbit())
+        elif kind == "relu":
+            assert not y[y == 0].signbit().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@two_slopes
+def test_bits_of_every_count_and_of_views_between_two_packs(kind, parameters, dtype, kernel, poisoned_memory):
+    """Units cut short anywhere, several of them, views that start between two packs with NaN around them, in place too."""
+    given = [float(p) for p in parameters]
+    nan = float("nan")
+    for count in (1, 7, 63, 64, 65, 511, 512, 513, 16384 + 3, 3 * 16384 + 5 * UNIT + 77):
+        for shift in (0, 1, 3):
+            x, g, room = (torch.full((count + 8,), nan, dtype=dtype) for _ in range(3))
+            x, g = (t[shift : shift + count].copy_(3 * torch.randn(count)) for t in (x, g))
+            y, grad, bits = by_bits(kind, given, x, g)
+            want = by_pytorch(kind, given, x.clone(), g.clone())
+            assert_same_bits(y, want[0])
+            assert_same_bits(grad, want[1])
+            assert bits.numel() == -(-count // UNIT) * UNIT // 8
+            inside = room[shift : shift + count].copy_(x)
+            again = torch.ops.sib_fast_activation.forward_bits_(inside, kind, given)
+            assert_same_bits(inside, y)
+            assert room[:shift].isnan().all()
+            assert room[shift + count :].isnan().all()
+            assert torch.equal(again, bits)
+
+
+def test_the_order_of_the_bits_is_the_documented_one(kernel):
+    """Bit k of byte i of a unit's 64 bytes is element 64·k + i's; past the end there are zeros."""
+    x = torch.randn(3 * UNIT + 300)
+    bits = torch.ops.sib_fast_activation.forward_bits(x, "hardtanh", [-9.0, 9.0])[1]
+    assert bits.sum() == 255 * 64 * 3 + sum(2 ** -(-(300 - i) // 64) - 1 for i in range(64))
+    bits = torch.ops.sib_fast_activation.forward_bits(x, "relu", [])[1]
+    passes = torch.zeros(4 * UNIT, dtype=torch.bool)
+    passes[: x.numel()] = x > 0
+    powers = (2 ** torch.arange(8)).to(torch.uint8).view(1, 8, 1)
+    assert torch.equal(bits.view(-1, 64), (passes.view(-1, 8, 64) * powers).sum(1).to(torch.uint8))
+
+
+def test_more_units_than_the_blocks_take_at_once(kernel):
+    count = 16 * 132 * 4 * UNIT + 3 * UNIT + 9
+    x, g = torch.randn(count, dtype=torch.float64), torch.randn(count, dtype=torch.float64)
+    y, grad, _ = by_bits("relu", (), x, g)
+    assert torch.equal(y, x.relu())
+    assert torch.equal(grad, torch.where(x > 0, g, 0.0))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.clone(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "channels_last with gaps": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, : t.shape[1]],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out-of-place", "in-place"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_lie_as_their_tensor_whatever_the_gradients_layout(layout, inplace, kernel, poisoned_memory):
+    """Values, both derivatives and y's layout are PyTorch's, for every pair of layouts; the gradient lies as y does."""
+    if layout == "expanded" and inplace:
+        pytest.skip("PyTorch refuses to write into one place twice")
+    base, g, u = (LAYOUTS[layout](inputs((3, 5, 6, 4))) if i == 0 else inputs((3, 5, 6, 4)) for i in range(3))
+    for of_g in LAYOUTS.values():
+        for of_u in (LAYOUTS["contiguous"], LAYOUTS["channels_last"], LAYOUTS["strided"]):
+            results = []
+            for function in (F.relu, lambda t, inplace: activation(t, "relu", inplace=inplace, backend=kernel)):
+                leaf = base.detach().requires_grad_()
+                cotangent = of_g(g).detach().requires_grad_()
+                # A tensor that is no leaf and lies as the leaf does.
+                written = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(leaf) if inplace else leaf
+                y = function(written, inplace=inplace)
+                (first,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
+                results.append((y, first, torch.autograd.grad(first, cotangent, of_u(u))[0]))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
+            assert results[0][0].stride() == results[1][0].stride()
+            if layout in ("contiguous", "channels_last", "permuted"):
+                grad = torch.autograd.grad(activation(leaf, "relu", backend=kernel), leaf, of_g(g))[0]
+                assert grad.stride() == leaf.stride()
+
+
+def test_in_place_on_a_view_with_gaps_keeps_the_view(kernel):
+    """Its bits would have no memory's order to lie in."""
+    x = inputs((4, 6)).requires_grad_()
+    out = x * 2
+    with OpLog() as log:
+        activation(out[1], "relu", inplace=True, backend=kernel)
+        activation(out[:, :3], "relu", inplace=True, backend=kernel)
+    assert [name.split(".")[1] for name, _ in log.ops if "sib_fast" in name] == ["forward_bits_", "forward_"]
+    want = x.detach() * 2
+    want[1].relu_()
+    want[:, :3].relu_()
+    assert torch.equal(out, want)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, 2.0 * (want == 2 * x))
+
+
+def test_every_order_of_derivative_by_bits(kernel):
+    """relu of a square, differentiated four times."""
+    results = []
+    for function in (torch.relu, lambda t: activation(t, "relu", backend=kernel)):
+        x = torch.linspace(-2, 3, 600, dtype=torch.float64).requires_grad_()
+        y = function(x**3 - x).pow(2)
+        for _ in range(4):
+            (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            results.append(y.detach())
+    for a, b in zip(results[:4], results[4:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-11)
+    assert results[3].abs().max() > 1
+
+
+def test_a_tensor_of_no_dimensions_and_subnormal_numbers(kernel):
+    for value in (2.0, -2.0, 5e-324, -5e-324):
+        results = []
+        for function in (F.relu, lambda t: activation(t, "relu", backend=kernel)):
+            x = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+            y = function(x)
+            results.append((y.detach(), *torch.autograd.grad(y, x)))
+        assert results[0] == results[1]
+
+
+def test_halves_on_the_cpu_keep_bits_where_that_is_no_slower(kernel):
+    kept = lambda kind, dtype: any(  # noqa: E731
+        t.dtype == torch.uint8
+        for t in activation(torch.randn(9, requires_grad=True).to(dtype), kind, *PARAMETERS.get(kind, ())).grad_fn.saved_tensors
+    )
+    found = {(kind, dtype) for kind, _ in TWO_SLOPES for dtype in DTYPES if kept(kind, dtype)}
+    not_kept = {
+        ("relu", torch.float16),
+        ("hardtanh", torch.float16),
+        ("leaky_relu", torch.float16),
+        ("leaky_relu", torch.bfloat16),
+    }
+    assert {(kind, dtype) for kind, _ in TWO_SLOPES for dtype in DTYPES} - found == (set() if kernel == "cuda" else not_kept)
+
+
+def test_the_bits_kernels_refuse_what_they_cannot_read(kernel):
+    """Reached through the private ops only; a wrong length would read past the bits."""
+    forward, backward = kernels(kernel)._activation_bits, kernels(kernel)._activation_bits_backward
+    x = torch.randn(2, 3, 4, 5)
+    bits = forward(x, torch.empty_like(x), 0, 0.0, 0.0)
+    for bad, match in (
+        (x[:1], "y must have the shape and layout of x"),
+        (x.double(), "y must have the dtype of x"),
+        (x.contiguous(memory_format=torch.channels_last), "y must have the shape and layout of x"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            forward(x, bad, 0, 0.0, 0.0)
+    for gaps in (x[..., ::2], x[:1].expand(2, 3, 4, 5), x.as_strided((3, 3), (2, 2)), x.as_strided((2, 2), (1, 1))):
+        with pytest.raises(RuntimeError, match="x must lie in memory without gaps"):
+            forward(gaps, gaps, 0, 0.0, 0.0)
+        with pytest.raises(RuntimeError, match="grad_y must lie in memory without gaps"):
+            backward(gaps, bits, 0, 0.0)
+    for number in (-1, 3):
+        with pytest.raises(RuntimeError, match="kind must be a number"):
+            forward(x, x, number, 0.0, 0.0)
+        with pytest.raises(RuntimeError, match="kind must be a number"):
+            backward(x, bits, number, 0.0)
+    with pytest.raises(RuntimeError, match="x must be float64, float32"):
+        forward(x.int(), x.int(), 0, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="bits must have 128 elements, got 64"):
+        backward(torch.randn(513), bits, 0, 0.0)
+    with pytest.raises(RuntimeError, match="bits has an unexpected dtype"):
+        backward(x, bits.char(), 0, 0.0)
 
 
 def test_third_derivative(kernel):
@@ -413,6 +680,13 @@ def test_opcheck(kind, parameters, kernel):
         torch.library.opcheck(op.forward.default, (x, kind, given))
         torch.library.opcheck(op.forward_.default, (x.detach().clone(), kind, given))
         torch.library.opcheck(op.backward.default, (g, x.detach(), kind, given))
+    if KINDS[kind].bits is not None:
+        torch.library.opcheck(op.forward_bits.default, (x, kind, given))
+        torch.library.opcheck(op.forward_bits.default, (x.detach().transpose(0, 2).requires_grad_(), kind, given))
+        torch.library.opcheck(op.forward_bits_.default, (x.detach().clone(), kind, given))
+        bits = op.forward_bits(x.detach(), kind, given)[1]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            torch.library.opcheck(op.backward.default, (g.requires_grad_(), bits, kind, given, order))
     if KINDS[kind].second is not None:
         torch.library.opcheck(op.double_backward.default, (g, g + 1, x.detach(), kind, given, True, True))
 

@@ -4,7 +4,8 @@ Where f'' is zero almost everywhere, the second derivative has one part, the fir
 returns an activation-sized tensor of zeros for the other part and adds it to a gradient. Where f'' is not zero, PyTorch
 composes the two parts from about ten pointwise ops; here one kernel writes both, on the CPU and on CUDA.
 
-Values and first derivatives are PyTorch's own kernels. No autograd.Function on the way of a compiled step (see batch_norm).
+Values and first derivatives are PyTorch's own, to the bit. Where f has two slopes (relu, hardtanh, leaky_relu) and a kernel
+exists, one bit an element is kept for them, otherwise y. No autograd.Function on the way of a compiled step (see batch_norm).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sib_fast import _checks, _extension
-from sib_fast._backends import REFERENCE, resolve
+from sib_fast._backends import REFERENCE, automatic, resolve
 from sib_fast.ops.activation import reference
 
 _OP = "activation"
@@ -29,7 +30,8 @@ class _Kind(NamedTuple):
 
     parameters: how many floats f takes. saves_result: f' is known from y = f(x), which the next layer keeps anyway.
     first(grad_y, saved, *parameters) = grad_y·f'. second(product, saved, *parameters) = product·∂f'/∂saved; None where that is
-    zero. kernel: number in csrc/common/activation.h; None where there is nothing to fuse.
+    zero. kernel: number in csrc/common/activation.h; None where there is nothing to fuse. bits: number in
+    csrc/common/activation_bits.h, where one bit an element says which of two slopes f' is; otherwise None.
     """
 
     parameters: int
@@ -39,6 +41,7 @@ class _Kind(NamedTuple):
     first: Callable[..., Tensor]
     second: Callable[..., Tensor] | None = None
     kernel: int | None = None
+    bits: int | None = None
 
 
 def _hardsigmoid_first(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -93,10 +96,15 @@ def _softplus_second(product: Tensor, x: Tensor, beta: float, threshold: float) 
 
 
 KINDS: dict[str, _Kind] = {
-    "relu": _Kind(0, True, _aten.relu, _aten.relu_, lambda g, y: _aten.threshold_backward(g, y, 0)),
-    "hardtanh": _Kind(2, True, _aten.hardtanh, _aten.hardtanh_, _aten.hardtanh_backward),
+    "relu": _Kind(0, True, _aten.relu, _aten.relu_, lambda g, y: _aten.threshold_backward(g, y, 0), bits=0),
+    "hardtanh": _Kind(2, True, _aten.hardtanh, _aten.hardtanh_, _aten.hardtanh_backward, bits=1),
     "leaky_relu": _Kind(
-        1, True, _aten.leaky_relu, _aten.leaky_relu_, lambda g, y, slope: _aten.leaky_relu_backward(g, y, slope, True)
+        1,
+        True,
+        _aten.leaky_relu,
+        _aten.leaky_relu_,
+        lambda g, y, slope: _aten.leaky_relu_backward(g, y, slope, True),
+        bits=2,
     ),
     "hardsigmoid": _Kind(0, False, _aten.hardsigmoid, _aten.hardsigmoid_, _hardsigmoid_first),
     "hardswish": _Kind(
@@ -142,11 +150,20 @@ KINDS: dict[str, _Kind] = {
     "tanh": _Kind(0, True, _aten.tanh, _aten.tanh_, _aten.tanh_backward, lambda product, y: -2 * product * y, 8),
 }
 KERNELS = ["cpu", "cuda"]
+# Of the CPU's kernels with bits: gcc has vector code for these only by integers, slower than PyTorch's own.
+_SLOW_HALVES = {"relu": (torch.float16,), "hardtanh": (torch.float16,), "leaky_relu": (torch.float16, torch.bfloat16)}
 
 _LIBRARY = torch.library.Library("sib_fast_activation", "DEF")
 _LIBRARY.define("forward(Tensor x, str kind, float[] parameters) -> Tensor")
 _LIBRARY.define("forward_(Tensor(a!) x, str kind, float[] parameters) -> ()")
-_LIBRARY.define("backward(Tensor grad_y, Tensor saved, str kind, float[] parameters) -> Tensor")
+# The bits lie as y does in memory: a compiler may not hand over a tensor that lies otherwise than the traced one.
+for _schema in (
+    "forward_bits(Tensor x, str kind, float[] parameters) -> (Tensor y, Tensor bits)",
+    "forward_bits_(Tensor(a!) x, str kind, float[] parameters) -> Tensor bits",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+# saved: x, y, or where order is given the bits of a tensor whose dimensions lie in that order in memory, outermost first.
+_LIBRARY.define("backward(Tensor grad_y, Tensor saved, str kind, float[] parameters, int[]? order=None) -> Tensor")
 _LIBRARY.define(
     "double_backward(Tensor u, Tensor grad_y, Tensor saved, str kind, float[] parameters, bool need_grad_y, bool need_saved) "
     "-> (Tensor to_grad_y, Tensor to_saved)"
@@ -161,7 +178,7 @@ def activation(x: Tensor, kind: str, *parameters: float, inplace: bool = False, 
     Args:    kind: "relu", "hardtanh" (low, high), "leaky_relu" (slope >= 0), "hardsigmoid", "hardswish", "sigmoid", "tanh",
              "silu", "gelu", "gelu_tanh", "mish", "elu" (alpha), "softplus" (beta, threshold); the names in brackets are
              `parameters`. inplace: write into x. Kinds whose derivative is known from the result (relu, hardtanh,
-             leaky_relu, sigmoid, tanh) then keep one tensor alive; the others copy x first, as PyTorch does.
+             leaky_relu, sigmoid, tanh) then keep no other tensor alive; the others copy x first, as PyTorch does.
     Order:   any for relu, hardtanh, leaky_relu, hardsigmoid; twice for the rest, a third derivative raises
              (backend="reference" has every order).
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable.
@@ -183,7 +200,16 @@ def activation(x: Tensor, kind: str, *parameters: float, inplace: bool = False, 
     if inplace:
         _OPS.forward_(x, kind, given)
         return x
-    return _OPS.forward(x, kind, given)
+    return _OPS.forward_bits(x, kind, given)[0] if _keeps_bits(x, kind) else _OPS.forward(x, kind, given)
+
+
+def _keeps_bits(x: Tensor, kind: str) -> bool:
+    """Whether there will be a backward that reads bits: without one PyTorch's kernel writes y alone."""
+    if not (torch.is_grad_enabled() and x.requires_grad) or KINDS[kind].bits is None:
+        return False
+    if x.device.type == "cpu" and x.dtype in _SLOW_HALVES[kind]:
+        return False
+    return automatic(x.device, KERNELS) != REFERENCE
 
 
 def _forward(x, kind, parameters):
@@ -194,12 +220,52 @@ def _forward_(x, kind, parameters):
     KINDS[kind].forward_(x, *parameters)
 
 
-def _backward(grad_y, saved, kind, parameters):
-    return KINDS[kind].first(grad_y, saved, *parameters)
-
-
 # Where each device type's kernel is registered, and whether it has gelu's f' (erf, for which the CPU's has no vector code).
 _KERNEL_OF = {"cpu": ("sib_fast", False), "cuda": ("sib_fast", True)}
+
+
+def _memory_order(x: Tensor) -> list[int] | None:
+    """The dimensions of x from the outermost in memory to the innermost; None if its elements do not lie without gaps."""
+    order = list(range(x.ndim)) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
+    return order if _lies(x, order) else None
+
+
+def _lies(x: Tensor, order: list[int]) -> bool:
+    return x.permute(order).is_contiguous()
+
+
+def _write_bits(x, y, kind, parameters):
+    """f(x) into y, which lies as x does without gaps, or is x; returns the bits."""
+    a, b, *_ = *parameters, 0.0, 0.0
+    namespace, _ = _KERNEL_OF[x.device.type]
+    return getattr(torch.ops, namespace)._activation_bits(x, y, KINDS[kind].bits, a, b)
+
+
+def _forward_bits(x, kind, parameters):
+    y = torch.empty_like(x)
+    return y, _write_bits(x if _memory_order(x) is not None else y.copy_(x), y, kind, parameters)
+
+
+def _forward_bits_(x, kind, parameters):
+    return _write_bits(x, x, kind, parameters)
+
+
+def _backward(grad_y, saved, kind, parameters, order=None):
+    if order is None:
+        return KINDS[kind].first(grad_y, saved, *parameters)
+    namespace, _ = _KERNEL_OF[grad_y.device.type]
+    slope = parameters[0] if kind == "leaky_relu" else 0.0
+    return getattr(torch.ops, namespace)._activation_bits_backward(_laid_out(grad_y, order), saved, KINDS[kind].bits, slope)
+
+
+def _laid_out(grad: Tensor, order: list[int]) -> Tensor:
+    """grad with its dimensions in that order in memory, without gaps; no copy of what lies so already, and no view."""
+    if _lies(grad, order):
+        return grad
+    strides, run = [0] * grad.ndim, 1
+    for d in reversed(order):
+        strides[d], run = run, run * grad.shape[d]
+    return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _double_backward_fused(u, grad_y, saved, kind, parameters, need_grad_y, need_saved):
@@ -245,11 +311,29 @@ def _laid_out_alike(u: Tensor, grad_y: Tensor, saved: Tensor) -> tuple[Tensor, T
 
 for _name, _function in (("forward", _forward), ("forward_", _forward_), ("backward", _backward)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+for _name, _function in (("forward", _forward), ("forward_", _forward_)):
     torch.library.register_fake(f"sib_fast_activation::{_name}", _function, lib=_LIBRARY)
 _LIBRARY.impl("double_backward", _double_backward_composed, "CompositeExplicitAutograd")
 for _name in _KERNEL_OF:
     if _extension.MISSING[_name] is None:
         _LIBRARY.impl("double_backward", _double_backward_fused, _name.upper())
+        _LIBRARY.impl("forward_bits", _forward_bits, _name.upper())
+        _LIBRARY.impl("forward_bits_", _forward_bits_, _name.upper())
+
+
+@torch.library.register_fake("sib_fast_activation::forward_bits", lib=_LIBRARY)
+def _fake_forward_bits(x, kind, parameters):
+    return torch.empty_like(x), _fake_forward_bits_(x, kind, parameters)
+
+
+@torch.library.register_fake("sib_fast_activation::forward_bits_", lib=_LIBRARY)
+def _fake_forward_bits_(x, kind, parameters):
+    return x.new_empty(((x.numel() + 511) // 512 * 64,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("sib_fast_activation::backward", lib=_LIBRARY)
+def _fake_backward(grad_y, saved, kind, parameters, order=None):
+    return _backward(grad_y, saved, kind, parameters) if order is None else torch.empty_like(_laid_out(grad_y, order))
 
 
 @torch.library.register_fake("sib_fast_activation::double_backward", lib=_LIBRARY)
@@ -257,36 +341,47 @@ def _fake_double_backward(u, grad_y, saved, kind, parameters, need_grad_y, need_
     return tuple(torch.empty_like(_dense(saved)) if need else u.new_empty((0,)) for need in (need_grad_y, need_saved))
 
 
+def _keep(ctx, kind, parameters, saved, order=None):
+    """What f' is known from, and for the bits also how they lie."""
+    ctx.kind, ctx.parameters, ctx.order = kind, parameters, order
+    ctx.save_for_backward(*saved)
+    ctx.set_materialize_grads(False)  # nothing came back through f': without this, a pass over zeros
+
+
 def _setup_forward(ctx, inputs, output):
     x, kind, parameters = inputs
-    ctx.kind, ctx.parameters = kind, parameters
-    ctx.save_for_backward(output if KINDS[kind].saves_result else x)
-    ctx.set_materialize_grads(False)
+    _keep(ctx, kind, parameters, [output if KINDS[kind].saves_result else x])
 
 
-def _autograd_of_forward(ctx, grad_y):
-    if grad_y is None:  # nothing came back through f': without this, a pass over zeros
-        return None, None, None
-    return _OPS.backward(grad_y, *ctx.saved_tensors, ctx.kind, ctx.parameters), None, None
+def _setup_forward_bits(ctx, inputs, output):
+    y, bits = output
+    ctx.mark_non_differentiable(bits)
+    _keep(ctx, *inputs[1:], [bits], _memory_order(y))
+
+
+def _first_derivative(ctx, grad_y):
+    return None if grad_y is None else _OPS.backward(grad_y, *ctx.saved_tensors, ctx.kind, ctx.parameters, ctx.order)
+
+
+def _autograd_of_forward(ctx, grad_y, _=None):
+    return _first_derivative(ctx, grad_y), None, None
 
 
 def _setup_backward(ctx, inputs, output):
-    grad_y, saved, kind, parameters = inputs
-    ctx.kind, ctx.parameters = kind, parameters
+    grad_y, saved, kind, parameters, order = inputs
     # grad_y matters to the second derivative only through f''.
-    ctx.save_for_backward(*((saved,) if KINDS[kind].second is None else (saved, grad_y)))
-    ctx.set_materialize_grads(False)
+    _keep(ctx, kind, parameters, [saved] if KINDS[kind].second is None else [saved, grad_y], order)
 
 
 def _autograd_of_backward(ctx, u):
     if u is None:
-        return None, None, None, None
-    saved, *grad_y = ctx.saved_tensors
+        return None, None, None, None, None
     need_grad_y, need_saved = ctx.needs_input_grad[:2]
-    if not grad_y:
-        return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, None, None, None
-    to_grad_y, to_saved = _OPS.double_backward(u, *grad_y, saved, ctx.kind, ctx.parameters, need_grad_y, need_saved)
-    return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None
+    if KINDS[ctx.kind].second is None:
+        return _first_derivative(ctx, u) if need_grad_y else None, None, None, None, None
+    saved, grad_y = ctx.saved_tensors
+    to_grad_y, to_saved = _OPS.double_backward(u, grad_y, saved, ctx.kind, ctx.parameters, need_grad_y, need_saved)
+    return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None, None
 
 
 def _setup_double_backward(ctx, inputs, output):
@@ -299,6 +394,7 @@ def _third_derivative(ctx, *_):
 
 for _name, _gradient, _setup in (
     ("forward", _autograd_of_forward, _setup_forward),
+    ("forward_bits", _autograd_of_forward, _setup_forward_bits),
     ("backward", _autograd_of_backward, _setup_backward),
     ("double_backward", _third_derivative, _setup_double_backward),
 ):
@@ -308,32 +404,35 @@ for _name, _gradient, _setup in (
 class _InPlace(torch.autograd.Function):
     """The graph of forward_, at the dispatcher's Autograd key: dynamo sees the op, not this Function.
 
-    before: x as it was, where the derivative needs it, otherwise None.
+    before: x as it was, where the derivative needs it, otherwise None. order: where bits are kept, x's dimensions in memory.
     """
 
     @staticmethod
-    def forward(ctx, x, before, kind, parameters):
-        ctx.kind, ctx.parameters, ctx.result = kind, parameters, before is None
+    def forward(ctx, x, before, kind, parameters, order):
+        ctx.result = before is None
         with torch._C._AutoDispatchBelowAutograd():
-            _OPS.forward_(x, kind, parameters)
+            if order is None:
+                _OPS.forward_(x, kind, parameters)
+                saved = x if before is None else before
+            else:
+                saved = _OPS.forward_bits_(x, kind, parameters)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x if before is None else before)
-        ctx.set_materialize_grads(False)
+        _keep(ctx, kind, parameters, [saved], order)
         return x
 
     @staticmethod
     def backward(ctx, grad_y):
-        if grad_y is None:
-            return None, None, None, None
-        grad = _OPS.backward(grad_y, *ctx.saved_tensors, ctx.kind, ctx.parameters)
-        return (grad, None, None, None) if ctx.result else (None, grad, None, None)
+        grad = _first_derivative(ctx, grad_y)
+        return (grad, None, None, None, None) if ctx.result else (None, grad, None, None, None)
 
 
 def _forward_with_graph(x, kind, parameters):
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS.forward_(x, kind, parameters)
-    _InPlace.apply(x, None if KINDS[kind].saves_result else x.clone(), kind, parameters)
+    # A view with gaps has no bits in its memory's order: it is kept itself.
+    order = _memory_order(x) if _keeps_bits(x, kind) else None
+    _InPlace.apply(x, None if KINDS[kind].saves_result else x.clone(), kind, parameters, order)
     return None
 
 

@@ -18,7 +18,8 @@ from tests.gpu.heads import inputs, steps
 
 # Float32 against float64 at 6×3×40×33: rank flips move a window of the mask's gradient, so only gross errors show there.
 BOUNDS = {"mask": 0.2, "statistics": 1e-3, "head": 0.3, "objective": 1e-6}
-BOUNDS |= dict.fromkeys(("batch_norm", "activation", "layer_norm", "softmax"), 1e-5)
+BOUNDS |= {"batch_norm": 1e-5, "activation": 1e-5, "softmax": 1e-5}
+BOUNDS["layer_norm"] = 3e-5  # its rows of three channels: what is left of numbers that cancel
 
 
 def check(backend: str, name: str) -> dict:

@@ -11,6 +11,9 @@ import torch
 
 from benchmarks.baselines import HEADS, hsic_objective, natural_inputs, value_and_gradient
 from sib_fast import foreground_mask, region_statistics
+from sib_fast._backends import REFERENCE
+from sib_fast.ops import layer_norm as layer_norm_op
+from sib_fast.ops import softmax as softmax_op
 
 
 def inputs_of(case, device):
@@ -73,6 +76,40 @@ def test_hsic_objective(measure, case, backend, mode, device):
 
     moved = grams.nbytes + variance.nbytes
     measure(forward if mode == "forward" else step, bytes_moved=moved if mode == "forward" else 3 * moved)
+
+
+@pytest.mark.parametrize("mode", ["forward", "step"])
+@pytest.mark.benchmark(group="layer_norm")
+def test_layer_norm(measure, case, backend, mode, device):
+    """A ViT-B/16's tokens. step: value, gradient and double backward, as a VJP and the pass that follows it."""
+    if backend not in (*layer_norm_op.KERNELS, REFERENCE):
+        pytest.skip(f"layer_norm has no {backend} kernel")
+    shape = (case.images, (case.size // 16) ** 2 + 1, 768)
+    x, grad_y, u = (torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for _ in range(3))
+    parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(2)]
+
+    def forward(leaf=x):
+        return layer_norm_op.layer_norm(leaf, (768,), *parameters, backend=backend)
+
+    def step():
+        leaf = x.detach().requires_grad_()
+        (vjp,) = torch.autograd.grad(forward(leaf), leaf, grad_y.requires_grad_(), create_graph=True)
+        torch.autograd.grad(vjp, (grad_y, leaf, parameters[0]), u)
+
+    measure(forward if mode == "forward" else step, bytes_moved=(2 if mode == "forward" else 10) * x.nbytes)
+
+
+@pytest.mark.benchmark(group="softmax")
+def test_softmaxs_double_backward(measure, case, backend, device):
+    """A ViT-B/16's attention, 12 heads. reference: composed of PyTorch's ops."""
+    if backend not in (*softmax_op.KERNELS, REFERENCE):
+        pytest.skip(f"softmax has no {backend} kernel")
+    tokens = (case.size // 16) ** 2 + 1
+    u, grad_y, x = (torch.randn(12 * case.images, tokens, tokens, device=device) for _ in range(3))
+    made = [t.to(getattr(torch, case.dtype)) for t in (u, grad_y, torch.softmax(3 * x, -1))]
+    composed = softmax_op._double_backward_composed
+    function = composed if backend == REFERENCE else torch.ops.sib_fast_softmax.double_backward
+    measure(lambda: function(*made, True, True), bytes_moved=5 * made[0].nbytes)
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))

@@ -26,12 +26,14 @@ def _add_emulation() -> None:
     _backends.MISSING[name] = None if EMULATION.is_file() else "not built: SIB_FAST_BLOCKS=1 builds it"
     if _backends.MISSING[name] is None:
         torch.ops.load_library(str(EMULATION))
-    for op in ("foreground_mask", "region_statistics", "hsic_objective", "batch_norm"):
+    for op in ("foreground_mask", "region_statistics", "hsic_objective", "batch_norm", "layer_norm"):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         module.KERNELS.append(name)
         if _backends.MISSING[name] is None:
             register_fakes(namespace, module.FAKES)
             module.add_kernels(name, namespace)
+    if _backends.MISSING[name] is None:  # a double backward is not told a backend: its tests put the kernel in the CPU's place
+        register_fakes(namespace, importlib.import_module("sib_fast.ops.softmax").FAKES)
 
 
 _add_emulation()

@@ -39,6 +39,12 @@ CUDA_BN, CUDA_BN_FORMULAS, CUDA_BN_PASSES = (
     "csrc/cuda/batch_norm_formulas.cuh",
     "csrc/cuda/batch_norm_passes.cuh",
 )
+CUDA_PACKS, CUDA_ROWS, CUDA_SOFT = "csrc/cuda/packs.cuh", "csrc/cuda/row_passes.cuh", "csrc/cuda/softmax_cuda.cu"
+CUDA_LN, CUDA_LN_FORMULAS, CUDA_LN_COLUMNS = (
+    "csrc/cuda/layer_norm_cuda.cu",
+    "csrc/cuda/layer_norm_formulas.cuh",
+    "csrc/cuda/layer_norm_columns.cuh",
+)
 CUDA_MASK, ARITHMETIC = "csrc/cuda/foreground_mask_cuda.cu", "csrc/cuda/foreground_mask_arithmetic.cuh"
 
 # (what, file, text, replacement). The text must occur exactly once.
@@ -196,8 +202,8 @@ FAULTS = [
     ("cuda batch norm: a run's last pack lost", CUDA_BN_PASSES, 'j_end = min(first + at.pack_step, at.packs);', 'j_end = min(first + at.pack_step, at.packs - (at.packs > 1));'),
     ('cuda batch norm: runs one channel apart', CUDA_BN_PASSES, '(kThreads >> at.width_bits) * at.channels * spatial;', '(kThreads >> at.width_bits) * spatial;'),
     ("cuda batch norm: neighbours' places counted", CUDA_BN_PASSES, '        blank(v, lo[u], hi[u]);\n', ''),
-    ("cuda batch norm: neighbours' places overwritten", CUDA_BN_PASSES, 'if (packed && lo == 0 && hi == V) {', 'if (packed && hi == V) {'),
-    ("cuda batch norm: a pack's first place not written", CUDA_BN_PASSES, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
+    ("cuda batch norm: neighbours' places overwritten", CUDA_PACKS, 'if (packed && lo == 0 && hi == V) {', 'if (packed && hi == V) {'),
+    ("cuda batch norm: a pack's first place not written", CUDA_PACKS, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
     ("cuda batch norm: a warp's sums lost", CUDA_BN_PASSES, 'for (int w = 0; w < kWarps; ++w) sums[k]', 'for (int w = 1; w < kWarps; ++w) sums[k]'),
     ("cuda batch norm: block's sums without their barrier", CUDA_BN_PASSES, '  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;', '#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;'),
     ('cuda batch norm: the last row counted again', CUDA_BN_PASSES, '        blank(v, 0, rows);\n', ''),
@@ -253,6 +259,47 @@ FAULTS = [
     ("softmax: last block of rows cut short", SOFT_HOST, "to = end * block < rows ? end * block : rows,", "to = end * block < rows ? end * block : rows - (end > 1),"),
     ("softmax: composed part without b·gy", SOFT_OP, "(u * (grad_y - c) - b * grad_y)", "(u * (grad_y - c))"),
     ("softmax: to_y dropped", SOFT_OP, "return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))", "return grads[0], None"),
+    # layer norm, group norm and softmax on CUDA
+    ("cuda rows: neighbours' places counted", CUDA_ROWS, "  blank(v, place.lo, place.hi);\n", ""),
+    ("cuda rows: last pack of a row lost", CUDA_ROWS, "(line + 2 * V - 2) / V;", "(line + V - 1) / V;"),
+    ("cuda rows: whole packs wherever x starts", CUDA_ROWS, "on_boundaries = at.misaligned == 0 && line % V == 0;", "on_boundaries = line % V == 0;"),
+    ("cuda rows: parameters in packs wherever they start", CUDA_ROWS, "reinterpret_cast<uintptr_t>(a.parameters[t]) % 16 == 0;", "true;"),
+    ("cuda rows: outputs in packs wherever x starts", CUDA_ROWS, "(packs::misalignment(a.out[t], V) == at.misaligned)", "(packs::misalignment(a.out[t], V) == 0)"),
+    ("cuda rows: packs past the tensor", CUDA_ROWS, "place.whole && (a.at.packed >> t & 1)", "(a.at.packed >> t & 1)"),
+    ("cuda rows: parameters by the pack's place", CUDA_ROWS, "    of += from + place.inside;", "    of += from;"),
+    ("cuda rows: half the lanes", CUDA_ROWS, "for (int bit = 16; bit > 0; bit /= 2) {\n    if (bit >= lanes)", "for (int bit = 8; bit > 0; bit /= 2) {\n    if (bit >= lanes)"),
+    ("cuda rows: the next row's lanes added", CUDA_ROWS, "    if (bit >= lanes) continue;\n", ""),
+    ("cuda rows: a warp's sums lost", CUDA_ROWS, "for (int w = 0; w < warps; ++w) sums[s]", "for (int w = 1; w < warps; ++w) sums[s]"),
+    ("cuda rows: warps' sums without their barrier", CUDA_ROWS, "  __syncthreads();\n#pragma unroll\n  for (int s = 0; s < K; ++s) {\n    if (s >= used)", "#pragma unroll\n  for (int s = 0; s < K; ++s) {\n    if (s >= used)"),
+    ("cuda rows: parameters of the first group", CUDA_ROWS, "? 0 : row % a.at.groups * a.at.length;", "? 0 : 0 * row;"),
+    ("cuda rows: a row's third pack lost", CUDA_ROWS, "held_rows_kernel<Op, 2> : held_rows_kernel<Op, 3>", "held_rows_kernel<Op, 2> : held_rows_kernel<Op, 2>"),
+    ("cuda rows: last pack of a piece lost", CUDA_ROWS, "min(first + at.piece_packs, at.packs)", "min(first + at.piece_packs - (at.pieces > 1), at.packs)"),
+    ("cuda rows: runs' parameters of the first group", CUDA_ROWS, "line % (at.lines_of_row * at.groups)", "line % at.lines_of_row"),
+    ("cuda rows: runs joined with the first group's weights", CUDA_ROWS, "of[row % a.at.groups * a.at.lines_of_row + q / a.at.pieces]", "of[q / a.at.pieces]"),
+    ("cuda rows: units past the first of each thread lost", CUDA_ROWS, "q < units; q += blockDim.x", "q < units; q += units"),
+    ("cuda layer norm: mean in one part", CUDA_ROWS, "return {high, static_cast<T>(mean - static_cast<double>(high))};", "return {high, T(0)};"),
+    ("cuda layer norm: variance about the pivot", CUDA_LN_FORMULAS, "square = sums[1] * of.by_count - shift * shift;", "square = sums[1] * of.by_count;"),
+    ("cuda layer norm: a few elements' sum out of their squares about the pivot", CUDA_LN_FORMULAS, "(2.0 * s + shift) * step;", "shift * step;"),
+    ("cuda layer norm: A left out of grad_x", CUDA_LN_FORMULAS, "((v[0] * p[0] - k[3]) - hat * k[4])", "(v[0] * p[0] - hat * k[4])"),
+    ("cuda layer norm: kappa without A·U", CUDA_LN_FORMULAS, "kappa = V - A * U - B * Tx;", "kappa = V - B * Tx;"),
+    ("cuda layer norm: one of two B·T in the dot of o", CUDA_LN_FORMULAS, "- 2.0 * B * Tx) * s;", "- B * Tx) * s;"),
+    ("cuda layer norm: u_gamma's mean out of o", CUDA_LN_FORMULAS, "o_mean = sums[5] * by_count - s", "o_mean = -s"),
+    ("cuda layer norm: u_beta dropped", CUDA_LN_FORMULAS, "+ p[1] * hat + p[2];", "+ p[1] * hat;"),
+    ("cuda layer norm: runs joined without u_gamma", CUDA_LN_FORMULAS, "sums[6] += p[1] * run[4];", "sums[6] += run[4];"),
+    ("cuda layer norm: to_weight of runs without U", CUDA_LN_FORMULAS, "(run[2] - of.means[row] * run[3] - s", "(run[2] - s"),
+    ("cuda layer norm: columns' last row counted again", CUDA_LN_COLUMNS, "        if (r >= rows) continue;\n", ""),
+    ("cuda layer norm: a row of threads lost", CUDA_LN_COLUMNS, "half >= width; half /= 2", "half > width; half /= 2"),
+    ("cuda layer norm: rows of threads added without a barrier", CUDA_LN_COLUMNS, "    __syncthreads();\n    if (thread >= half) continue;", "    if (thread >= half) continue;"),
+    ("cuda layer norm: a part of the rows lost", CUDA_LN_COLUMNS, "at.parts = static_cast<int>(divide_up(at.images, at.image_step));", "at.parts = static_cast<int>(at.images / at.image_step);"),
+    ("cuda layer norm: parts of one warp lost", CUDA_LN_COLUMNS, "for (int w = 0; w < kWarps; ++w) total", "for (int w = 1; w < kWarps; ++w) total"),
+    ("cuda layer norm: parts merged without a barrier", CUDA_LN_COLUMNS, "  __syncthreads();\n  if (warp != 0", "  if (warp != 0"),
+    ("cuda layer norm: columns by the first group's statistics", CUDA_LN_COLUMNS, "n * a.at.groups + group, k[r]", "n * a.at.groups, k[r]"),
+    ("cuda layer norm: runs' pieces but the first lost", CUDA_LN_COLUMNS, "q < a.at.images * a.at.pieces;", "q < a.at.images;"),
+    ("cuda layer norm: sums over rows only beside grad_x", CUDA_LN, "if (need_x || need_weight || need_bias) run", "if (need_x) run"),
+    ("cuda layer norm: U and T not kept", CUDA_LN, "new_rows(x, need_weight ? 2 * shape.rows : 0)", "new_rows(x, need_weight && need_x ? 2 * shape.rows : 0)"),
+    ("cuda softmax: b·gy left out of to_y", CUDA_SOFT, "to[1] = v[0] * (v[1] - k[1]) - k[0] * v[1];", "to[1] = v[0] * (v[1] - k[1]);"),
+    ("cuda softmax: b and c swapped", CUDA_SOFT, "k[0] = static_cast<T>(sums[0]);", "k[0] = static_cast<T>(sums[1]);"),
+    ("cuda softmax: gy read for the other part", CUDA_SOFT, "a.in[1] = need_y ?", "a.in[1] = need_grad_y ?"),
 ]  # fmt: skip
 
 

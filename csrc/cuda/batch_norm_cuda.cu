@@ -128,15 +128,12 @@ template <class Op>
 void run(const Shape& shape, const Tensor& x, Arguments<Op> a) {
   using E = typename Op::Element;
   constexpr int64_t kColumns = Columns<Op>::kColumns, kPack = 16 / sizeof(E);
-  const auto offset = [](const E* data, int64_t pack) {
-    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(E)) % pack;
-  };
   const int64_t pack = shape.channels_last ? kColumns : kPack;
-  const int64_t misaligned = offset(a.in[Op::kInputs - 1], pack);
+  const int64_t misaligned = packs::misalignment(a.in[Op::kInputs - 1], pack);
   a.at = shape.channels_last ? cut_last<Op>(shape) : cut_first<E>(shape, misaligned);
   const bool rows_on_boundaries = !shape.channels_last || (misaligned == 0 && shape.channels % kColumns == 0);
   const auto note = [&](const E* data, int tensor) {
-    if (rows_on_boundaries && offset(data, pack) == misaligned) a.at.packed |= 1u << tensor;
+    if (rows_on_boundaries && packs::misalignment(data, pack) == misaligned) a.at.packed |= 1u << tensor;
   };
   for (int t = 0; t < Op::kInputs; ++t) note(a.in[t], t);
   for (int o = 0; o < Op::kOutputs; ++o) note(a.out[o], Op::kInputs + o);

@@ -14,20 +14,11 @@
 //            constant terms, so that a mean far above the spread costs no digits.
 #pragma once
 
-#include "cuda/platform.cuh"
+#include "cuda/packs.cuh"
 
 namespace sib_fast::cuda::batch_norm {
 
-template <class E>
-struct ComputeOf {
-  using T = float;
-};
-template <>
-struct ComputeOf<double> {
-  using T = double;
-};
-template <class E>
-using Compute = typename ComputeOf<E>::T;
+using packs::blank, packs::Compute, packs::load, packs::Pack, packs::store;
 
 // One number a channel; `absent` where there is none.
 template <class T>

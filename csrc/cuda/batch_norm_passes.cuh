@@ -53,48 +53,6 @@ struct Arguments {
   }
 };
 
-template <class E, int V>
-struct alignas(sizeof(E) * V) Pack {
-  E value[V];
-};
-
-// Elements first + lo … first + hi - 1 at their places. Not packed, other places hold one of them; packed, neighbours.
-template <class E, int V>
-__device__ __forceinline__ Pack<E, V> load(const E* from, int64_t first, int lo, int hi, bool packed) {
-  if (packed) return *reinterpret_cast<const Pack<E, V>*>(from + first);
-  Pack<E, V> pack;
-#pragma unroll
-  for (int i = 0; i < V; ++i) pack.value[i] = from[first + (i < lo ? lo : i < hi ? i : hi - 1)];
-  return pack;
-}
-template <class E, int V>
-__device__ __forceinline__ void store(E* to, int64_t first, int lo, int hi, bool packed, const Pack<E, V>& pack) {
-  if (packed && lo == 0 && hi == V) {
-    *reinterpret_cast<Pack<E, V>*>(to + first) = pack;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (i >= lo && i < hi) to[first + i] = pack.value[i];
-  }
-}
-
-// Places outside lo … hi - 1 made to count for nothing: x that of the first place inside, the others 0.
-template <int kInputs, int M, class T>
-__device__ __forceinline__ void blank(T (&v)[kInputs][M], int lo, int hi) {
-  if (lo == 0 && hi == M) return;
-  T inside = v[kInputs - 1][0];
-#pragma unroll
-  for (int i = 1; i < M; ++i) inside = i == lo ? v[kInputs - 1][i] : inside;
-#pragma unroll
-  for (int i = 0; i < M; ++i) {
-    if (i >= lo && i < hi) continue;
-#pragma unroll
-    for (int t = 0; t + 1 < kInputs; ++t) v[t][i] = T(0);
-    v[kInputs - 1][i] = inside;
-  }
-}
-
 template <class T, int kCoefficients>
 __device__ __forceinline__ void read_coefficients(const T* from, int64_t c, int64_t stride, T (&k)[kCoefficients]) {
 #pragma unroll

@@ -8,7 +8,9 @@
 #include "cuda/emulation_probes.h"
 #include "cuda/foreground_mask_cuda.cu"
 #include "cuda/hsic_objective_cuda.cu"
+#include "cuda/layer_norm_cuda.cu"
 #include "cuda/region_statistics_cuda.cu"
+#include "cuda/softmax_cuda.cu"
 
 STABLE_TORCH_LIBRARY(sib_fast_emulated, m) {
   sib_fast::define_schemas(m);

@@ -81,6 +81,11 @@ def test_every_architecture_has_every_kernel(usage):
         "activation_double_backward_kernel",
         "activation_bits_kernel",
         "activation_bits_backward_kernel",
+        "held_rows_kernel",
+        "unit_sums_kernel",
+        "unit_writes_kernel",
+        "merge_columns_kernel",
+        "merge_runs_kernel",
     ):
         assert any(name in kernel for kernel in first), name
 

@@ -11,6 +11,8 @@ from benchmarks.baselines import hsic_objective, natural_inputs, our_head
 from sib_fast import foreground_mask, region_statistics
 from sib_fast.ops.activation import activation
 from sib_fast.ops.batch_norm import batch_norm
+from sib_fast.ops.layer_norm import group_norm, layer_norm
+from sib_fast.ops.softmax import softmax
 
 WINDOW = 9
 
@@ -63,6 +65,36 @@ def batch_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, 
     return [y.detach(), *(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), torch.cos(x))]
 
 
+def layer_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    """Forward, gradient and double backward of a group norm and of layer norms over the channels, the width and an image."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    found = []
+    for size in (x.shape[1], x.shape[3], x[0].numel(), None):
+        columns = x.shape[1] if size is None else size
+        weight, bias = (torch.linspace(a, 2.0, columns, dtype=wide, device=x.device).requires_grad_() for a in (0.5, -1.0))
+        maps = [t.movedim(1, -1) if size == x.shape[1] else t for t in (x, 1e4 * vjp, torch.cos(x))]
+        maps = [t.flatten(1) if size == x[0].numel() else t for t in maps]
+        leaf = maps[0].detach().requires_grad_()
+        if size is None:
+            y = group_norm(leaf, 1, weight, bias, backend=backend)
+        else:
+            y = layer_norm(leaf, (size,), weight, bias, backend=backend)
+        first = torch.autograd.grad(y, (leaf, weight, bias), maps[1], create_graph=True)
+        found += [y.detach(), *(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), maps[2])]
+    return found
+
+
+def softmax_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+    """Double backward along short rows and long ones."""
+    found = []
+    for rows in (x, x.flatten(1)):
+        leaf = rows.detach().requires_grad_()
+        y = softmax(leaf, backend=backend)
+        (first,) = torch.autograd.grad(y, leaf, 1e4 * vjp.reshape(rows.shape), create_graph=True)
+        found += torch.autograd.grad(first, leaf, torch.cos(rows))
+    return found
+
+
 def activation_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
     """Double backward; and forward, backward and double backward by bits."""
     found = []
@@ -83,7 +115,12 @@ STEPS: dict[str, Callable[..., list[Tensor]]] = {"mask": mask_step, "statistics"
 if hsic_objective is not None:
     STEPS["objective"] = objective_step
 # of sib_fast.nn; these ops have no Triton kernels
-LAYER_STEPS = {"batch_norm": batch_norm_step, "activation": activation_step}
+LAYER_STEPS = {
+    "batch_norm": batch_norm_step,
+    "activation": activation_step,
+    "layer_norm": layer_norm_step,
+    "softmax": softmax_step,
+}
 
 
 def steps(backend: str) -> dict[str, Callable[..., list[Tensor]]]:

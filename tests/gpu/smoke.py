@@ -17,7 +17,9 @@ from sib_fast import _backends
 from tests.gpu.heads import inputs, steps
 
 # Float32 against float64 at 6×3×40×33: rank flips move a window of the mask's gradient, so only gross errors show there.
-BOUNDS = {"mask": 0.2, "statistics": 1e-3, "head": 0.3, "objective": 1e-6, "batch_norm": 1e-5, "activation": 1e-5}
+BOUNDS = {"mask": 0.2, "statistics": 1e-3, "head": 0.3, "objective": 1e-6}
+BOUNDS |= {"batch_norm": 1e-5, "activation": 1e-5, "softmax": 1e-5}
+BOUNDS["layer_norm"] = 3e-5  # its rows of three channels: what is left of numbers that cancel
 
 
 def check(backend: str, name: str) -> dict:

@@ -138,7 +138,8 @@ def test_an_unknown_subclass_is_left_alone():
 )
 def test_without_a_kernel_the_layer_is_its_own(layer, monkeypatch):
     """Composed of plain operations, the reference would be slower than what it replaces; nothing warns."""
-    monkeypatch.setitem(_backends.MISSING, "cpu", "it was not built")
+    for backend in ("cpu", "emulated"):
+        monkeypatch.setitem(_backends.MISSING, backend, "it was not built")
     x = torch.randn(2, 4, 3, 4 if type(layer) in OTHERS.values() else 5, requires_grad=True)
     got, want = sib_fast.prepare(copy.deepcopy(layer))(x), layer(x)
     assert torch.equal(got, want)

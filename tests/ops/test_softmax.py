@@ -5,18 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sib_fast.ops.softmax as softmax_op
 from sib_fast.ops.softmax import _double_backward_composed, reference, softmax
 from sib_fast.testing.assertions import assert_no_worse_than
 
-KERNELS = ("cpu",)
+KERNELS = ("cpu", "cuda", "emulated")
 SHAPES = [(3, 4, 17), (5, 1), (7,), (2, 300), (1000, 37)]
+
+
+@pytest.fixture
+def kernel(kernel, monkeypatch) -> str:
+    """Under "emulated" the CUDA kernel takes the CPU kernel's place: a double backward is not told a backend."""
+    if kernel == "emulated":
+        monkeypatch.setitem(softmax_op._KERNEL_OF, "cpu", "sib_fast_emulated")
+        monkeypatch.setattr(softmax_op, "KERNELS", [*softmax_op.KERNELS, "emulated"])
+    return kernel
 
 
 def second_order(function, x, dtype):
     """y, its gradient, and the gradients of both parts of the double backward."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     leaf = x.to(dtype).requires_grad_()
-    cotangent, u = (torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    drawn = (torch.randn(x.shape, generator=g, dtype=torch.float64, device="cpu") for _ in range(2))
+    cotangent, u = (t.to(x.device, dtype) for t in drawn)
     y = function(leaf)
     (first,) = torch.autograd.grad(y, leaf, cotangent.requires_grad_(), create_graph=True)
     return [t.detach() for t in (y, first, *torch.autograd.grad(first, (cotangent, leaf), u))]
@@ -102,6 +113,13 @@ def test_the_double_backward_is_one_op(kernel):
     assert [n for n in names if "detach" not in n] == ["sib_fast_softmax::double_backward", "sib_fast_softmax::backward"]
 
 
+def test_the_kernel_runs_and_not_the_composition(kernel, monkeypatch):
+    for device in softmax_op._KERNEL_OF:
+        monkeypatch.setitem(softmax_op._KERNEL_OF, device, "sib_fast_of_nobody")
+    with pytest.raises(AttributeError, match="sib_fast_of_nobody"):
+        torch.ops.sib_fast_softmax.double_backward(*torch.randn(3, 2, 5).unbind(), True, True)
+
+
 def test_every_element_is_written_and_threads_change_no_bit(kernel, poisoned_memory):
     y = torch.softmax(torch.randn(1100, 37), -1)  # several blocks of rows, and a rest
     u, g = torch.randn(1100, 37), torch.randn(1100, 37)
@@ -135,13 +153,13 @@ def test_third_derivative_is_refused_in_words(kernel):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
-def test_opcheck(kernel):
+def test_opcheck(kernel, registered):
     op, x = torch.ops.sib_fast_softmax, torch.randn(3, 4, 5, requires_grad=True)
     y, u = torch.softmax(x.detach(), -1), torch.randn(3, 4, 5)
     torch.library.opcheck(op.forward.default, (x,))
     torch.library.opcheck(op.backward.default, (u, y))
     torch.library.opcheck(op.double_backward.default, (u, u + 1, y, True, True))
-    torch.library.opcheck(torch.ops.sib_fast._softmax_double_backward.default, (u, u + 1, y, True, False))
+    torch.library.opcheck(registered._softmax_double_backward.default, (u, u + 1, y, True, False))
 
 
 @pytest.mark.parametrize(

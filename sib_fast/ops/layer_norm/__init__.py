@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast._needs import needed
+from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.layer_norm import reference
 
 _OP = "layer_norm"
-KERNELS = ("cpu",)
+KERNELS = ["cpu", "cuda"]
 
 
 def layer_norm(
@@ -44,11 +46,12 @@ def layer_norm(
     normalized = tuple(normalized_shape)
     if not normalized or 0 in normalized or tuple(x.shape[-len(normalized) :]) != normalized:
         raise ValueError(f"{_OP}: x must have shape [*, *normalized_shape], got {list(x.shape)} for {normalized}")
-    if _chosen(_OP, x, weight, bias, normalized, eps, backend) == REFERENCE:
+    chosen = _chosen(_OP, x, weight, bias, normalized, eps, backend)
+    if chosen == REFERENCE:
         acc = _checks.accumulation_dtype(x.dtype)
         weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
         return reference.layer_norm(x.to(acc), normalized, weight, bias, eps).to(x.dtype)
-    return _by_kernel(x.contiguous(), weight, bias, math.prod(normalized), 1, 1, eps)
+    return _by_kernel(chosen, x.contiguous(), weight, bias, math.prod(normalized), 1, 1, eps)
 
 
 def group_norm(
@@ -77,13 +80,14 @@ def group_norm(
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: num_groups must divide the {channels} channels of x, got {num_groups}")
-    if _chosen(op, x, weight, bias, (channels,), eps, backend) == REFERENCE:
+    chosen = _chosen(op, x, weight, bias, (channels,), eps, backend)
+    if chosen == REFERENCE:
         acc = _checks.accumulation_dtype(x.dtype)
         weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
         return reference.group_norm(x.to(acc), num_groups, weight, bias, eps).to(x.dtype)
     spatial = math.prod(x.shape[2:])
     length = channels // num_groups * spatial
-    y = _by_kernel(x.contiguous(), weight, bias, length, num_groups, spatial, eps)
+    y = _by_kernel(chosen, x.contiguous(), weight, bias, length, num_groups, spatial, eps)
     if x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
         return y.movedim(1, -1).contiguous().movedim(-1, 1)
     return y
@@ -102,11 +106,11 @@ def _chosen(
 
 
 def _by_kernel(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, length: int, groups: int, spatial: int, eps: float
+    chosen: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, length: int, groups: int, spatial: int, eps: float
 ) -> Tensor:
     acc = _checks.accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(acc).reshape(-1) for p in (weight, bias))
-    return torch.ops.sib_fast._layer_norm(x, weight, bias, length, groups, spatial, eps)[0]
+    return _FORWARD[chosen](x, weight, bias, length, groups, spatial, eps)[0]
 
 
 def _setup_forward(ctx, inputs, output):
@@ -118,13 +122,13 @@ def _setup_forward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, *_):
+def _backward(ops, ctx, grad_y, *_):
     if grad_y is None:
         return None, None, None, None, None, None, None
     x, weight, mean, invstd = ctx.saved_tensors
     has_weight = weight is not None
     needs = (needed(ctx, 0), has_weight and needed(ctx, 1), ctx.has_bias and needed(ctx, 1 + has_weight))
-    grads = torch.ops.sib_fast._layer_norm_backward(grad_y.contiguous(), x, weight, mean, invstd, *ctx.rows, *needs)
+    grads = ops._layer_norm_backward(grad_y.contiguous(), x, weight, mean, invstd, *ctx.rows, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
 
 
@@ -135,16 +139,14 @@ def _setup_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _double_backward(ctx, u, u_weight, u_bias):
+def _double_backward(ops, ctx, u, u_weight, u_bias):
     """u, u_weight, u_bias: cotangents of grad_x, grad_weight and grad_bias."""
     grad_y, x, weight, mean, invstd = ctx.saved_tensors
     given = zip((u, u_weight, u_bias), ctx.needs, strict=True)
     u, u_weight, u_bias = (part.contiguous() if need and part is not None else None for part, need in given)
     u = torch.zeros_like(x) if u is None else u
     needs = (needed(ctx, 0), needed(ctx, 1), weight is not None and needed(ctx, 2))
-    grads = torch.ops.sib_fast._layer_norm_double_backward(
-        u, u_weight, u_bias, grad_y, x, weight, mean, invstd, *ctx.rows, *needs
-    )
+    grads = ops._layer_norm_double_backward(u, u_weight, u_bias, grad_y, x, weight, mean, invstd, *ctx.rows, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
 
 
@@ -156,33 +158,56 @@ def _third_derivative(ctx, *_):
     raise NotImplementedError("layer_norm: the third derivative exists only with backend='reference'")
 
 
+# ---- the registered ops: a CPU and a CUDA kernel each, and derivatives once a namespace -------------------------------------
+
+_FORWARD = {}
+
+
+def add_kernels(backend: str, namespace: str) -> None:
+    """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
+    ops = getattr(torch.ops, namespace)
+    if ops._layer_norm not in _FORWARD.values():
+        for name, gradient, setup in (
+            ("_layer_norm", partial(_backward, ops), _setup_forward),
+            ("_layer_norm_backward", partial(_double_backward, ops), _setup_backward),
+            ("_layer_norm_double_backward", _third_derivative, _setup_double_backward),
+        ):
+            torch.library.register_autograd(f"{namespace}::{name}", gradient, setup_context=setup)
+    _FORWARD[backend] = ops._layer_norm
+
+
+def _like(x, need):
+    return torch.empty_like(x) if need else x.new_empty((0,))
+
+
+def _of_channels(x, length, groups, spatial, need):
+    channels = groups * (length // spatial) if need else 0
+    return x.new_empty((channels,), dtype=_checks.accumulation_dtype(x.dtype))
+
+
+def _fake_forward(x, weight, bias, length, groups, spatial, eps):
+    row = x.new_empty((x.numel() // length,), dtype=torch.float64)
+    return torch.empty_like(x), row, torch.empty_like(row)
+
+
+def _fake_backward(grad_y, x, weight, mean, invstd, length, groups, spatial, need_x, need_weight, need_bias):
+    channels = (_of_channels(x, length, groups, spatial, need) for need in (need_weight, need_bias))
+    return _like(x, need_x), *channels
+
+
+def _fake_double_backward(
+    u, u_weight, u_bias, grad_y, x, weight, mean, invstd, length, groups, spatial, need_grad_y, need_x, need_weight
+):
+    return _like(x, need_grad_y), _like(x, need_x), _of_channels(x, length, groups, spatial, need_weight)
+
+
+FAKES = (
+    ("_layer_norm", _fake_forward),
+    ("_layer_norm_backward", _fake_backward),
+    ("_layer_norm_double_backward", _fake_double_backward),
+)
+
 if _extension.MISSING["cpu"] is None:
-
-    def _like(x, need):
-        return torch.empty_like(x) if need else x.new_empty((0,))
-
-    def _of_channels(x, length, groups, spatial, need):
-        channels = groups * (length // spatial) if need else 0
-        return x.new_empty((channels,), dtype=_checks.accumulation_dtype(x.dtype))
-
-    @torch.library.register_fake("sib_fast::_layer_norm")
-    def _fake_forward(x, weight, bias, length, groups, spatial, eps):
-        row = x.new_empty((x.numel() // length,), dtype=torch.float64)
-        return torch.empty_like(x), row, torch.empty_like(row)
-
-    @torch.library.register_fake("sib_fast::_layer_norm_backward")
-    def _fake_backward(grad_y, x, weight, mean, invstd, length, groups, spatial, need_x, need_weight, need_bias):
-        channels = (_of_channels(x, length, groups, spatial, need) for need in (need_weight, need_bias))
-        return _like(x, need_x), *channels
-
-    @torch.library.register_fake("sib_fast::_layer_norm_double_backward")
-    def _fake_double_backward(
-        u, u_weight, u_bias, grad_y, x, weight, mean, invstd, length, groups, spatial, need_grad_y, need_x, need_weight
-    ):
-        return _like(x, need_grad_y), _like(x, need_x), _of_channels(x, length, groups, spatial, need_weight)
-
-    torch.library.register_autograd("sib_fast::_layer_norm", _backward, setup_context=_setup_forward)
-    torch.library.register_autograd("sib_fast::_layer_norm_backward", _double_backward, setup_context=_setup_backward)
-    torch.library.register_autograd(
-        "sib_fast::_layer_norm_double_backward", _third_derivative, setup_context=_setup_double_backward
-    )
+    register_fakes("sib_fast", FAKES)
+    for _backend in ("cpu", "cuda"):
+        add_kernels(_backend, "sib_fast")

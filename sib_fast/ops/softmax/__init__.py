@@ -14,9 +14,13 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.softmax import reference
 
 _OP = "softmax"
+KERNELS = ["cpu", "cuda"]
+# The namespace of each device type's kernel: a double backward is not told a backend.
+_KERNEL_OF = {"cpu": "sib_fast", "cuda": "sib_fast"}
 _aten = torch.ops.aten
 _LIBRARY = torch.library.Library("sib_fast_softmax", "DEF")
 _LIBRARY.define("forward(Tensor x) -> Tensor")
@@ -42,7 +46,7 @@ def softmax(x: Tensor, *, backend: str = "auto") -> Tensor:
     if backend == REFERENCE:
         return reference.softmax(x)
     if backend != "auto":
-        resolve(_OP, backend, x.device)
+        resolve(_OP, backend, x.device, KERNELS)
     return _OPS.forward(x)
 
 
@@ -65,9 +69,11 @@ def _double_backward_composed(u, grad_y, y, need_grad_y, need_y):
     return to_grad_y, (u * (grad_y - c) - b * grad_y).to(dtype)
 
 
-def _double_backward_cpu(u, grad_y, y, need_grad_y, need_y):
+def _double_backward_fused(u, grad_y, y, need_grad_y, need_y):
+    """Both parts in one pass."""
+    ops = getattr(torch.ops, _KERNEL_OF[y.device.type])
     u, grad_y, y = (t.contiguous() for t in (u, grad_y, y))
-    return torch.ops.sib_fast._softmax_double_backward(u, grad_y, y, need_grad_y, need_y)
+    return ops._softmax_double_backward(u, grad_y, y, need_grad_y, need_y)
 
 
 def _fake_double_backward(u, grad_y, y, need_grad_y, need_y):
@@ -82,9 +88,12 @@ for _name, _function in (("forward", _forward), ("backward", _backward)):
     torch.library.register_fake(f"sib_fast_softmax::{_name}", _function, lib=_LIBRARY)
 _LIBRARY.impl("double_backward", _double_backward_composed, "CompositeExplicitAutograd")
 torch.library.register_fake("sib_fast_softmax::double_backward", _fake_double_backward, lib=_LIBRARY)
+for _name in _KERNEL_OF:
+    if _extension.MISSING[_name] is None:
+        _LIBRARY.impl("double_backward", _double_backward_fused, _name.upper())
+FAKES = (("_softmax_double_backward", _fake_double_backward),)
 if _extension.MISSING["cpu"] is None:
-    _LIBRARY.impl("double_backward", _double_backward_cpu, "CPU")
-    torch.library.register_fake("sib_fast::_softmax_double_backward", _fake_double_backward)
+    register_fakes("sib_fast", FAKES)
 
 
 def _setup_forward(ctx, inputs, output):

@@ -293,7 +293,7 @@ def test_resnet18s_traffic_does_not_grow():
     assert ours["peak"] < PEAK_BOUND
 
 
-BYTES_BOUND, PEAK_BOUND = 2.42, 1.92
+BYTES_BOUND, PEAK_BOUND = 2.35, 1.92
 
 
 def test_the_tables_in_the_docs_are_the_stored_ones():

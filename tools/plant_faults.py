@@ -21,6 +21,8 @@ STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.h", "csrc/cpu/activation_cpu.cpp"
 CUDA_ACT, LAYOUT = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h"
+BN_OP, HANDOVER = "sib_fast/ops/batch_norm/__init__.py", "sib_fast/ops/_handover.py"
+RUNNING_BN = "sib_fast/ops/batch_norm/running.py"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
 LN, LN_HOST, LN_OP = "csrc/cpu/layer_norm_kernels.cpp", "csrc/cpu/layer_norm_cpu.cpp", "sib_fast/ops/layer_norm/__init__.py"
@@ -91,6 +93,19 @@ FAULTS = [
     ("batch norm: last row of a chunk not written", BN, "for (int64_t row = part.begin; row < part.end; ++row) {\n      const int64_t at = row * channels;\n#pragma omp simd\n      for (int64_t c = 0; c < channels; ++c) visit", "for (int64_t row = part.begin; row + 1 < part.end; ++row) {\n      const int64_t at = row * channels;\n#pragma omp simd\n      for (int64_t c = 0; c < channels; ++c) visit"),
     ("batch norm: channels last read as channels first", BN_HOST, "s.channels_last = !first || s.spatial == 1;", "s.channels_last = s.spatial == 1;"),
     ("batch norm: a cotangent's layout not looked at", BN_HOST, 'SIB_CHECK(kOp, lies(t, shape.channels_last), name, " must have the layout of x");', ""),
+    ("batch norm: addend forgotten", BN, "put(grad_x + i, at(i, of) + get(addend[i]));", "put(grad_x + i, at(i, of));"),
+    ("batch norm: addend's layout not looked at", BN_HOST, 'if (addend) check_like("addend", *addend, x, shape);', ""),
+    ("running batch norm: grad_weight about 0", BN_HOST, "m[c] = centre(c);", "m[c] = 0.0;"),
+    ("running batch norm: eps forgotten", BN_HOST, "spread(c) + eps", "spread(c)"),
+    ("running batch norm: gamma out of grad_x", BN_HOST, "k[1] = static_cast<T>(gamma(c) * invstd);", "k[1] = static_cast<T>(invstd);"),
+    ("running batch norm: u and grad_y change places", RUNNING_BN, "_OPS.backward(u, grad_y, weight,", "_OPS.backward(grad_y, u, weight,"),
+    ("running batch norm: x gets nothing of u_weight", RUNNING_BN, "if need_x and u_weight is not None:", "if False:"),
+    ("running batch norm: weight's gradient in every VJP", RUNNING_BN, "need_weight = weight is not None and needed(ctx, 1)", "need_weight = weight is not None"),
+    ("handover: not added", BN_OP, "addend = None if handed is None or not need_x else _as_laid_out(handed, x)", "addend = None"),
+    ("handover: lost where there is no grad_y", BN_OP, "return handed if need_x else None, None, None, None", "return None, None, None, None"),
+    ("handover: the addend has no gradient", BN_OP, "to_addend = u if ctx.need_x and ctx.needs_input_grad[5] else None", "to_addend = None"),
+    ("handover: x itself goes to the backward op", HANDOVER, "(x if own is None else own, *rest)", "(x, *rest)"),
+    ("handover: x without a gradient asks for one", HANDOVER, "x.detach() if x.requires_grad else None", "x.detach()"),
     ("bfloat16 truncated", SIMD, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
     ("float16 subnormals rounded off", SIMD, "body < 0x38800000u ? small : normal", "body < 0x38800000u ? 0 : normal"),
     ("float16 ties away from even", SIMD, "body - 0x38000000u + 0x0fffu + ((body >> 13) & 1u)", "body - 0x38000000u + 0x1000u"),
@@ -191,6 +206,12 @@ FAULTS = [
     ('cuda batch norm: grad_weight about the rounded mean', CUDA_BN_FORMULAS, 'const double sum_gx = sums[1] + gap * sums[0],', 'const double sum_gx = sums[1],'),
     ('cuda batch norm: B of the double backward about the rounded mean', CUDA_BN_FORMULAS, '(sums[4] + gap * sums[3])', 'sums[4]'),
     ('cuda batch norm: B forgotten', CUDA_BN_FORMULAS, '((v[0] - k[2]) - (v[1] - k[0]) * k[3])', '(v[0] - k[2])'),
+    ('cuda batch norm: addend forgotten', CUDA_BN_FORMULAS, 'to[0] = added ? grad_x + v[0] : grad_x;', 'to[0] = grad_x;'),
+    ('cuda batch norm: addend not loaded, channels first', CUDA_BN_PASSES, 'load_next(walk, 0);', 'load_next(walk, Op::kUnsummed);'),
+    ('cuda batch norm: addend not loaded, channels last', CUDA_BN_PASSES, 'load_rows(row, 0);', 'load_rows(row, Op::kUnsummed);'),
+    ('cuda batch norm: addend summed, channels first', CUDA_BN_PASSES, 'v[t][i] = static_cast<T>(raw[u][Op::kUnsummed + t].value[i]);', 'v[t][i] = static_cast<T>(raw[u][t].value[i]);'),
+    ('cuda batch norm: addend summed, channels last', CUDA_BN_PASSES, 'v[t][u] = static_cast<T>(raw[u][Op::kUnsummed + t].value[i]);', 'v[t][u] = static_cast<T>(raw[u][t].value[i]);'),
+    ('cuda batch norm: addend in packs wherever it starts', CUDA_BN, 'for (int t = 0; t < Op::kInputs; ++t) note(a.in[t], t);', 'for (int t = 0; t < Op::kInputs; ++t) note(a.in[t < Op::kUnsummed ? Op::kInputs - 1 : t], t);'),
     ('cuda batch norm: kappa without A·U', CUDA_BN_FORMULAS, 'kappa = V - A * U - B * Tx;', 'kappa = V - B * Tx;'),
     ('cuda batch norm: kappa out of x', CUDA_BN_FORMULAS, '-(omega_dot + scale * kappa)', '-omega_dot'),
     ('cuda batch norm: u_gamma out of omega', CUDA_BN_FORMULAS, 'omega_g = u_gamma - scale * Tx;', 'omega_g = -scale * Tx;'),

@@ -117,7 +117,7 @@ __device__ __forceinline__ void block_sums(double (&sums)[K], double* shared) {
 
 // Launch: 128 threads, blocks (channels, parts); shared: the sums of 4 warps.
 template <class Op>
-__global__ void __launch_bounds__(kThreads, kSummed<Op> == 3 ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
     channels_first_kernel(const __grid_constant__ Arguments<Op> a) {
   using E = typename Op::Element;
   using T = typename Op::T;
@@ -225,11 +225,13 @@ struct Columns {
   static constexpr int kBytes = sizeof(typename Op::Element);
   static constexpr int kColumns = kBytes == 8 ? 1 : kBytes == 4 || kSummed<Op> == 3 ? 2 : 4;
   static constexpr int kRows = Op::kInputs == 1 ? 8 : 4;  // of a thread under way at once
+  // Of a multiprocessor, as many as the registers of a thread allow without a stack.
+  static constexpr int kBlocks = kSummed<Op> == 3 ? 5 : Op::kInputs == 3 ? 3 : 4;
   static constexpr int64_t kShared = int64_t{kThreads} * kColumns * Op::kSums * static_cast<int64_t>(sizeof(double));
 };
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, kSummed<Op> == 3 ? 5 : 4)
+__global__ void __launch_bounds__(kThreads, Columns<Op>::kBlocks)
     channels_last_kernel(const __grid_constant__ Arguments<Op> a) {
   using E = typename Op::Element;
   using T = typename Op::T;

@@ -38,7 +38,7 @@ def register_autograd_with_handover(namespace: str, name: str, backward: Callabl
     def forward(ctx: Any, *arguments: Any) -> tuple:
         x, *rest, keyset = arguments
         output = below((x, *rest), keyset)
-        # An x without a gradient is given out by nobody: its double would ask for one.
+        # Not where x needs no gradient: what is given out would ask for one.
         own = x.detach() if x.requires_grad else None
         setup_context(ctx, (x if own is None else own, *rest), output)
         return *output, own
@@ -48,7 +48,10 @@ def register_autograd_with_handover(namespace: str, name: str, backward: Callabl
             return function.apply(*arguments, keyset)[:-1]
         return below(arguments, keyset)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, *gradients: (*backward(ctx, *gradients), None))}
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(lambda ctx, *gradients: (*backward(ctx, *gradients), None)),
+    }
     # Named as torch.library names them: network_checks takes what is named otherwise for a Function of the user's.
     function = type(f"GeneratedBackwardFor_{namespace}_{name}_default", (torch.autograd.Function,), members)
     library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sib_fast.ops.batch_norm import batch_norm, reference
+from sib_fast.ops.batch_norm.running import running_batch_norm
 from sib_fast.testing.assertions import assert_no_worse_than
+from sib_fast.testing.counting import OpLog
 
 KERNELS = ("cuda",)
 real_gpu = pytest.mark.real_gpu
@@ -88,6 +90,63 @@ def test_twenty_runs_have_the_same_bits_and_every_output_is_written(dtype, layou
         del junk
 
 
+def last_pass(maps, channels, normalise):
+    """The gradients of x, weight and bias by a pass that y and a VJP have in common: x has two."""
+    x, grad_y, u = maps
+    leaves = [t.detach().requires_grad_() for t in (x, *channels)]
+    y = normalise(*leaves)
+    (vjp,) = torch.autograd.grad(y, leaves[0], grad_y, create_graph=True)
+    return list(torch.autograd.grad([vjp, y], leaves, [u, 3 * u]))
+
+
+@real_gpu
+@LAYOUTS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_handed_over_is_added(shape, layout, kernel):
+    maps, channels = inputs(shape, layout=layout)
+    with OpLog() as log:
+        got = last_pass(maps, channels, by_kernel(kernel))
+    assert not any(name.startswith("aten.add") and maps[0].shape in shapes for name, shapes in log.ops)
+    low = last_pass(maps, channels, by_reference)
+    exact = last_pass([t.double() for t in maps], [t.double() for t in channels], by_reference)
+    for k, (a, b, c) in enumerate(zip(got, low, exact, strict=True)):
+        assert_no_worse_than(a, b, c, what=str(k))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_handed_over_has_the_same_bits_every_time(dtype, layout, kernel, poisoned_memory):
+    maps, channels = inputs((9, 70, 29, 43), dtype, layout)
+    want = last_pass(maps, channels, by_kernel(kernel))
+    assert all(torch.isfinite(t).all() for t in want)
+    for _ in range(5):
+        assert same_bits(last_pass(maps, channels, by_kernel(kernel)), want)
+
+
+@real_gpu
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eval_mode_is_no_worse_than_pytorchs_own(shape, dtype, layout, kernel, request):
+    """By aten's ops: VJP, double backward and last pass; no copy of the layout and no synchronisation."""
+    maps, channels = inputs(shape, dtype, layout)
+    mean, variance = torch.randn_like(channels[0]), 0.5 + torch.rand_like(channels[0])
+
+    def ours(x, weight, bias):
+        return running_batch_norm(x, weight, bias, *(t.to(weight.dtype) for t in (mean, variance)), 1e-5)
+
+    def own(x, weight, bias):
+        return torch.nn.functional.batch_norm(x, mean.to(weight.dtype), variance.to(weight.dtype), weight, bias, eps=1e-5)
+
+    got, low = (last_pass(maps, channels, function) for function in (ours, own))
+    exact = last_pass([t.double() for t in maps], [t.double() for t in channels], own)
+    for k, (a, b, c) in enumerate(zip(got, low, exact, strict=True)):
+        assert_no_worse_than(a, b, c, what=str(k))
+    assert got[0].stride() == maps[0].stride()
+    request.getfixturevalue("no_synchronisation")
+    last_pass(maps, channels, ours)
+
+
 @real_gpu
 @LAYOUTS
 def test_graph_replay_follows_its_inputs(layout, kernel):
@@ -114,9 +173,11 @@ def test_graph_replay_follows_its_inputs(layout, kernel):
 @LAYOUTS
 def test_nothing_synchronises_with_the_host(layout, kernel, request):
     made = inputs((9, 70, 29, 43), layout=layout)
-    step(*made, by_kernel(kernel))
+    for run in (step, last_pass):
+        run(*made, by_kernel(kernel))
     request.getfixturevalue("no_synchronisation")
-    step(*made, by_kernel(kernel))
+    for run in (step, last_pass):
+        run(*made, by_kernel(kernel))
 
 
 @real_gpu

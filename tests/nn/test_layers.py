@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sib_fast
 from sib_fast import _backends
 from sib_fast.nn.prepare import SWAPS
+from sib_fast.testing.counting import OpLog
 
 trace_autograd_ops = pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad"
@@ -173,19 +174,90 @@ def test_without_grad_and_in_inference_mode(layer):
     torch.testing.assert_close(fast(x), evaluated)
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_frozen_statistics_in_a_training_step(affine):
-    """Batch norm in eval mode inside a training model, as in fine-tuning: PyTorch's own, both derivatives."""
+def frozen(affine: bool = True) -> nn.Sequential:
+    """A training network whose batch norms are in eval mode, as in fine-tuning."""
     plain = network(nn.SiLU())
     plain[1] = nn.BatchNorm2d(8, affine=affine).double()
     for layer in (plain[1], plain[5]):
         nn.init.normal_(layer.running_mean)
         layer.running_var.uniform_(0.5, 2)
         layer.eval()
+    return plain
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_frozen_statistics_in_a_training_step(affine, layout):
+    plain = frozen(affine).to(memory_format=layout)
     (want, buffers), (base, _) = gradients(plain), gradients(plain, base_loss)
-    got, got_buffers = gradients(sib_fast.prepare(copy.deepcopy(plain)))
-    assert_same(got, want, base)
-    assert all(torch.equal(a, b) for a, b in zip(got_buffers, buffers, strict=True))
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    for net in (fast, Checkpointed(fast)):
+        got, got_buffers = gradients(net)
+        assert_same(got, want, base)
+        assert all(torch.equal(a, b) for a, b in zip(got_buffers, buffers, strict=True))
+
+
+@trace_autograd_ops
+def test_frozen_statistics_in_a_compiled_step():
+    net = sib_fast.prepare(frozen())
+    criterion = sib_fast.SIBLoss(1.0, 1e4, window_size=5)
+    (want, _), (base, _) = gradients(net), gradients(net, base_loss)
+
+    def compiled(net, x, y):
+        torch._dynamo.reset()
+        return sib_fast.compile_step(net, criterion, backend="aot_eager")(x, y).loss
+
+    assert_same(gradients(net, compiled)[0], want, base)
+
+
+def test_what_frozen_statistics_cost():
+    """One op each, forward, VJP and its gradient: what they read of x's size. PyTorch composes the last."""
+    x = torch.randn(2, 64, 16, 16)
+    ops = {}
+    for layer in (nn.BatchNorm2d(64).eval(), sib_fast.nn.BatchNorm2d(64).eval()):
+        leaf, counts = x.clone().requires_grad_(), []
+        cotangent = torch.ones_like(x).requires_grad_()
+        with OpLog() as log:
+            y = layer(leaf)
+        counts.append(log)
+        with OpLog() as log:
+            (vjp,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True)
+        counts.append(log)
+        with OpLog() as log:
+            torch.autograd.grad(vjp, [cotangent, layer.weight], torch.ones_like(x))
+        counts.append(log)
+        read = [[(name, shapes.count(x.shape)) for name, shapes in log.ops if x.shape in shapes] for log in counts]
+        ops[type(layer)] = [[count for name, count in of if "detach" not in name and "_like" not in name] for of in read]
+    assert ops[sib_fast.nn.BatchNorm2d] == [[1], [1], [2]]
+    assert len(ops[nn.BatchNorm2d][2]) > 5
+
+
+def test_where_the_statistics_are_given_and_nothing_is_gained_the_layer_is_pytorchs():
+    x = torch.randn(3, 4, 5, 5)
+    layer = sib_fast.nn.BatchNorm2d(4).eval()
+    with torch.no_grad(), OpLog() as log:
+        layer(x)
+    assert not any("sib_fast" in name for name, _ in log.ops)
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("tracks", [True, False])
+def test_eval_mode_follows_its_statistics(tracks, cls):
+    """Without running statistics eval mode takes the batch's, as PyTorch's; with them it changes none."""
+    x = torch.randn(5, 4, 3, 6, dtype=torch.float64, requires_grad=True)
+    plain = nn.BatchNorm2d(4, track_running_stats=tracks).double()
+    ours = sib_fast.prepare(cls(4, track_running_stats=tracks)).double()
+    results = []
+    for layer in (plain, ours):
+        layer(x)
+        layer.eval()
+        y = layer(x)
+        (vjp,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        results.append([y, vjp, *torch.autograd.grad(vjp.square().sum(), [x, layer.weight])])
+        results[-1] += list(layer.buffers())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert ("running" in y.grad_fn.name()) == tracks
 
 
 @pytest.mark.parametrize("plain", SWAPS, ids=lambda c: c.__name__)

@@ -347,6 +347,30 @@ def test_nothing_is_kept(fails, kernel):
         gc.enable()
 
 
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph(compiler, kernel):
+    """Forward and VJP in one compiled region, as compile_step has them: the same gradients, and the handover in the graph."""
+    f = Forward(kernel)
+
+    def step(z, weight, bias):
+        leaf = z.detach().requires_grad_() if not z.requires_grad else z
+        y = batch_norm(leaf, weight, bias, backend=kernel)[0]
+        (vjp,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+        return (y.sigmoid() * f.factor).sum() + (vjp.sin() * f.factor).sum()
+
+    inputs = [t.detach().requires_grad_() for t in (f.z, f.weight, f.bias)]
+    want = torch.autograd.grad(step(*inputs), inputs)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        loss = torch.compile(step, fullgraph=True, backend=compiler)(*inputs)
+    with OpLog() as log:
+        got = torch.autograd.grad(loss, inputs)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-11 * b.norm()
+    assert backwards(log) == [True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_sum_is_rounded_once(dtype, registered):
     """Beside a grad_x, an addend so large that adding the rounded two would round a second time."""

@@ -20,9 +20,15 @@ STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_s
 STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.h", "csrc/cpu/activation_cpu.cpp"
-CUDA_ACT, LAYOUT = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h"
 BN_OP, HANDOVER = "sib_fast/ops/batch_norm/__init__.py", "sib_fast/ops/_handover.py"
 RUNNING_BN = "sib_fast/ops/batch_norm/running.py"
+CUDA_ACT, LAYOUT, PACK = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h", "csrc/cuda/pack.cuh"
+BITS, BITS_CPU, BITS_HOST = (
+    "csrc/common/activation_bits.h",
+    "csrc/cpu/activation_bits_kernels.cpp",
+    "csrc/cpu/activation_bits_cpu.cpp",
+)
+CUDA_BITS = "csrc/cuda/activation_bits_cuda.cu"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
 LN, LN_HOST, LN_OP = "csrc/cpu/layer_norm_kernels.cpp", "csrc/cpu/layer_norm_cpu.cpp", "sib_fast/ops/layer_norm/__init__.py"
@@ -118,8 +124,8 @@ FAULTS = [
     ("activation: mish overflows", ACT, 'Math::exp(x > T(20) ? T(20) : x)', 'Math::exp(x)'),
     ("activation: 1 - s cancels", ACT, 'rest = e * s;', 'rest = T(1) - s;'),
     ("activation: softplus without beta", ACT, 'T(0) : a * s * rest', 'T(0) : s * rest'),
-    ("activation: f'' left out", ACT_OP, "return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None", "return to_grad_y if need_grad_y else None, None, None, None"),
-    ("activation: zeros instead of nothing", ACT_OP, "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, None, None, None", "return _OPS.backward(u, saved, ctx.kind, ctx.parameters) if need_grad_y else None, torch.zeros_like(saved), None, None"),
+    ("activation: f'' left out", ACT_OP, "return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None, None", "return to_grad_y if need_grad_y else None, None, None, None, None"),
+    ("activation: zeros instead of nothing", ACT_OP, "return _first_derivative(ctx, u) if need_grad_y else None, None, None, None, None", "return _first_derivative(ctx, u) + torch.zeros_like(u) if need_grad_y else None, None, None, None, None"),
     ("activation: in place keeps x as it is after", ACT_OP, "None if KINDS[kind].saves_result else x.clone()", "None if KINDS[kind].saves_result else x.detach()"),
     ("activation: in place not marked", ACT_OP, "        ctx.mark_dirty(x)\n", ""),
     ("convolution: a phase too far", CONV_OP, "taps.append((r, (r + padding - k) // stride, k))", "taps.append((r, (r + padding - k) // stride + (k == kernel - 1), k))"),
@@ -239,7 +245,7 @@ FAULTS = [
     ("cuda activation: a tile's rest lost", CUDA_ACT, "tile < count; tile += gridDim.x * kTile", "tile + kTile <= count || tile == 0; tile += gridDim.x * kTile"),
     ("cuda activation: one tile a block", CUDA_ACT, "tile += gridDim.x * kTile", "tile += count"),
     ("cuda activation: packs past the end", CUDA_ACT, "aligned && tile + kTile <= count;", "aligned && tile + kTile <= count + 1;"),
-    ("cuda activation: packs where nothing is aligned", CUDA_ACT, "% 16 == 0;", "% 16 >= 0;"),
+    ("cuda activation: packs where nothing is aligned", PACK, "% 16 != 0) return false;", "% 16 != 0) return true;"),
     ("cuda activation: last element of a rest lost", CUDA_ACT, "tile + kTile < count ? tile + kTile : count;", "tile + kTile < count ? tile + kTile : count - 1;"),
     ("cuda activation: gy not read element by element", CUDA_ACT, "g.value[k] = gy[i];", "g.value[k] = u[i];"),
     ("cuda activation: a part alone lost", CUDA_ACT, "if (to_saved != nullptr) g = ", "if (to_saved != nullptr && to_grad_y != nullptr) g = "),
@@ -252,6 +258,29 @@ FAULTS = [
     ("activation: cotangents taken in any layout", LAYOUT, "SIB_CHECK(op, lies(t, channels_last)", "SIB_CHECK(op, true"),
     ("activation: cotangent not laid out as x", ACT_OP, "u, grad_y = (t if _is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (u, grad_y))", "pass"),
     ("activation: composed for the kernel", ACT_OP, 'if _extension.MISSING[_name] is None:\n        _LIBRARY', 'if False:\n        _LIBRARY'),
+    ("activation bits: relu blocks NaN", BITS, "passes = !(x <= T(0));", "passes = x > T(0);"),
+    ("activation bits: relu passes at 0", BITS, "passes = !(x <= T(0));", "passes = !(x < T(0));"),
+    ("activation bits: hardtanh passes at its upper bound", BITS, "(x > of.a) & (x < of.b)", "(x > of.a) & (x <= of.b)"),
+    ("activation bits: NaN passes hardtanh as on CUDA", BITS_CPU, "bound_is_low = false, nan_passes = false;", "bound_is_low = false, nan_passes = true;"),
+    ("activation bits: zero loses its sign", BITS_CPU, "bound_is_low = false, nan_passes = false;", "bound_is_low = true, nan_passes = false;"),
+    ("activation bits: a row's tail lost", BITS_CPU, "for (int64_t i = 0; i < count - row * kBitsRow; ++i) element(i);", ""),
+    ("activation bits: not cleared before they are set", BITS_CPU, "    std::memset(bits, 0, kBitsRow);\n", ""),
+    ("activation bits: the first row's bit for every row", BITS_CPU, "const unsigned bit = 1u << first / kBitsRow % 8;", "const unsigned bit = 1u;"),
+    ("activation bits: bits of the first block for every block", BITS_HOST, "from + first / kBitsUnit * kBitsRow, last - first", "from, last - first"),
+    ("activation bits: slope of leaky_relu where the gradient passes", BITS_CPU, "(get(given) * slope)) & static_cast<Word>(~keep)", "(get(given) * slope)) & keep"),
+    ("activation bits: a tensor with gaps taken for a dense one", LAYOUT, "return run == t.numel();", "return true;"),
+    ("activation bits: a gradient in another layout read as it lies", ACT_OP, "    if _lies(grad, order):\n        return grad\n", "    return grad.contiguous()\n"),
+    ("activation bits: order of the dimensions forgotten", ACT_OP, "_keep(ctx, *inputs[1:], [bits], _memory_order(y))", "_keep(ctx, *inputs[1:], [bits], list(range(y.ndim)))"),
+    ("activation bits: made for nobody", ACT_OP, "if not (torch.is_grad_enabled() and x.requires_grad) or KINDS[kind].bits is None:", "if KINDS[kind].bits is None:"),
+    ("activation bits: y kept besides", ACT_OP, "_keep(ctx, *inputs[1:], [bits], _memory_order(y))", "_keep(ctx, *inputs[1:], [bits], _memory_order(y))\n    ctx.y = y.detach()"),
+    ("activation bits: x in place kept besides", ACT_OP, "saved = _OPS.forward_bits_(x, kind, parameters)", "saved, ctx.x = _OPS.forward_bits_(x, kind, parameters), x.detach()"),
+    ("cuda activation bits: bytes of other columns", CUDA_BITS, "if constexpr (makes) *reinterpret_cast<Word*>(row + first) = word;", "if constexpr (makes) *reinterpret_cast<Word*>(row + kBitsRow - Shape::kColumns - first) = word;"),
+    ("cuda activation bits: packs past the end", CUDA_BITS, "if (aligned && left >= kBitsUnit) {", "if (aligned && left >= kBitsUnit - 1) {"),
+    ("cuda activation bits: one unit a thread", CUDA_BITS, "unit < units; unit += step", "unit < units; unit += units"),
+    ("cuda activation bits: last row of a short unit lost", CUDA_BITS, "if (k * kBitsRow + column >= left) break;", "if (k * kBitsRow + column + 1 >= left) break;"),
+    ("cuda activation bits: not those of the column", CUDA_BITS, "byte = row[column];", "byte = row[thread];"),
+    ("cuda activation bits: NaN blocked as on the CPU", CUDA_BITS, "bound_is_low = true, nan_passes = true;", "bound_is_low = true, nan_passes = false;"),
+    ("cuda activation bits: packs where nothing is aligned", CUDA_BITS, "start_at_packs({in, out, to})", "true"),
     # layer norm, group norm, softmax
     ("layer norm: mean in one part", LN, "return ((get(x[i]) - high) - low) * invstd;", "return (get(x[i]) - high) * invstd;"),
     ("layer norm: variance without the mean's own rounding", LN, "mean[r] = m + shift;", "mean[r] = static_cast<float>(m);"),

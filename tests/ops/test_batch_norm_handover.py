@@ -347,6 +347,18 @@ def test_nothing_is_kept(fails, kernel):
         gc.enable()
 
 
+def test_an_addend_that_lies_otherwise_is_refused(registered):
+    x = torch.randn(SHAPE)
+    mean = torch.zeros(SHAPE[1], dtype=torch.float64)
+    for addend, words in (
+        (x.contiguous(memory_format=torch.channels_last), "layout"),
+        (x[:2], "shape"),
+        (x.double(), "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=f"addend must have the {words} of x"):
+            registered._batch_norm_backward(x, x, None, mean, mean, addend, True)
+
+
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_in_one_graph(compiler, kernel):

@@ -315,7 +315,6 @@ FAULTS = [
     ("cuda rows: whole packs wherever x starts", CUDA_ROWS, "on_boundaries = at.misaligned == 0 && line % V == 0;", "on_boundaries = line % V == 0;"),
     ("cuda rows: parameters in packs wherever they start", CUDA_ROWS, "reinterpret_cast<uintptr_t>(a.parameters[t]) % 16 == 0;", "true;"),
     ("cuda rows: outputs in packs wherever x starts", CUDA_ROWS, "(packs::misalignment(a.out[t], V) == at.misaligned)", "(packs::misalignment(a.out[t], V) == 0)"),
-    ("cuda rows: packs past the tensor", CUDA_ROWS, "place.whole && (a.at.packed >> t & 1)", "(a.at.packed >> t & 1)"),
     ("cuda rows: parameters by the pack's place", CUDA_ROWS, "    of += from + place.inside;", "    of += from;"),
     ("cuda rows: half the lanes", CUDA_ROWS, "for (int bit = 16; bit > 0; bit /= 2) {\n    if (bit >= lanes)", "for (int bit = 8; bit > 0; bit /= 2) {\n    if (bit >= lanes)"),
     ("cuda rows: the next row's lanes added", CUDA_ROWS, "    if (bit >= lanes) continue;\n", ""),

@@ -27,7 +27,7 @@
 
 namespace sib_fast::cuda::rows {
 
-using packs::blank, packs::Compute, packs::load, packs::Pack, packs::store;
+using packs::blank, packs::load, packs::Pack, packs::store;
 
 constexpr int kThreads = 128, kMostThreads = 256;
 
@@ -78,7 +78,7 @@ __device__ __forceinline__ Centre<T> in_two_parts(double mean) {
 struct Place {
   int64_t first, inside;
   int lo, hi;
-  bool whole;  // inside the tensor
+  bool whole;  // inside the tensor: otherwise no pack is moved, for memory checkers' sake alone
 };
 template <int V>
 __device__ __forceinline__ Place place_of(const Geometry& at, int64_t start, int64_t j) {

@@ -347,6 +347,15 @@ def test_nothing_is_kept(fails, kernel):
         gc.enable()
 
 
+def test_the_addend_has_a_gradient_of_its_own(registered):
+    """In a pass with create_graph it is what the next derivative goes through."""
+    x, grad_y, u = (torch.randn(SHAPE) for _ in range(3))
+    addend = torch.randn(SHAPE, requires_grad=True)
+    _, mean, _, invstd = registered._batch_norm(x, None, None, 1e-5)
+    grad_x = registered._batch_norm_backward(grad_y, x, None, mean, invstd, addend, True)[0]
+    assert torch.equal(torch.autograd.grad(grad_x, addend, u)[0], u)
+
+
 def test_an_addend_that_lies_otherwise_is_refused(registered):
     x = torch.randn(SHAPE)
     mean = torch.zeros(SHAPE[1], dtype=torch.float64)

@@ -272,6 +272,14 @@ def test_a_plain_step_has_nothing_to_add(kernel):
     assert backwards(log) == [False]
 
 
+def test_an_x_without_a_gradient_is_not_asked_for_one(kernel):
+    f = Forward(kernel, need_x=False)
+    (grad_weight,) = torch.autograd.grad(f.y.pow(3).sum(), f.weight, create_graph=True)
+    with OpLog() as log:
+        grad_weight.sum().backward()
+    assert [arguments[-2:] for name, arguments in log.calls if "_batch_norm_double_backward" in name] == [(True, False)]
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_whatever_the_layout_of_the_addend(layout, kernel):
     """x in one layout, its cotangents in the other."""

@@ -272,6 +272,14 @@ def test_a_plain_step_has_nothing_to_add(kernel):
     assert backwards(log) == [False]
 
 
+def test_an_x_without_a_gradient_is_not_asked_for_one(kernel):
+    f = Forward(kernel, need_x=False)
+    (grad_weight,) = torch.autograd.grad(f.y.pow(3).sum(), f.weight, create_graph=True)
+    with OpLog() as log:
+        grad_weight.sum().backward()
+    assert [arguments[-2:] for name, arguments in log.calls if "_batch_norm_double_backward" in name] == [(True, False)]
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_whatever_the_layout_of_the_addend(layout, kernel):
     """x in one layout, its cotangents in the other."""
@@ -345,6 +353,15 @@ def test_nothing_is_kept(fails, kernel):
         assert node() is None
     finally:
         gc.enable()
+
+
+def test_the_addend_has_a_gradient_of_its_own(registered):
+    """In a pass with create_graph it is what the next derivative goes through."""
+    x, grad_y, u = (torch.randn(SHAPE) for _ in range(3))
+    addend = torch.randn(SHAPE, requires_grad=True)
+    _, mean, _, invstd = registered._batch_norm(x, None, None, 1e-5)
+    grad_x = registered._batch_norm_backward(grad_y, x, None, mean, invstd, addend, True)[0]
+    assert torch.equal(torch.autograd.grad(grad_x, addend, u)[0], u)
 
 
 def test_an_addend_that_lies_otherwise_is_refused(registered):

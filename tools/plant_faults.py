@@ -345,7 +345,7 @@ FAULTS = [
     ("cuda layer norm: columns by the first group's statistics", CUDA_LN_COLUMNS, "n * a.at.groups + group, k[r]", "n * a.at.groups, k[r]"),
     ("cuda layer norm: runs' pieces but the first lost", CUDA_LN_COLUMNS, "q < a.at.images * a.at.pieces;", "q < a.at.images;"),
     ("cuda layer norm: sums over rows only beside grad_x", CUDA_LN, "if (need_x || need_weight || need_bias) run", "if (need_x) run"),
-    ("cuda layer norm: U and T not kept", CUDA_LN, "new_rows(x, need_weight ? 2 * shape.rows : 0)", "new_rows(x, need_weight && need_x ? 2 * shape.rows : 0)"),
+    ("cuda layer norm: U kept for T", CUDA_LN_FORMULAS, "of.means[of.rows + row] = Tx;", "of.means[of.rows + row] = U;"),
     ("cuda softmax: b·gy left out of to_y", CUDA_SOFT, "to[1] = v[0] * (v[1] - k[1]) - k[0] * v[1];", "to[1] = v[0] * (v[1] - k[1]);"),
     ("cuda softmax: b and c swapped", CUDA_SOFT, "k[0] = static_cast<T>(sums[0]);", "k[0] = static_cast<T>(sums[1]);"),
     ("cuda softmax: gy read for the other part", CUDA_SOFT, "a.in[1] = need_y ?", "a.in[1] = need_grad_y ?"),

@@ -133,10 +133,12 @@ def nodes_of(root: Node | None) -> Iterator[Node]:
 
 
 def custom_functions(root: Node | None) -> list[str]:
-    """Names of the user's autograd.Functions in a graph. None of them: a registered op's own, made by torch.library, and ours,
-    which stand behind the dispatcher (activations in place)."""
-    nodes = (node for node in nodes_of(root) if isinstance(node, BackwardCFunction))
-    names = {node.name() for node in nodes if not type(node)._forward_cls.__module__.startswith("sib_fast.")}
+    """Names of the user's autograd.Functions in a graph. A registered op's own is none of them: a compiler sees the op.
+
+    Made by torch.library, or at the dispatcher's Autograd key by a class that says so (`of_registered_op`).
+    """
+    functions = [node for node in nodes_of(root) if isinstance(node, BackwardCFunction)]
+    names = {node.name() for node in functions if not getattr(node._forward_cls, "of_registered_op", False)}
     return sorted(name.removesuffix("Backward") for name in names if not name.startswith("GeneratedBackwardFor_"))
 
 

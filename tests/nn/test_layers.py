@@ -137,6 +137,21 @@ def test_a_compiled_step_is_exact(name, pool):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@trace_autograd_ops
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["ReLU-in-place", "ReLU6-in-place", "SiLU-in-place"])
+def test_compile_step_takes_activations_in_place(name, layout):
+    """They have an autograd.Function behind a registered op, which is not one of the user's."""
+    net = sib_fast.prepare(network(ACTIVATIONS[name])).to(memory_format=layout)
+    (want, _), (base, _) = gradients(net), gradients(net, base_loss)
+
+    def compiled(net, x, y):
+        step = sib_fast.compile_step(net, sib_fast.SIBLoss(1.0, 1e4, window_size=5), backend="aot_eager")
+        return step(x.detach().contiguous(memory_format=layout), y).loss
+
+    assert_same(gradients(net, compiled)[0], want, base)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, body: nn.Sequential) -> None:
         super().__init__()

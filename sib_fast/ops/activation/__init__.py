@@ -407,6 +407,8 @@ class _InPlace(torch.autograd.Function):
     before: x as it was, where the derivative needs it, otherwise None. order: where bits are kept, x's dimensions in memory.
     """
 
+    of_registered_op = True  # for network_checks
+
     @staticmethod
     def forward(ctx, x, before, kind, parameters, order):
         ctx.result = before is None

@@ -38,16 +38,16 @@ class Rules(NamedTuple):
 
 
 def _phases_on_the_cpu(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-    """oneDNN's strided input gradient of a first layer takes 1.5 to 2.3 times as long; at 3×3 in channels last it is level, at
-    64 channels faster."""
+    """oneDNN's strided input gradient of a first layer takes 1.5 to 2.3 times as long; at 3×3 in channels last it is level, at 64
+    channels in twice as fast."""
     if x.ndim != 4 or groups > 1 or weight.shape[1] > 4 or min(stride) < 2 or max(dilation) > 1:
         return False
     return min(weight.shape[2:]) >= (3 if x.is_contiguous() else 4)
 
 
 def _channels_last_on_the_cpu(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> bool:
-    """oneDNN's weight gradient, the conversion counted: depthwise at 5×5 and 7×7 it takes 1.6 to 3.5 times as long in the
-    contiguous layout, with four channels a group 3 times; depthwise at 3×3 the conversion takes what is gained."""
+    """oneDNN's weight gradient, the conversion counted: depthwise at 5×5 and 7×7 it takes 1.5 to 4.8 times as long in the
+    contiguous layout, with four channels a group up to twice; depthwise at 3×3 the conversion takes what is gained."""
     if x.ndim != 4 or groups == 1:
         return False
     depthwise = groups == x.shape[1] == weight.shape[0]
@@ -57,7 +57,7 @@ def _channels_last_on_the_cpu(grad_y: Tensor, x: Tensor, weight: Tensor, groups:
 
 
 def _map_on_the_cpu(grad_y: Tensor, x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Many channels on maps of 7×7 at stride 1: up to 1.7 times faster; level at 14×14, twice as slow with a stride."""
+    """Many channels on maps of 7×7 at stride 1: 1.1 to 1.5 times faster; level at 14×14, slower with a stride."""
     if x.ndim != 4 or groups > 1 or min(weight.shape[:2]) < 384 or not 1 < min(weight.shape[2:]) <= max(weight.shape[2:]) <= 3:
         return False
     return x.shape[2:] == grad_y.shape[2:] and grad_y.shape[2] * grad_y.shape[3] <= 7 * 7
@@ -69,7 +69,7 @@ RULES = {
         _phases_on_the_cpu,
         _channels_last_on_the_cpu,
         _map_on_the_cpu,
-        "benchmarks/results/intel-xeon-2-cores/convolution_choice.json",
+        "benchmarks/results/amd-epyc-2-cores/convolution_choice.json",
     ),
     # Safe without a measurement: `second` runs what a plain step of the same layer runs, its forward and its weight gradient at
     # the layer's own shapes, for which cuDNN is tuned, so it costs at most those two. PyTorch's runs a forward convolution whose

@@ -6,9 +6,8 @@
 second: the double backward of a layer given u (the weight's and the cotangent's part), PyTorch's own against re-routed.
 input: the input gradient of a first layer, the library's own against by phases. weight: the weight gradient of a grouped
 layer, as it lies against in channels last, the conversion counted; of another against a convolution whose kernel is the map.
-The ways of a row in one run, interleaved. On a CPU the
-fastest round counts, in wall time, beside it the process's CPU time (which a busy machine disturbs less); on a GPU the median
-between device events, eagerly, since a loop over groups costs its launches too.
+The ways of a row in one run, interleaved; medians. On a CPU of wall time, beside it the process's CPU time (which a busy machine
+disturbs less); on a GPU between device events, eagerly, since a loop over groups costs its launches too.
 
 Every row says which way the present rules take and how many times the fastest one's time that is. Where a rule loses more than
 TOLERATED, it is printed, and `tests/test_convolution_choice.py` is red once the file is stored: change the rule, a condition on
@@ -103,16 +102,17 @@ def weight_gradients(x: torch.Tensor, weight: torch.Tensor, geometry: tuple) -> 
     return {**ways, "channels_last": lambda: op._weight_gradient_in_channels_last(grad_y, x, weight, *geometry)}
 
 
-def fastest(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    best = {name: [float("inf")] * 2 for name in ways}
+def on_cpu(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of wall time and of the process's CPU time, the ways in turn."""
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
         for name, way in ways.items():
             wall, cpu = time.perf_counter(), time.process_time()
             way()
-            spent = (time.perf_counter() - wall, time.process_time() - cpu)
             if round_ > 0:  # the first is the warm-up
-                best[name] = [min(pair) for pair in zip(best[name], spent, strict=True)]
-    return {name: {"ms": round(1e3 * wall, 3), "cpu_ms": round(1e3 * cpu, 3)} for name, (wall, cpu) in best.items()}
+                spent[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    medians = {name: [statistics.median(column) for column in zip(*pairs, strict=True)] for name, pairs in spent.items()}
+    return {name: {"ms": round(1e3 * wall, 3), "cpu_ms": round(1e3 * cpu, 3)} for name, (wall, cpu) in medians.items()}
 
 
 def on_gpu(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, dict]:
@@ -204,7 +204,7 @@ def measure(rounds: int, images: int | None, device: torch.device, precisions: l
             "device": device.type,
             "x": list(x.shape),
             "shape": [outputs, inputs, groups, size, kernel, stride, padding],
-            "ways": on_gpu(ways, rounds, device) if device.type == "cuda" else fastest(ways, rounds),
+            "ways": on_gpu(ways, rounds, device) if device.type == "cuda" else on_cpu(ways, rounds),
         }
         rows.append({**row, "chosen": chosen(row), "lost": round(lost(row), 3)})
     torch.backends.cudnn.allow_tf32 = allowed

@@ -60,6 +60,40 @@ def test_prepared_layers_give_the_same_gradients(kernel):
         assert relative_error(grads[1][name], grads[0][name]) < 1e-9, name
 
 
+def test_recomputed_gradients_are_the_kept_ones(on_gpu):
+    """And a leaf of one's own gets no gradient."""
+    x, target = image_batch(6, 3, 24, 20)
+    net = conv_net()
+    results = []
+    for recompute in (False, True):
+        twin = sib_fast.prepare(copy.deepcopy(net), recompute=recompute)
+        leaf = sib_fast.vjp_leaf(x)
+        SIBLoss(**WEIGHTS)(twin(leaf), target, leaf).backward()
+        assert leaf.grad is None
+        results.append([p.grad for p in twin.parameters()])
+    for kept, again in zip(*results, strict=True):
+        assert (again - kept).norm() <= 1e-5 * kept.norm()  # cuDNN's weight gradients need not repeat their bits
+
+
+@real_gpu
+def test_recompute_takes_less_memory(on_gpu):
+    """The graph of the VJP keeps one activation a convolution less."""
+    from tests.nn.test_recompute import Deep
+
+    x, _ = image_batch(16, 3, 128, 128)
+    held = []
+    for recompute in (False, True):
+        net = sib_fast.prepare(Deep(), recompute=recompute).to("cuda")
+        leaf = sib_fast.vjp_leaf(x)
+        logits = net(leaf)
+        before = torch.cuda.memory_allocated()
+        vjp = sib_fast.vjp_map(logits, leaf)
+        held.append(torch.cuda.memory_allocated() - before)
+        del vjp, logits
+    one = 16 * 8 * 128 * 128 * 4
+    assert held[0] - held[1] >= 4.5 * one
+
+
 def test_auto_runs_kernels_and_says_nothing(on_gpu, recwarn):
     x, target = image_batch()
     net = conv_net()

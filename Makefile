@@ -40,9 +40,11 @@ interpret: $(VENV)/.built
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(PARALLEL) $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
+# Without the emulation of CUDA, which is slow, no part of a wheel, and has run above.
 old: $(VENV)/.built $(if $(TORCH_OLD),$(VENV_OLD)/.installed)
 ifneq ($(TORCH_OLD),)
-	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -m "not packaging" $(PARALLEL) --ignore tests/lab --ignore tests/test_architecture.py
+	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -m "not packaging" -k "not emulated" $(PARALLEL) --ignore tests/lab \
+	  --ignore tests/test_architecture.py
 endif
 
 pinned: $(VENV)/.built $(VENV_PINNED)/.installed

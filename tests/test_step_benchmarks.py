@@ -109,20 +109,10 @@ def test_rows_are_stored_as_they_come_and_a_failing_one_costs_the_others_nothing
         return {**row, "median_s": {"plain": 1.0}, "ratio_to_plain": {"plain": 1.0}}
 
     monkeypatch.setattr(step, "measure", measure)
-    command = [
-        "--out",
-        str(out),
-        "--models",
-        "tiny",
-        "--precisions",
-        "bf16",
-        "float32",
-        "--layouts",
-        "contiguous",
-        "channels_last",
-    ]
+    command = ["--out", str(out), "--models", "tiny", "--precisions", "bf16", "float32", "--layouts", *step.LAYOUTS]
+    command += ["--skip-tests", "--threads", "1"]
     with pytest.raises(SystemExit) as stop:
-        step.main([*command, "--skip-tests", "--threads", "1"])
+        step.main(command)
     assert stop.value.code == 1
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 4

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
 from sib_fast._backends import BACKENDS
+from sib_fast.attachment import Attachment, layer_of
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
-from sib_fast.vjp import SCALARS, vjp_leaf, vjp_map
+from sib_fast.vjp import SCALARS, vjp_map
 
 _OP = "SIBLoss"
 _CALLS = "calls"  # key of the counter in a state_dict
@@ -157,7 +156,7 @@ class SIBLoss(nn.Module):
         self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
-        self._attachment: _Attachment | None = None
+        self._attachment: Attachment | None = None
         self._graph_checked = False
 
     # ---- attaching --------------------------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ class SIBLoss(nn.Module):
             raise RuntimeError(f"{_OP}.attach: the criterion is attached to a model already; call remove() first")
         check_module(f"{_OP}.attach", model)
         inner = model.module if isinstance(model, DistributedDataParallel) else model
-        self._attachment = _Attachment(self, inner, None if layer is None else _layer_of(inner, layer))
+        self._attachment = Attachment(self, inner, None if layer is None else layer_of(inner, layer))
         self._graph_checked = False
         return self
 
@@ -223,7 +222,7 @@ class SIBLoss(nn.Module):
         """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
         _checks.require_tensor(_OP, "logits", logits)
         if self.active:
-            loss = self.active_loss(logits, target, self._captured_input(logits) if x is None else x, mask)
+            loss = self.active_loss(logits, target, self._input_of(logits) if x is None else x, mask)
             if self._attachment is not None:
                 self._attachment.release()
         else:
@@ -340,35 +339,13 @@ class SIBLoss(nn.Module):
         _checks.require_same_shape(_OP, "mask", mask, "x", (vjp.shape[0], 1, *vjp.shape[2:]))
         return mask
 
-    def _captured_input(self, logits: Tensor) -> Tensor:
+    def _input_of(self, logits: Tensor) -> Tensor:
         if self._attachment is None:
             raise RuntimeError(
                 f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
                 "before the forward pass, or criterion.attach(model) once"
             )
-        if self._attachment.captured is None and self._attachment.image_size is not None:
-            raise RuntimeError(
-                f"{_OP}: the attached layer must have run since the latest loss, and it has not: a feature map serves one loss, "
-                "and the model's forward pass must reach the layer"
-            )
-        if self._attachment.captured is None:
-            raise RuntimeError(
-                f"{_OP}: no input was captured: the attached model has not run forward in training mode with grad enabled "
-                "since attach(). Run the model itself (not a copy of it), or pass x"
-            )
-        x = self._attachment.captured()
-        if x is None:
-            # Only a graph holds the captured input: its own forward's graph is gone, or was never there.
-            if not logits.requires_grad:
-                raise RuntimeError(
-                    f"{_OP}: logits must have a graph, got logits that do not require grad: run the forward pass "
-                    "with grad enabled"
-                )
-            raise RuntimeError(
-                f"{_OP}: logits must be computed by the attached model's latest forward pass in training mode, got "
-                "logits of another graph, or the model detaches its input"
-            )
-        return x
+        return self._attachment.input_of(logits)
 
     def _check_batch(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
         _checks.require_floating(_OP, "logits", logits)
@@ -406,158 +383,3 @@ class SIBLoss(nn.Module):
             f"{', '.join(f'{k}={v}' for k, v in names.items())}, mask={self.mask}, every={self.every}, "
             f"attached={self.attached}"
         )
-
-
-def _layer_of(model: nn.Module, layer: str | nn.Module) -> nn.Module:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = modules.get(layer) if isinstance(layer, str) else layer
-    if not any(found is module for module in modules.values()) or found is model:
-        wanted = repr(layer) if isinstance(layer, str) else type(layer).__name__
-        names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"{_OP}.attach: layer must be one of the model's modules, got {wanted}; its first level: {names or 'none'}"
-        )
-    return found
-
-
-class _Attachment:
-    """One criterion's hold on one model: the hooks, and the input of the latest active forward (only the latest).
-
-    captured: None before the first; then a function that returns the input, or None once nothing needs it. The graph of the
-    logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it. image_size:
-    with a layer, height and width of the image that the latest feature map comes from.
-    """
-
-    def __init__(self, criterion: SIBLoss, model: nn.Module, layer: nn.Module | None = None) -> None:
-        # Weak, so that criterion and model do not keep each other alive and a model may hold its criterion as a submodule.
-        self._model = weakref.ref(model)
-        self.of_layer = layer is not None
-        self.captured: Callable[[], Tensor | None] | None = None
-        self.image_size: tuple[int, int] | None = None
-        self.is_paused = False
-        if layer is None:
-            self._handles = [model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)]
-        else:
-            self._handles = [
-                model.register_forward_pre_hook(_ImageSize(self, criterion), with_kwargs=True),
-                layer.register_forward_hook(_FeatureCapture(self, criterion)),
-            ]
-
-    def training(self) -> bool:
-        model = self._model()
-        if model is None:
-            raise RuntimeError(f"{_OP}: the attached model no longer exists; call remove(), then attach() to the new one")
-        return model.training
-
-    def holds(self, model: nn.Module) -> bool:
-        return self._model() is model
-
-    def release(self) -> None:
-        """Lets go of a feature map, which would hold the graph below it until the next forward pass."""
-        if self.of_layer:
-            self.captured = None
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it nothing is captured: the caller passes x itself."""
-        self.is_paused = True
-        try:
-            yield
-        finally:
-            self.is_paused = False
-
-
-class _Capture:
-    """A hook of an attachment. A deep copy or an unpickled one is inert: it belongs to a model that nobody attached."""
-
-    def __init__(self, attachment: _Attachment | None = None, criterion: SIBLoss | None = None) -> None:
-        self._attachment = None if attachment is None else weakref.ref(attachment)
-        self._criterion = None if criterion is None else weakref.ref(criterion)
-
-    def __deepcopy__(self, memo: dict) -> _Capture:
-        return type(self)()
-
-    def __reduce__(self) -> tuple:
-        return type(self), ()
-
-    def attachment(self) -> _Attachment | None:
-        """The attachment, if this forward pass is one whose loss will need what the hook captures."""
-        attachment = self._attachment() if self._attachment is not None else None
-        criterion = self._criterion() if self._criterion is not None else None
-        if attachment is None or criterion is None or attachment.is_paused or not criterion.active:
-            return None
-        return attachment
-
-
-class _InputCapture(_Capture):
-    """Forward pre-hook of the model: replaces its image by a leaf of ours, or takes one that is in a graph already."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        attachment = self.attachment()
-        if attachment is None:
-            return None
-        key = _image_argument(args, kwargs)
-        place = list(args) if isinstance(key, int) else dict(kwargs)
-        value = place[key]
-        if value.requires_grad:
-            attachment.captured = lambda: value  # not ours: no graph need hold the tensor itself
-            return None
-        place[key] = vjp_leaf(value)
-        attachment.captured = weakref.ref(place[key])
-        return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
-
-
-class _ImageSize(_Capture):
-    """Forward pre-hook of the model, with a layer: the size of the image, and the start of a new forward pass."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        attachment = self.attachment()
-        if attachment is None:
-            return
-        key = _image_argument(args, kwargs)
-        attachment.image_size = tuple((args[key] if isinstance(key, int) else kwargs[key]).shape[2:])
-        attachment.captured = None
-
-
-class _FeatureCapture(_Capture):
-    """Forward hook of the layer: takes its output. One that nothing trained lies below becomes a leaf of ours."""
-
-    def __call__(self, module: nn.Module, args: tuple, output: object) -> Tensor | None:
-        # Activation checkpointing runs the layer again inside backward passes: that map is not the loss's.
-        attachment = None if torch._C._current_graph_task_id() != -1 else self.attachment()
-        if attachment is None:
-            return None
-        if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
-            raise RuntimeError(
-                f"{_OP}: the attached layer must return a floating-point [N, C, H, W] tensor, got {_describe(output)}: "
-                "choose a layer whose output is a feature map"
-            )
-        if attachment.captured is not None:
-            raise RuntimeError(
-                f"{_OP}: the attached layer must run once in a forward pass, got a second call: choose one that is not shared"
-            )
-        if output.requires_grad:
-            attachment.captured = lambda: output
-            return None
-        leaf = vjp_leaf(output)
-        attachment.captured = weakref.ref(leaf)
-        return leaf
-
-
-def _image_argument(args: tuple, kwargs: dict) -> int | str:
-    """Place or name of the model's first floating-point [N, C, H, W] argument."""
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
-            return key
-    raise RuntimeError(
-        f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
-        f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
-    )
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

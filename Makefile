@@ -16,15 +16,21 @@ BIN := $(VENV)/bin
 # Processes of the long test runs, a file each, one thread each. JOBS=0 runs them in one process.
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile
+# LONG=1: every cell of every grid and what is marked long (docs/tests.md).
+SELECTION := $(if $(LONG),--long)
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
+.PHONY: demo test test-all check quick interpret old pinned packaging bench gpu format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast study --quick $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
 test: check quick interpret old pinned packaging
+
+# The same without samples. What it found is stored with commit and machine in benchmarks/results/test_all.json.
+test-all: $(VENV)/.built
+	$(BIN)/python tools/test_all.py
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -33,11 +39,11 @@ check: $(VENV)/.built
 	$(BIN)/lint-imports
 
 quick: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" $(SELECTION) $(PARALLEL) $(ARGS)
 
 # The Triton kernels on the CPU, program by program. `quick` compiles them for six GPUs.
 interpret: $(VENV)/.built
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(PARALLEL) $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(SELECTION) $(PARALLEL) $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
 # Without the emulation of CUDA, which is slow, no part of a wheel, and has run above.
@@ -51,7 +57,7 @@ pinned: $(VENV)/.built $(VENV_PINNED)/.installed
 	$(VENV_PINNED)/bin/python -m pytest tests/integrations
 
 packaging: $(VENV)/.built
-	$(BIN)/python -m pytest -m packaging
+	$(BIN)/python -m pytest -m packaging $(SELECTION) $(ARGS)
 
 # Throughput of each op and the head: `make bench ARGS="--device cuda --preset quick"` on a GPU (docs/benchmarks.md).
 bench: $(VENV)/.built

@@ -28,6 +28,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("selection")
     group.addoption("--long", action="store_true", help="tests marked long too, and every cell of the slow backends' grids")
     group.addoption("--sample-seed", type=int, help="seed of the sample of those grids; default: the commit")
+    group.addoption("--every-backend", action="store_true", help="tests of backends that cannot run here too, as skips")
     group.addoption(
         "--cpu-times", type=Path, help="file that gets a line of JSON a test: its CPU seconds, subprocesses' among them"
     )
@@ -74,9 +75,12 @@ def sample(cells: list[dict[str, object]], draw: random.Random) -> set[int]:
 
 def pytest_collection_modifyitems(config, items):
     keep, left_out, grids = [], [], defaultdict(list)
+    usable = set(_backends.BACKENDS) if config.option.every_backend else {b for b in _backends.BACKENDS if unusable(b) is None}
+    usable |= {"cuda"} if hasattr(config, "pretend_device") else set()
     for item in items:
         backend = backend_of(item)
-        if backend is not None and (reason := unusable(backend)) is not None:
+        if backend is not None and backend not in usable:
+            reason = unusable(backend)
             _counts[f"backend {backend!r} is not usable here: {reason}"] += 1
             left_out.append(item)
         elif config.option.long:

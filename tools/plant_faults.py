@@ -475,7 +475,7 @@ def near(file: str) -> tuple[list[str], dict[str, str]]:
     ops = sorted((path.name for path in (ROOT / "sib_fast/ops").iterdir() if path.is_dir()), key=len, reverse=True)
     if arguments[0] == "tests/ops" and (op := next((op for op in ops if op in file), None)):
         arguments = [
-            str(path.relative_to(ROOT)) for where in ("ops", "cuda") for path in ROOT.glob(f"tests/{where}/test_{op}*.py")
+            str(path.relative_to(ROOT)) for where in ("ops", "cuda") for path in ROOT.glob(f"tests/{where}/test_*{op}*.py")
         ]
     return arguments, {}
 

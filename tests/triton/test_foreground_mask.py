@@ -220,6 +220,19 @@ def test_any_scale_is_ranked(scale, passes, kernel, monkeypatch):
     assert torch.equal(ranks[:, :3], rank_pixels_of((order, order), OPTIONS, vjp.dtype)[:, :3])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's word on Inf - Inf, in the interpreter
+def test_what_is_not_finite_is_ranked(dtype, bad, kernel, monkeypatch, poisoned_memory):
+    """The bin of NaN reaches to the largest key, through every histogram: its end may not wrap around to below 0."""
+    monkeypatch.setattr(kernels, "_passes", lambda plan, of_floats: 2)
+    vjp = torch.randn(1, 1, 40, 40, dtype=dtype)
+    vjp[:, :, torch.rand(40, 40) < 0.3] = bad
+    mean_map, _, ranks = selected_ranks(vjp, OPTIONS, kernel)
+    order = mean_map.flatten(1).abs().argsort(dim=1, stable=True)
+    assert torch.equal(ranks[:, :3], rank_pixels_of((order, order), OPTIONS, dtype)[:, :3])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 40.0])
 def test_long_windows_are_ranked(temperature, kernel):
     """Pair by pair, and by one sort beyond _LONGEST_WINDOW; the gradient through more than _MOST_SPIKES ranks is above."""

@@ -141,6 +141,13 @@ def _bits_above(span, BITS: tl.constexpr):
 
 
 @triton.jit
+def _end_of_bin(low, high, which, shift):
+    """The last key of a bin of [low, high]. As a distance from low: a NaN's bin may end beyond the largest integer."""
+    one = tl.full((), 1, low.dtype)
+    return low + tl.minimum(high - low, (which.to(low.dtype) << shift) + ((one << shift) - 1))
+
+
+@triton.jit
 def _interval(histogram, window, start, stop, PASSES: tl.constexpr, WINDOWS: tl.constexpr, ORIGIN: tl.constexpr,
               SHIFT: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Keys [low, high] that hold the ranks start … stop, as PASSES further histograms narrowed them.
@@ -168,7 +175,7 @@ def _interval(histogram, window, start, stop, PASSES: tl.constexpr, WINDOWS: tl.
         last = tl.sum((seen <= stop).to(tl.int32), 0)
         base += tl.sum(tl.where(subbins < first, counts, 0), 0)
         size = tl.sum(tl.where((subbins >= first) & (subbins <= last), counts, 0), 0)
-        high = tl.minimum(high, low + (((last + 1).to(key) << shift) - 1))
+        high = _end_of_bin(low, high, last, shift)
         low += first.to(key) << shift
     return low, high, base, size
 
@@ -322,7 +329,7 @@ def _order_statistic(plane, pixels, rank, low, high, base, KEYED: tl.constexpr, 
             counts += tl.histogram(((key - low) >> shift).to(tl.int32), _BINS, mask=inside)
         found = tl.sum((base + tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
         base += tl.sum(tl.where(bins < found, counts, 0), 0)
-        high = tl.minimum(high, low + (((found + 1).to(low.dtype) << shift) - 1))
+        high = _end_of_bin(low, high, found, shift)
         low += found.to(low.dtype) << shift
     return low, base
 

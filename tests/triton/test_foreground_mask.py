@@ -130,6 +130,18 @@ def test_launches_do_not_depend_on_the_batch():
 
 
 @compiled_only
+@pytest.mark.parametrize(
+    "shape", [(64, 3, 1536, 1536), (4096, 3, 224, 224), (100_000, 3, 32, 32), (1, 3, 40_000, 40_000)], ids=str
+)
+def test_every_grid_is_one_that_a_device_takes(shape):
+    with torch.device("meta"):
+        for dtype in (torch.float64, torch.float32):
+            launches = launches_of(shape, dtype)
+            assert max(launch.grid[0] for launch in launches) > 65535
+            aot.assert_grids_fit(launches)
+
+
+@compiled_only
 def test_every_launch_is_under_the_device_guard(monkeypatch):
     inside = []
 

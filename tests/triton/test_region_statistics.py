@@ -6,6 +6,7 @@ Numbers run under TRITON_INTERPRET=1 or on a GPU; compilation needs neither.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -235,11 +236,39 @@ def test_launch_count_and_scratch_at_the_size_of_the_ledger():
         *("_symmetrised_kernel", "_gradient_kernel", "_gradient_kernel"),
     ]
     programs = [
-        launch.grid[0] * launch.grid[1]
-        for launch in launches
-        if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
+        math.prod(launch.grid) for launch in launches if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
     ]
     assert all(2 * 132 - 8 <= count <= 2 * 132 for count in programs), programs
+
+
+@compiled_only
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((64, 3, 1536, 1536), "contiguous"),
+        ((160, 64, 256, 256), "channels_last"),
+        ((160, 512, 256, 256), "channels_last"),
+        ((40_000, 3, 32, 32), "contiguous"),
+    ],
+    ids=str,
+)
+def test_every_grid_is_one_that_a_device_takes(shape, layout, table):
+    """Maps without data: many pixels, many channels, many pairs of tiles."""
+    with torch.device("meta"):
+        launches = [one for kind in KINDS for one in launches_of(shape, table, kind, layout=layout, background=True, need_x=True)]
+    assert max(launch.grid[0] for launch in launches) > 65535  # a later axis could not be as long
+    aot.assert_grids_fit(launches)
+
+
+@compiled_only
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_small_maps_of_every_size_share_their_kernels(layout):
+    """Rows that run together have the length of a map or of its channels: compiling for each takes seconds."""
+    shapes = [(3, 5, 7, 7), (3, 7, 9, 5), (3, 9, 11, 13)]
+    launches = [one for shape in shapes for one in launches_of(shape, "90", layout=layout)]
+    keys = {one.key for one in launches if one.kernel is kernels._gram_partials_kernel}
+    assert len(keys) == 2  # of R, with its moments, and of x
 
 
 @compiled_only

@@ -1,4 +1,5 @@
-# Two commands: `make demo` runs the main job, `make test` passes the tests. Both make .venv first, with all extras.
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Both make .venv first, with all extras, and build what they
+# run on (tools/build.py): the demo the CPU library and what the visible GPUs need, the tests one CUDA architecture at least.
 #
 # TORCH       what is installed as torch; any release from 2.11 on works
 # TORCH_OLD   the second torch that `make test` takes a quick pass on; a CPU-only build in our CI. Empty skips that pass.
@@ -16,15 +17,22 @@ BIN := $(VENV)/bin
 # Processes of the long test runs, a file each, one thread each. JOBS=0 runs them in one process.
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile
-BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+# LONG=1: every cell of every grid and what is marked long (docs/tests.md).
+SELECTION := $(if $(LONG),--long)
+# Says what is fetched, built and installed, without the resolver's warnings.
+INSTALL := python tools/install.py
 
-.PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
+.PHONY: demo test test-all check quick interpret old pinned packaging wheel bench gpu format clean doctor FORCE
 
-demo: $(VENV)/.built
+demo: $(VENV)/.built-demo
 	$(BIN)/python -m sib_fast study --quick $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
 test: check quick interpret old pinned packaging
+
+# The same without samples. What it found is stored with commit and machine in benchmarks/results/test_all.json.
+test-all: $(VENV)/.built-all
+	$(BIN)/python tools/test_all.py
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -33,11 +41,11 @@ check: $(VENV)/.built
 	$(BIN)/lint-imports
 
 quick: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not packaging" $(SELECTION) $(PARALLEL) $(ARGS)
 
-# The Triton kernels on the CPU, program by program. `quick` compiles them for six GPUs.
+# The Triton kernels on the CPU, program by program; `quick` compiles them for GPUs that are not here.
 interpret: $(VENV)/.built
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(PARALLEL) $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/triton -k triton $(SELECTION) $(PARALLEL) $(ARGS)
 
 # The core on another torch, from the libraries that were built against the first one: what one wheel for every torch means.
 # Without the emulation of CUDA, which is slow, no part of a wheel, and has run above.
@@ -51,7 +59,11 @@ pinned: $(VENV)/.built $(VENV_PINNED)/.installed
 	$(VENV_PINNED)/bin/python -m pytest tests/integrations
 
 packaging: $(VENV)/.built
-	$(BIN)/python -m pytest -m packaging
+	$(BIN)/python -m pytest -m packaging $(SELECTION) $(ARGS)
+
+# dist/*.whl for every default architecture; TORCH_CUDA_ARCH_LIST decides otherwise.
+wheel: $(VENV)/.extras
+	$(BIN)/python tools/build.py wheel
 
 # Throughput of each op and the head: `make bench ARGS="--device cuda --preset quick"` on a GPU (docs/benchmarks.md).
 bench: $(VENV)/.built
@@ -71,20 +83,30 @@ format: $(VENV)/.built
 
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/$(INSTALL) --upgrade pip
+	$(BIN)/$(INSTALL) $(TORCH)
 	touch $@
 
 $(VENV)/.extras: pyproject.toml $(VENV)/.torch
-	$(BIN)/python tools/install_extras.py all
+	$(BIN)/$(INSTALL) --extra all
 	touch $@
 
-# --no-build-isolation: builds against the torch that will load it, in place.
-$(VENV)/.built: $(BUILD_INPUTS) $(VENV)/.extras
-	PATH="$(CURDIR)/$(BIN):$$PATH" SIB_FAST_CPU=1 SIB_FAST_BLOCKS=1 \
-	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(BIN)/python -m sib_fast doctor
+# The package by reference, nothing compiled: that is .built's part, which shows how far it is.
+$(VENV)/.editable: setup.py pyproject.toml $(VENV)/.extras
+	SIB_FAST_CPU=0 SIB_FAST_CUDA=0 $(BIN)/$(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
+
+# Asked every time: CMake knows what was built, for which architectures and from which sources. The file keeps its date, as what is
+# installed beside it does not depend on the libraries.
+$(VENV)/.built: $(VENV)/.editable FORCE
+	$(BIN)/python tools/build.py test
+	test -e $@ || touch $@
+
+$(VENV)/.built-demo: $(VENV)/.editable FORCE
+	$(BIN)/python tools/build.py demo
+
+$(VENV)/.built-all: $(VENV)/.editable FORCE
+	$(BIN)/python tools/build.py all
 
 $(VENV_OLD)/.installed: $(VENV)/.built
 	test -x $(VENV_OLD)/bin/python || $(PYTHON) -m venv $(VENV_OLD)
@@ -97,7 +119,7 @@ $(VENV_OLD)/.installed: $(VENV)/.built
 $(VENV_PINNED)/.installed: $(VENV)/.built Makefile
 	test -x $(VENV_PINNED)/bin/python || $(PYTHON) -m venv $(VENV_PINNED)
 	echo "$(CURDIR)/$$(ls -d $(VENV)/lib/python*/site-packages)" > $$(ls -d $(VENV_PINNED)/lib/python*/site-packages)/newest.pth
-	$(VENV_PINNED)/bin/python -m pip install --quiet $(PINNED)
+	$(VENV_PINNED)/bin/$(INSTALL) $(PINNED)
 	touch $@
 
 clean:

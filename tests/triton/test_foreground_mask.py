@@ -44,7 +44,8 @@ def launches_of(shape=(2, 3, 224, 224), dtype=torch.float32, layout="contiguous"
 
 
 @compiled_only
-def test_default_configurations_compile_for_every_architecture_without_stack_or_spills():
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_default_configurations_have_no_stack_and_no_spills(capability):
     """Every launch of a 3×224×224 map, in every dtype, contiguous and channels_last; the table is kept in build/reports."""
     launches = [
         launch
@@ -53,12 +54,21 @@ def test_default_configurations_compile_for_every_architecture_without_stack_or_
         for launch in launches_of(dtype=dtype, layout=layout)
     ]
     assert len({launch.kernel.__name__ for launch in launches}) == 10
-    rows = aot.report(launches)
-    report = ROOT / "build/reports/triton_foreground_mask.txt"
+    rows = aot.report(launches, [capability])
+    report = ROOT / f"build/reports/triton_foreground_mask_sm{capability}.txt"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(aot.table(rows) + "\n")
-    assert {row.capability for row in rows} == set(aot.CAPABILITIES)
     assert aot.table(row for row in rows if not row.clean) == aot.table([])
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str)
+def test_tiles_of_a_large_window_fit_the_smallest_shared_memory(dtype):
+    """A tile is at least twice as long as its window; what it gathers must fit 99 KiB all the same."""
+    launches = launches_of((1, 3, 600, 600), dtype, options=OPTIONS._replace(window_size=301))
+    rows = aot.report([one for one in launches if "_columns_" in one.kernel.__name__], [86])
+    assert len(rows) == 2
+    assert all(row.shared <= 99 * 1024 for row in rows), aot.table(rows)
 
 
 @compiled_only

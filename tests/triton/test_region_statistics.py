@@ -209,7 +209,7 @@ def test_error_grows_with_the_chain_and_ours_are_short():
 
 
 def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, layout="contiguous"):
-    dtype, precision = KINDS[kind]
+    dtype, precision = KINDS.get(kind, (torch.float32, kind))
     images = shape[0]
     maps = layouts(torch.zeros(shape, dtype=dtype))[layout]
     mask = torch.zeros((images, 1, *shape[2:]), dtype=dtype)
@@ -276,18 +276,33 @@ def test_small_maps_of_every_size_share_their_kernels(layout):
 def test_default_configurations_have_no_stack_and_no_spills(capability):
     table = TABLE_OF[capability]
     launches = [launch for images in (16, 32, 64, 128, 200, 384) for launch in launches_of((images, 3, 64, 64), table)]
+    # Both Grams' S beside each other, and every gradient: what asks for the most.
+    launches += launches_of((100, 3, 64, 64), table, background=True, need_x=True)
     rows = aot.report(launches, [capability])
     assert all(row.clean for row in rows), aot.table(rows)
     assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
 
 
 @compiled_only
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*KINDS, "tf32"])
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_every_configuration_fits_the_shared_memory(capability, kind):
+    launches = [
+        launch
+        for images, background, need_x in itertools.product((16, 32, 64, 128, 200, 384), (False, True), (False, True))
+        for launch in launches_of((images, 3, 64, 64), TABLE_OF[capability], kind, background=background, need_x=need_x)
+    ]
+    rows = aot.report(launches, [capability])
+    assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
+
+
+@compiled_only
 @pytest.mark.parametrize("kind", ["ieee", "float64"])
-def test_other_arithmetic_has_no_stack_and_no_spills(kind):
-    rows = []
-    for capability in (80, 86, 90, 120):
-        launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
-        rows += aot.report(launches, [capability])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_other_arithmetic_has_no_stack_and_no_spills(capability, kind):
+    launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
+    rows = aot.report(launches, [capability])
     assert all(row.clean for row in rows), aot.table(rows)
 
 

@@ -145,7 +145,7 @@ def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
 def test_isolated_install(toolchain, sdist, tmp_path):
     """`pip install .` as a user types it: the build environment is made from pyproject.toml alone."""
-    # torch is pinned to one at hand, since "torch>=2.11" would download the newest; the CPU-only one where it suffices.
+    # torch is pinned to one at hand, since "torch>=2.11" would download the newest; the oldest one where no CUDA is built.
     version = torch.__version__.split("+")[0]
     if toolchain is without_nvcc and (ROOT / ".venv-old").exists():
         version = succeed(

@@ -174,6 +174,7 @@ FAULTS = [
     ('objective: expm1 by exp', OBJ_HEADER, 'lambda_bg * expm1(background)', 'lambda_bg * (exp(background) - 1.0)'),
     ('objective: variance not averaged', OBJ_HOST, 'total[1] = variance * scale.mean;', 'total[1] = variance;'),
     ('objective: cotangent of the foreground dropped', OBJ_HOST, '+ scalar("grad_foreground", grad_foreground)) * batch.hsic', ') * batch.hsic'),
+    ("grams: a ring of one stage", CUDA_STATS, "SIB_CHECK(kStatistics, fit >= 2,", "SIB_CHECK(kStatistics, fit >= 0,"),
     ('objective: last row of a block left out', CUDA_OBJ, 'const bool has_row = i < N;', 'const bool has_row = i < N && i % 33 != 32;'),
     ('objective: columns overwritten while read', CUDA_OBJ, '__syncthreads();  // the columns before these have been read', ''),
     ('objective: columns read before they are there', CUDA_OBJ, '    __syncthreads();\n    if (!has_row) continue;', '    if (!has_row) continue;'),

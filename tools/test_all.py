@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.provenance import provenance, write_json  # noqa: E402
 
-STEPS = ["check", "quick", "interpret", "old", "pinned", "packaging"]
+STEPS = ["check", "quick", "interpret", "old", "old-triton37", "pinned", "packaging"]
 RECORD = ROOT / "benchmarks/results/test_all.json"
 
 

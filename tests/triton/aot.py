@@ -119,6 +119,14 @@ def record(function: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
+def assert_grids_fit(launches: Iterable[Launch]) -> None:
+    """Every launch within CUDA's limits of a grid."""
+    for launch in launches:
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        assert x < 2**31, launch
+        assert max(y, z) <= 65535, launch
+
+
 def _tool(name: str) -> str:
     import triton
 

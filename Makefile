@@ -69,9 +69,9 @@ OF_THE_CORE := tests/ops tests/nn tests/masks tests/estimators $(addprefix tests
   autocast.py lazy.py layer.py)
 define pass_on
 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor$(1) OMP_NUM_THREADS=1 \
-  $(1)/bin/python -m pytest $(OF_THE_CORE) -k "not emulated" $(PARALLEL)
-TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/ops tests/triton -k "triton and not opcheck" $(PARALLEL)
-OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/triton -k "not stack or 90" $(PARALLEL)
+  $(1)/bin/python -m pytest $(OF_THE_CORE) -k "not emulated" $(SELECTION) $(PARALLEL)
+TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/ops tests/triton -k "triton and not opcheck" $(SELECTION) $(PARALLEL)
+OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/triton -k "not stack or 90" $(SELECTION) $(PARALLEL)
 endef
 
 pinned: $(VENV)/.built $(VENV_PINNED)/.installed

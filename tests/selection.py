@@ -1,8 +1,8 @@
 """Which tests run: not those of backends that cannot run here, and of the slow backends' grids a sample (docs/tests.md).
 
 A pytest plugin, loaded by conftest.py. The slow backends are the emulation of CUDA and Triton's interpreter. Without `--long`
-each of their grids runs in a few cells, drawn from a seed, such that every value of every parameter is in one of them. The seed
-is the commit's, so that every commit draws anew and a red run can be repeated with `--sample-seed`.
+each of their grids runs in a few cells, drawn from a seed, such that every value of every parameter is in one of them; of a grid
+marked sampled(n), n cells. The seed is the commit's, so that every commit draws anew; `--sample-seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -88,13 +88,17 @@ def pytest_collection_modifyitems(config, items):
         elif item.get_closest_marker("long"):
             _counts["marked long (--long runs them)"] += 1
             left_out.append(item)
-        elif is_slow(backend):
+        elif is_slow(backend) or item.get_closest_marker("sampled"):
             grids[item.parent.nodeid, item.originalname, backend].append(item)
         else:
             keep.append(item)
     for name, grid in grids.items():
-        chosen = sample([item.callspec.params for item in grid], random.Random(f"{config.option.sample_seed} {name}"))
-        _counts["outside the sample of the slow backends' grids (--long runs them)"] += len(grid) - len(chosen)
+        draw, marker = random.Random(f"{config.option.sample_seed} {name}"), grid[0].get_closest_marker("sampled")
+        if marker:
+            chosen = set(draw.sample(range(len(grid)), min(marker.args[0], len(grid))))
+        else:
+            chosen = sample([item.callspec.params for item in grid], draw)
+        _counts["outside the sample (--long runs them)"] += len(grid) - len(chosen)
         _counts["in the sample"] += len(chosen)
         keep += [grid[at] for at in sorted(chosen)]
         left_out += [item for at, item in enumerate(grid) if at not in chosen]
@@ -102,6 +106,19 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         chosen = set(keep)
         items[:] = [item for item in items if item in chosen]
+
+
+@pytest.fixture
+def drawn(request):
+    """drawn(items, value_of): every item with `--long`, otherwise a sample in which every value is held by one."""
+
+    def choose(items, value_of):
+        items = list(items)
+        draw = random.Random(f"{request.config.option.sample_seed} {request.node.nodeid}")
+        chosen = range(len(items)) if request.config.option.long else sample([{"value": value_of(i)} for i in items], draw)
+        return [items[at] for at in sorted(chosen)]
+
+    return choose
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,6 +43,14 @@ def test_a_test_without_a_grid_is_always_in_the_sample():
     assert sample([{"kernel": "emulated"}], random.Random(0)) == {0}
 
 
+def test_items_of_a_test_are_drawn_by_what_they_are(drawn, request):
+    items = [(kernel, size) for kernel in "abc" for size in range(20)]
+    chosen = drawn(items, lambda item: item[0])
+    assert {kernel for kernel, _ in chosen} == set("abc")
+    assert chosen == drawn(items, lambda item: item[0])
+    assert len(chosen) == (len(items) if request.config.option.long else 3)
+
+
 def collected(*options):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/ops/test_softmax.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -101,6 +101,10 @@ def _launch(kernel, grid, arguments: tuple, keywords: dict[str, Any]) -> Launch:
     return Launch(kernel, grid, signature, constants, attributes, options)
 
 
+def name_of(launch: Launch) -> str:
+    return launch.kernel.__name__
+
+
 def record(function: Callable[[], Any]) -> list[Launch]:
     """The launches of `function()`, none of them run: buffers that a kernel would fill stay as they were allocated."""
     from triton.runtime.jit import JITFunction

@@ -45,7 +45,7 @@ def launches_of(shape=(2, 3, 224, 224), dtype=torch.float32, layout="contiguous"
 
 @compiled_only
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_default_configurations_have_no_stack_and_no_spills(capability):
+def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
     """Every launch of a 3×224×224 map, in every dtype, contiguous and channels_last; the table is kept in build/reports."""
     launches = [
         launch
@@ -54,7 +54,7 @@ def test_default_configurations_have_no_stack_and_no_spills(capability):
         for launch in launches_of(dtype=dtype, layout=layout)
     ]
     assert len({launch.kernel.__name__ for launch in launches}) == 10
-    rows = aot.report(launches, [capability])
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     report = ROOT / f"build/reports/triton_foreground_mask_sm{capability}.txt"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(aot.table(rows) + "\n")

@@ -273,12 +273,12 @@ def test_small_maps_of_every_size_share_their_kernels(layout):
 
 @compiled_only
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_default_configurations_have_no_stack_and_no_spills(capability):
+def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
     table = TABLE_OF[capability]
     launches = [launch for images in (16, 32, 64, 128, 200, 384) for launch in launches_of((images, 3, 64, 64), table)]
     # Both Grams' S beside each other, and every gradient: what asks for the most.
     launches += launches_of((100, 3, 64, 64), table, background=True, need_x=True)
-    rows = aot.report(launches, [capability])
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     assert all(row.clean for row in rows), aot.table(rows)
     assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
 
@@ -287,22 +287,22 @@ def test_default_configurations_have_no_stack_and_no_spills(capability):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "tf32"])
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_every_configuration_fits_the_shared_memory(capability, kind):
+def test_every_configuration_fits_the_shared_memory(capability, kind, drawn):
     launches = [
         launch
         for images, background, need_x in itertools.product((16, 32, 64, 128, 200, 384), (False, True), (False, True))
         for launch in launches_of((images, 3, 64, 64), TABLE_OF[capability], kind, background=background, need_x=need_x)
     ]
-    rows = aot.report(launches, [capability])
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
 
 
 @compiled_only
 @pytest.mark.parametrize("kind", ["ieee", "float64"])
 @pytest.mark.parametrize("capability", [80, 86, 90, 120])
-def test_other_arithmetic_has_no_stack_and_no_spills(capability, kind):
+def test_other_arithmetic_has_no_stack_and_no_spills(capability, kind, drawn):
     launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
-    rows = aot.report(launches, [capability])
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     assert all(row.clean for row in rows), aot.table(rows)
 
 

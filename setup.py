@@ -54,7 +54,7 @@ def cpu_obstacle() -> str | None:
         return "no torch >= 2.11 in the build environment (with --no-build-isolation, install torch first)"
     if sys.platform == "win32":
         return "the kernels are written for gcc and clang; Windows has the reference backend only"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++").split()[0], "c++", "g++", "clang++")):
+    if not any(shutil.which(name) for name in (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")):
         return "no C++ compiler on PATH (install g++ or clang++, or set CXX)"
     if shutil.which("cmake") is None:
         return "no cmake on PATH (pip install cmake)"

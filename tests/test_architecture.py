@@ -105,6 +105,7 @@ def test_doctor_says_what_to_type(monkeypatch):
     assert "install nvcc (above), then: SIB_FAST_CUDA=1 pip install" in dict(doctor.report())["to do"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_ops_on_every_instruction_set(capability):
     """The whole suite of the ops again, on the kernels that an older CPU would run."""

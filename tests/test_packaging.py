@@ -211,9 +211,11 @@ def test_wishes_that_cannot_be_met_are_errors(sdist, tmp_path):
 
 
 def test_without_a_compiler_the_reference_installs(sdist, tmp_path):
-    succeed(
-        sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
-        cwd=tmp_path, SIB_FAST_CPU="0", SIB_FAST_CUDA="0",
+    (tmp_path / "empty").mkdir()
+    said = succeed(
+        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
+        cwd=tmp_path, PATH=str(tmp_path / "empty"), CXX="", CUDA_HOME="", CUDA_PATH="",
     )  # fmt: skip
+    assert "not building the library of SIB_FAST_CPU: no C++ compiler on PATH (install g++ or clang++, or set CXX)" in said
     assert not (tmp_path / "site/sib_fast/lib").exists()
     assert_works_outside_the_tree(tmp_path / "site", "reference", tmp_path)

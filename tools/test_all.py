@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,14 +24,14 @@ RECORD = ROOT / "benchmarks/results/test_all.json"
 
 
 def step(name: str) -> dict[str, object]:
-    """Runs `make <name> LONG=1`, its output as it comes, and reads pytest's last line."""
-    began, counts = time.monotonic(), {}
+    """Runs `make <name> LONG=1`, its output as it comes, and adds up what pytest says at the end of each of its runs."""
+    began, counts = time.monotonic(), Counter()
     command = ["make", "--no-print-directory", name, "LONG=1"]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             if re.search(r"\d+ (?:passed|failed).* in [\d.]+s", line):
-                counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", line)}
+                counts.update({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", line)})
     return {"green": process.returncode == 0, "seconds": round(time.monotonic() - began), **counts}
 
 

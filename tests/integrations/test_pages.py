@@ -96,6 +96,7 @@ def test_examples(name, monkeypatch, tmp_path):
         assert {key.removeprefix("sib/") for key in out} >= TERMS
 
 
+@pytest.mark.long
 def test_the_ddp_example():
     pytest.importorskip("skimage", exc_type=ImportError)
     command = [

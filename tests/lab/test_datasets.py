@@ -261,6 +261,7 @@ def test_a_relative_root_and_a_string_do(tree, name, monkeypatch):
     assert len(open_dataset(name, ".", "train", image_size=SIZE)) >= 2
 
 
+@pytest.mark.long
 def test_spawned_workers_read_the_same_items(tree):
     data = open_dataset("dogs", tree("dogs"), "train", image_size=SIZE)
     assert len(pickle.dumps(data)) < 10_000  # paths, not pixels

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,9 +59,10 @@ class SIBLoss(nn.Module):
     lowered. Either explicitly, `x.requires_grad_(); logits = model(x); loss = criterion(logits, target, x)`, or attached
     once, `criterion = SIBLoss(...).attach(model)`, after which the trainer goes on calling `criterion(logits, target)`.
 
-    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model, and this training
-    step is one of every `every`; otherwise it is the base loss alone, so that validation loops and inference_mode work
-    unchanged.
+    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model or `train_in_eval_mode`
+    is set, and this training step is one of every `every`; otherwise it is the base loss alone, so that validation loops and
+    inference_mode work unchanged. `criterion.eval()` always means the base loss. A backward pass through a loss whose terms only
+    the model's eval mode left out warns, once a criterion.
 
     Shapes:  logits [N, K]; target int64 [N] or probabilities [N, K]; x [N, C, H, W] -> 0-d loss, float32, or float64 if
              logits or x are. Runs with autocast off.
@@ -69,8 +73,11 @@ class SIBLoss(nn.Module):
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
              smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
              (torch.distributed), see docs/trainers.md. backend: one of `sib_fast.BACKENDS`, or "auto".
+             train_in_eval_mode: apply the terms while the attached model is in eval mode too, for fine-tuning with frozen batch
+             norm; a validation pass then needs no_grad or criterion.eval().
              every: lazy S-IB: the terms apply at training steps 0, k, 2k, …, and a step between costs a plain step.
-             accumulation_steps: micro-batches (calls of the criterion in training) that make one step. every_weight: "sum"
+             accumulation_steps: micro-batches (calls of the criterion in training) that make one step; where a step's calls are
+             not a fixed number, see `one_step`. every_weight: "sum"
              multiplies both weights by `every`, so that their sum over the steps is that of every=1; "mean" does not.
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
@@ -78,7 +85,8 @@ class SIBLoss(nn.Module):
     Attributes: active: whether the next call applies the S-IB terms; known before the forward pass. terms: detached 0-d
              tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask).
              Nothing is synchronised.
-    State:   none; with every > 1 the number of training calls so far, in the state_dict, so that a resumed run continues.
+    State:   none; with every > 1 the number of training calls so far (under `one_step`: of steps), in the state_dict, so that
+             a resumed run continues.
     Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
     Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
     Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
@@ -105,6 +113,7 @@ class SIBLoss(nn.Module):
         every: int = 1,
         accumulation_steps: int = 1,
         every_weight: str = "sum",
+        train_in_eval_mode: bool = False,
     ) -> None:
         super().__init__()
         for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
@@ -153,7 +162,10 @@ class SIBLoss(nn.Module):
         self.gather = bool(gather)
         self.backend = backend
         self.every, self.accumulation_steps, self.every_weight = every, accumulation_steps, every_weight
+        self.train_in_eval_mode = bool(train_in_eval_mode)
         self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
+        self._open_step: bool | None = None  # inside `one_step`: whether a training call was made there
+        self._warned_of_eval_mode = False
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
         self._attachment: Attachment | None = None
@@ -165,8 +177,8 @@ class SIBLoss(nn.Module):
         """Captures the model's input, or a layer's feature map, so that `criterion(logits, target)` suffices. Returns self.
 
         A forward pre-hook hands the (inner) module a differentiable view of its first floating-point [N, C, H, W] argument,
-        positional or keyword; the caller's tensor stays as it is and gets no `.grad`. Copies and pickles of the model carry
-        no live hook, and copies of the criterion are not attached.
+        positional or keyword; the caller's tensor stays as it is and gets no `.grad`, also where the model changes its input in
+        place. Copies and pickles of the model carry no live hook, and copies of the criterion are not attached.
 
         With a layer, the VJP and the statistics are taken at that layer's output [N, C', H', W'], detached in the statistics
         as the image is: S-IB in feature space. Only the network above it is differentiated twice. `window_size` is meant for
@@ -214,7 +226,7 @@ class SIBLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
-        return {**self.__dict__, "_attachment": None, "terms": {}, "_graph_checked": False}
+        return {**self.__dict__, "_attachment": None, "terms": {}, "_graph_checked": False, "_open_step": None}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -227,8 +239,40 @@ class SIBLoss(nn.Module):
                 self._attachment.release()
         else:
             loss = self.plain_loss(logits, target)
+            if not torch.compiler.is_compiling():
+                self.warn_if_trained(loss)
         self.count_call()
         return loss
+
+    @contextmanager
+    def one_step(self, number: int | None = None) -> Iterator[None]:
+        """All training calls inside are of one step, so that `every` applies the terms in all of them or in none.
+
+            with criterion.one_step():
+                optimizer.step(closure)      # LBFGS; or SAM's two passes, a mixup of two losses, all micro-batches
+
+        A block without a training call, or that raised, is no step; a block inside a block belongs to the outer one. Calls
+        outside are a step each, as ever.
+
+        Args:    number: of this step, where the trainer counts steps itself and keeps the count.
+        Errors:  ValueError with accumulation_steps > 1, which says that calls are counted.
+        """
+        if self.accumulation_steps > 1:
+            raise ValueError(
+                f"{_OP}.one_step: accumulation_steps must be 1, got {self.accumulation_steps}: put all micro-batches of a step "
+                "into the block, or leave the block out"
+            )
+        if self._open_step is not None:
+            yield
+            return
+        if number is not None:
+            self._calls = int(number)
+        self._open_step = False
+        try:
+            yield
+            self._calls += self._open_step
+        finally:
+            self._open_step = None
 
     @property
     def active(self) -> bool:
@@ -236,12 +280,49 @@ class SIBLoss(nn.Module):
         return self._training() and (self.every == 1 or self._calls // self.accumulation_steps % self.every == 0)
 
     def _training(self) -> bool:
-        return torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())
+        if not (torch.is_grad_enabled() and self.training):
+            return False
+        return self._attachment is None or self._attachment.training() or self.train_in_eval_mode
 
     def count_call(self) -> None:
         """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
         if self.every > 1 and self._training():
-            self._calls += 1
+            if self._open_step is None:
+                self._calls += 1
+            else:
+                self._open_step = True
+
+    def warn_if_trained(self, loss: Tensor) -> None:
+        """Lets the first backward pass through a base loss warn, where only the model's eval mode left the terms out.
+
+        A validation pass has no backward. `forward` does it; a caller of `plain_loss` must.
+        """
+        attachment = self._attachment
+        if self._warned_of_eval_mode or attachment is None or not loss.requires_grad or attachment.training():
+            return
+        if self.training and not self.train_in_eval_mode:
+            message = (
+                f"{_OP}: the attached model must be in training mode for the S-IB terms, got one in eval mode: this backward "
+                "pass trains the base loss alone. Call model.train(); or give SIBLoss(train_in_eval_mode=True), to fine-tune "
+                "with frozen batch norm; or call criterion.eval(), if the base loss is meant"
+            )
+        elif not self.training and attachment.is_held_by_model(self):
+            message = (
+                f"{_OP}: the criterion must be in training mode for the S-IB terms, got eval mode together with the model that "
+                "holds it: this backward pass trains the base loss alone. Call train() of both; to fine-tune with frozen batch "
+                "norm give SIBLoss(train_in_eval_mode=True) and call criterion.train() after model.eval()"
+            )
+        else:
+            return
+        criterion = weakref.ref(self)
+
+        def warn(_: Tensor) -> None:
+            self = criterion()
+            if self is not None and not self._warned_of_eval_mode:
+                self._warned_of_eval_mode = True
+                warnings.warn(message, stacklevel=2)
+
+        loss.register_hook(warn)
 
     def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """The base loss alone, whatever `active` says."""

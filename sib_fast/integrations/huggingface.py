@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,7 +20,9 @@ class SIBTrainerMixin:
 
     The model's own loss is not used: labels are kept from it, its logits go to the criterion. The loss is a per-batch mean,
     and the Trainer is told so, so that gradient accumulation divides it. Evaluation, which runs without gradients, sees the
-    base loss. Terms are averaged between log lines and logged as "sib/<term>".
+    base loss. Terms are averaged between log lines and logged as "sib/<term>". With `every` > 1 a step is the Trainer's
+    `state.global_step`, whatever the gradient accumulation and after a restart too, unless the criterion was given
+    accumulation_steps > 1.
 
     Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N] or probabilities [N, K].
     Args:    criterion: a SIBLoss, default SIBLoss(). fast: give the network the package's layers (`sib_fast.prepare`).
@@ -66,10 +70,12 @@ class SIBTrainerMixin:
                 f"{_OP}: inputs must hold 'labels', got {sorted(inputs)}: rename the column, or set remove_unused_columns=False"
             )
         labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        loss = self.criterion(logits, labels)
-        if model.training:
+        counted = self.criterion.accumulation_steps == 1
+        with self.criterion.one_step(self.state.global_step) if counted else nullcontext():
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            loss = self.criterion(logits, labels)
+        if torch.is_grad_enabled():  # a training step, whatever the model's mode
             self._terms.update(self.criterion)
         return (loss, outputs) if return_outputs else loss
 

@@ -73,6 +73,41 @@ def test_the_trainer_trains_as_the_explicit_form_does(accumulate, tmp_path):
         assert line["loss"] == pytest.approx(line["sib/loss"], abs=1e-3)
 
 
+def test_a_model_that_comes_in_eval_mode_is_trained_with_the_terms(tmp_path):
+    """As from_pretrained returns it: the Trainer sets its own mode at every step."""
+    model, batches = Classifier(transformers.PretrainedConfig()).eval(), batches_of(2)
+    trainer_of(tmp_path, model, rows_of(batches)).train()
+    assert_same_parameters(model.body, explicit_steps(batches, lr=0.1))
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_the_terms_apply_at_every_kth_step_of_the_trainers(accumulation_steps, tmp_path):
+    """Whatever the accumulation, with accumulation_steps and without, and after a restart at an odd step."""
+    applied = []
+
+    class Watched(InOrder):
+        def compute_loss(self, *args, **kwargs):
+            out = super().compute_loss(*args, **kwargs)
+            applied.append((self.state.global_step, "foreground" in self.criterion.terms))
+            return out
+
+    def fit(criterion, **options):
+        model = Classifier(transformers.PretrainedConfig())
+        arguments = trainer_of(
+            tmp_path, model, [], gradient_accumulation_steps=2, max_steps=4, save_strategy="steps", save_steps=3
+        ).args
+        trainer = Watched(model, arguments, train_dataset=rows_of(batches_of(8)), criterion=criterion)
+        trainer.train(**options)
+
+    fit(SIBLoss(**WEIGHTS, every=2, accumulation_steps=accumulation_steps))
+    assert [step for step, _ in applied] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(on == (step % 2 == 0) for step, on in applied)
+    if accumulation_steps == 1:
+        applied.clear()
+        fit(SIBLoss(**WEIGHTS, every=2), resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert applied == [(3, False), (3, False)]
+
+
 def test_evaluation_between_steps_leaves_the_logged_terms_alone(tmp_path):
     def lines(**options):
         trainer = trainer_of(tmp_path, Classifier(transformers.PretrainedConfig()), rows_of(batches_of(2)), **options)

@@ -55,8 +55,9 @@ def global_region_statistics(
         for gram in (partial.gram_vjp, partial.gram_x, partial.background_gram_vjp, partial.background_gram_x)
     ]
     # Gathered as a sum, in which every rank's place is zero on all others: exact, and one collective less to differentiate.
-    places = vjp.new_zeros((2, world, len(vjp)), dtype=torch.float64)
-    places[:, dist.get_rank(group)] = torch.stack([own.background_variance, own.vjp_variance])
+    mine = torch.stack([own.background_variance, own.vjp_variance])
+    places = mine.new_zeros((2, world, len(vjp)))
+    places[:, dist.get_rank(group)] = mine
     variances = _SumOfRanks.apply(places, group).flatten(1)
     return RegionStatistics(grams[0], grams[1], variances[0], variances[1], grams[2], grams[3])
 

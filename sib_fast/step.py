@@ -128,6 +128,8 @@ class CompiledStep:
         if active and not self._checked:
             check_before_compiling(_OP, self.model, x)
             self._checked = True
+        if active:
+            self.criterion.check_values(target, mask)
         copies_out = self._copies_out and x.is_cuda
         if copies_out:
             torch.compiler.cudagraph_mark_step_begin()

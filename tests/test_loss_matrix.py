@@ -66,7 +66,7 @@ class Plain:
         if not self.row.applies or self.steps % every:
             return base
         (vjp,) = torch.autograd.grad(self.row.scalar(logits, target), h, create_graph=True)
-        mask = plain_mask(vjp, WINDOW) if mask is None else mask.double()
+        mask = plain_mask(vjp, WINDOW) if mask is None else mask.double() / mask.double().max().clamp(min=1)
         data = h.detach()
         foreground = self.row.foreground((vjp * mask).flatten(1), (data * mask).flatten(1))
         background = (vjp * (1 - mask)).flatten(1).var(dim=1, unbiased=True).mean()
@@ -114,10 +114,19 @@ def one_image(side: Ours | Plain) -> list[nn.Module]:
     return train(side, lambda: batches(images=1))
 
 
-def given_mask(dtype: torch.dtype) -> Callable:
+def labelled(label: Callable[[Tensor], Tensor]) -> Callable:
+    """Training with targets made of the class indices."""
+    return lambda side: train(side, lambda: [(x, label(target)) for x, target in batches()])
+
+
+def multi_hot(target: Tensor) -> Tensor:
+    return F.one_hot(target, 5) | F.one_hot((target + 2) % 5, 5)
+
+
+def given_mask(dtype: torch.dtype, times: float = 1) -> Callable:
     def play(side: Ours | Plain) -> list[nn.Module]:
         values = torch.rand(6, 1, 12, 11, generator=torch.Generator().manual_seed(4))
-        return train(side, mask=(values > 0.6).to(dtype) if not dtype.is_floating_point else values.to(dtype))
+        return train(side, mask=times * (values if dtype.is_floating_point else values > 0.6).to(dtype))
 
     return play
 
@@ -235,6 +244,10 @@ class Centre(nn.Module):
         return x
 
 
+def one_logit() -> nn.Sequential:
+    return conv_net(classes=1)
+
+
 def changes_its_input() -> nn.Sequential:
     return nn.Sequential(Centre(), *conv_net())
 
@@ -289,6 +302,23 @@ def energy(logits: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (torch.softmax(logits, dim=1) ** 2).sum()
 
 
+def energy_of_one_logit(logits: Tensor, target: Tensor) -> Tensor:
+    return energy(torch.cat([torch.zeros_like(logits), logits], dim=1), target)
+
+
+def energy_of_labels(logits: Tensor, target: Tensor) -> Tensor:
+    p = torch.sigmoid(logits)
+    return 0.5 * (p**2 + (1 - p) ** 2).sum()
+
+
+def log_probability_of_one_logit(logits: Tensor, target: Tensor) -> Tensor:
+    return F.logsigmoid(torch.where(target > 0.5, logits[:, 0], -logits[:, 0])).sum()
+
+
+def binary(logits: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target.double().reshape(logits.shape))
+
+
 def uncentred(rows: Tensor, others: Tensor) -> Tensor:
     return ((rows @ rows.T) * (others @ others.T)).mean() * 1e3
 
@@ -325,6 +355,11 @@ NO_LAYER = {"layer": (RuntimeError, "criterion must be attached to the model's i
 LAZY = {"every": 2}
 IN_PLACE = {"explicit": (RuntimeError, r"leaf Variable that requires grad (is being|has been) used in an in-place operation")}
 
+BINARY = {"base_loss": nn.BCEWithLogitsLoss()}
+ONE_LOGIT = {"network": one_logit, "base_loss": binary, "scalar": energy_of_one_logit}
+LABELS = {"base_loss": binary, "scalar": energy_of_labels}
+NO_MASK = everywhere(ValueError, "mask must hold 0 and 1 or 0 and 255 alone")
+
 ROWS = {
     "train": Row(train),
     "model in eval": Row(train, modes=all_eval, applies=False, warns=EVAL_MODE),
@@ -334,6 +369,31 @@ ROWS = {
     "criterion in eval": Row(train, modes=criterion_in_eval, applies=False),
     "criterion in eval, asked for": Row(train, {"train_in_eval_mode": True}, modes=both_in_eval, applies=False),
     "soft targets": Row(soft),
+    "one logit, int64 [N]": Row(labelled(lambda t: t % 2), BINARY, **ONE_LOGIT),
+    "one logit, bool [N, 1]": Row(labelled(lambda t: t[:, None] % 2 == 1), BINARY, **ONE_LOGIT),
+    "one logit, float [N]": Row(labelled(lambda t: t % 2 * 1.0), BINARY, **ONE_LOGIT),
+    "one logit, label_log_probability": Row(
+        labelled(lambda t: t % 2),
+        {**BINARY, "scalar": "label_log_probability"},
+        **{**ONE_LOGIT, "scalar": log_probability_of_one_logit},
+    ),
+    "one logit, model in eval, asked for": Row(
+        labelled(lambda t: t % 2), {**BINARY, "train_in_eval_mode": True}, modes=all_eval, **ONE_LOGIT
+    ),
+    "one logit, cross-entropy": Row(
+        labelled(lambda t: t % 2), network=one_logit, raises=everywhere(ValueError, "base_loss must not be cross-entropy")
+    ),
+    **{
+        f"several labels, {dtype}": Row(
+            labelled(lambda t, dtype=dtype: multi_hot(t).to(dtype)), {**BINARY, "scalar": "multilabel_energy"}, **LABELS
+        )
+        for dtype in (torch.float64, torch.float32, torch.int64, torch.bool)
+    },
+    "several labels, a label's scalar": Row(
+        labelled(lambda t: multi_hot(t).bool()),
+        {**BINARY, "scalar": "label_logit"},
+        raises=everywhere(TypeError, "target must be class indices or floating-point probabilities"),
+    ),
     "N = 1": Row(one_image, raises=TOO_FEW),
     "N = 1, an estimator that takes it": Row(
         one_image, {"estimator": lambda gram_vjp, gram_x: (gram_vjp * gram_x).mean() * 1e3}, foreground=uncentred
@@ -341,8 +401,11 @@ ROWS = {
     "N = 1, base loss": Row(one_image, modes=criterion_in_eval, applies=False),
     **{
         f"given mask, {dtype}": Row(given_mask(dtype))
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int64)
     },
+    "given mask, 0 and 255": Row(given_mask(torch.uint8, 255)),
+    "given mask, labels": Row(given_mask(torch.int64, 15), raises=NO_MASK),
+    "given mask, 0 to 255": Row(given_mask(torch.float32, 255), raises=everywhere(ValueError, r"mask must lie in \[0, 1\]")),
     "LBFGS": Row(lbfgs),
     "LBFGS, every=2": Row(lbfgs, LAZY),
     "SAM": Row(sam),
@@ -387,7 +450,7 @@ def test_trains_as_plain_pytorch_does(name, form, prepared):
     row = ROWS[name]
     if row.warns and form == "explicit":  # x is given: there is no model whose mode could be asked
         row = replace(row, applies=True, warns=None)
-    criterion = SIBLoss(LAMBDA_FG, LAMBDA_BG, window_size=WINDOW, base_loss=row.base_loss, **row.options)
+    criterion = SIBLoss(LAMBDA_FG, LAMBDA_BG, window_size=WINDOW, **row.options)
     net = prepare(row.network().double()) if prepared else row.network().double()
     row.modes(net, criterion)
 

@@ -24,10 +24,13 @@ class SIBTrainerMixin:
     `state.global_step`, whatever the gradient accumulation and after a restart too, unless the criterion was given
     accumulation_steps > 1.
 
-    Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N] or probabilities [N, K].
-    Args:    criterion: a SIBLoss, default SIBLoss(). fast: give the network the package's layers (`sib_fast.prepare`).
+    Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N], probabilities [N, K], or for a
+             multi-label model multi-hot [N, K].
+    Args:    criterion: a SIBLoss, default SIBLoss(), or with the multi-label energy and binary cross-entropy if the model's
+             problem_type is "multi_label_classification". fast: give the network the package's layers (`sib_fast.prepare`).
     Errors:  TypeError if criterion is no SIBLoss; ValueError for a model that was loaded with fused attention, for
-             compute_loss_func, label_smoothing_factor (put it into the criterion's base loss) and torch_compile.
+             compute_loss_func, label_smoothing_factor (put it into the criterion's base loss), torch_compile, and a
+             cross-entropy criterion for several labels.
     """
 
     # The loss is a mean over the batch: without this the Trainer may take it for one that is summed over the accumulation.
@@ -35,9 +38,16 @@ class SIBTrainerMixin:
 
     def __init__(self, *args: Any, criterion: SIBLoss | None = None, fast: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        criterion = SIBLoss() if criterion is None else criterion
+        several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
+        if criterion is None:
+            criterion = SIBLoss(scalar="multilabel_energy", base_loss=nn.BCEWithLogitsLoss()) if several else SIBLoss()
         if not isinstance(criterion, SIBLoss):
             raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
+        if several and isinstance(criterion.base_loss, nn.CrossEntropyLoss):
+            raise ValueError(
+                f"{_OP}: the criterion's base_loss must not be cross-entropy for problem_type "
+                "'multi_label_classification', got one: SIBLoss(scalar='multilabel_energy', base_loss=nn.BCEWithLogitsLoss())"
+            )
         if self.compute_loss_func is not None:
             raise ValueError(f"{_OP}: compute_loss_func must be None, got a function: the criterion computes the loss")
         if self.args.label_smoothing_factor:

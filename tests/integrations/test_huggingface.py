@@ -154,6 +154,22 @@ def test_what_would_fail_is_refused_in_words(tmp_path):
         trainer_of(tmp_path, model, rows).compute_loss(model, {"pixel_values": torch.zeros(1, 3, 8, 8)})
 
 
+def test_several_labels(tmp_path):
+    config = transformers.PretrainedConfig(problem_type="multi_label_classification")
+    multi_hot = (torch.arange(30).view(6, 5) % 3 == 0).float()
+    images = batches_of(1)[0][0]
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(images, multi_hot, strict=True)]
+    with pytest.raises(ValueError, match="SIBTrainer: the criterion's base_loss must not be cross-entropy for problem_type"):
+        trainer_of(tmp_path, Classifier(config), rows, SIBLoss(**WEIGHTS))
+    arguments = trainer_of(tmp_path, Classifier(transformers.PretrainedConfig()), rows).args
+    trainer = InOrder(Classifier(config), arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.criterion.scalar == "multilabel_energy"
+    net = conv_net()
+    wanted = nn.functional.binary_cross_entropy_with_logits(net(images), multi_hot).item()
+    assert trainer.state.log_history[0]["sib/base"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_accelerate():
     """No integration is needed: attach before `prepare`, or after it."""
     batches = batches_of(3)

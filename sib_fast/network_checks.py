@@ -158,7 +158,7 @@ def forward_on_fake_tensors(model: nn.Module, x: Tensor, train: bool = False) ->
     with mode, torch.enable_grad():
         leaf = mode.from_tensor(x.detach())
         leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
-        output = next(o for o in tree_leaves(twin(leaf)) if isinstance(o, Tensor) and o.is_floating_point())
+        output = next(o for o in tree_leaves(twin(leaf.clone())) if isinstance(o, Tensor) and o.is_floating_point())
     return output, leaf, mode
 
 

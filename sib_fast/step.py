@@ -123,7 +123,7 @@ class CompiledStep:
 
     def _active_step(self, x: Tensor, target: Tensor, mask: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         leaf = x if x.requires_grad else _vjp_leaf(x)
-        logits = self.model(leaf)
+        logits = self.model(leaf.clone())  # which it may change in place; a compiler leaves out a copy that nobody changes
         loss = self.criterion.active_loss(logits, target, leaf, mask)
         return loss, logits.detach(), self.criterion.terms
 
@@ -140,6 +140,8 @@ class CompiledStep:
         if active and not self._checked:
             check_before_compiling(_OP, self.model, x)
             self._checked = True
+        if active:
+            self.criterion.check_values(target, mask)
         copies_out = self._copies_out and x.is_cuda
         if copies_out:
             torch.compiler.cudagraph_mark_step_begin()
@@ -154,5 +156,7 @@ class CompiledStep:
         if copies_out:
             logits, terms = logits.clone(), {name: term.clone() for name, term in terms.items()}
         self.criterion.terms = terms
+        if not active:
+            self.criterion.warn_if_trained(loss)
         self.criterion.count_call()
         return StepOutput(loss, logits, terms)

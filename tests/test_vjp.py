@@ -15,6 +15,7 @@ from sib_fast.vjp import FLOAT16_SCALE, SCALARS, energy_cotangent
 # Σ over images of a scalar of the logits, as one would write it without this package.
 PLAIN = {
     "energy": lambda z, y: 0.5 * torch.softmax(z, 1).pow(2).sum(),
+    "multilabel_energy": lambda z, y: 0.5 * (torch.sigmoid(z).pow(2) + (1 - torch.sigmoid(z)).pow(2)).sum(),
     "logit_sum": lambda z, y: z.sum(),
     "label_logit": lambda z, y: z[torch.arange(len(y)), y].sum(),
     "label_log_probability": lambda z, y: torch.log_softmax(z, 1)[torch.arange(len(y)), y].sum(),

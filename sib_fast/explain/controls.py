@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sib_fast import _checks
 from sib_fast.explain.methods import explain
+from sib_fast.vjp import two_classes
 
 # Far from the seeds that people initialise with: a network that was made from seed 0 must not be drawn again.
 _FIRST_SEED = 0x51B_FA57
@@ -23,7 +24,8 @@ def insertion_deletion(
 
     A faithful map inserts high and deletes low. Pixels go in `steps` equal groups by relevance, ties by position.
 
-    Shapes:  x [N, C, H, W]; target int64 [N]; maps [N, 1, H, W] -> insertion [N], deletion [N], float64.
+    Shapes:  x [N, C, H, W]; target int64 [N]; maps [N, 1, H, W] -> insertion [N], deletion [N], float64. One logit z is the
+             classes (0, z).
     Scale:   trapezoidal rule over the share of pixels, in [0, 1].
     Args:    baseline: the value of a blank pixel, a number or a tensor that broadcasts to x; 0 is the mean of normalised images.
     Errors:  TypeError, ValueError for bad arguments.
@@ -50,7 +52,8 @@ def insertion_deletion(
                 for step in range(steps + 1):
                     shown = rank < round(step * pixels / steps)
                     logits = model(torch.where(shown, first, second))
-                    curve.append(logits.double().softmax(dim=1).gather(1, target[:, None])[:, 0])
+                    probabilities = _checks.to_float64(two_classes(logits)).softmax(dim=1)
+                    curve.append(probabilities.gather(1, target[:, None].to(probabilities.device))[:, 0])
                 curves.append(torch.trapezoid(torch.stack(curve, dim=1), dx=1 / steps, dim=1))
     finally:
         model.train(was_training)
@@ -88,5 +91,5 @@ def _centred_ranks(values: Tensor) -> Tensor:
     # Ties share the mean of their ranks.
     first = torch.searchsorted(ascending, values.contiguous(), right=False)
     last = torch.searchsorted(ascending, values.contiguous(), right=True) - 1
-    ranks = (first + last).double() / 2
+    ranks = _checks.to_float64(first + last) / 2
     return ranks - ranks.mean(dim=1, keepdim=True)

@@ -39,7 +39,8 @@ def explain(
     Scale:   saliency, smoothgrad, guided_backprop: greatest |gradient| over channels of the class's logit;
              input_x_gradient, integrated_gradients: |sum over channels|; the CAMs: as defined by their papers, resized to the
              image bilinearly. Not normalised: scales differ between methods, images and networks.
-    Args:    target: class indices int64 [N], one index for all, or None for the predicted class. layer: for the CAMs, a module or
+    Args:    target: class indices int64 [N], one index for all, or None for the predicted class; of a network with one logit z,
+             class 1 is explained by z and class 0 by −z. layer: for the CAMs, a module or
              its name, default `find_layer`; if it runs several times, its last output. options: the method's own.
              integrated_gradients: n_steps=32, baselines=0 (the value that stands for "nothing", 0 is the mean image of
              normalised data), internal_batch_size. smoothgrad: n_samples=16, noise=0.15 (standard deviation in units of the
@@ -146,7 +147,14 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     for module in plain.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+    plain.register_forward_hook(_class_logits)
     return plain
+
+
+def _class_logits(model: nn.Module, inputs: Any, output: Any) -> Any:
+    """One logit z as those of its two classes, −z and z: what speaks for class 0 speaks against z."""
+    one = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == 1
+    return torch.cat([-output, output], dim=1) if one else None
 
 
 def _labels(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from sib_fast import _checks
+from sib_fast.masks.given import require_mask_values
 
 
 class _Localisation(Metric):
     """Mean over images of a score of (map, mask), where it is defined.
 
-    Shapes:  update(maps [N, 1, H, W] floating point, mask [N, 1, H, W] bool or in [0, 1], where >= 0.5 is the object).
+    Shapes:  update(maps [N, 1, H, W] floating point, mask [N, 1, H, W] bool, in [0, 1] or integers that are all 0 and 1
+             or all 0 and 255, where >= 0.5 is the object).
              Maps enter by their positive part: negative evidence is not evidence of the object.
     Errors:  TypeError, ValueError for other shapes and dtypes, and for maps that are not finite.
     """
@@ -50,8 +52,10 @@ class _Localisation(Metric):
         _checks.require_same_shape(name, "mask", mask, "maps", maps.shape)
         if not torch.isfinite(maps).all():
             raise ValueError(f"{name}: maps must be finite, got NaN or Inf")
+        require_mask_values(name, "mask", mask)
         inside = (mask if mask.dtype == torch.bool else mask >= 0.5).flatten(1)
-        return self._scores(maps.detach().to(torch.float64).clamp_min(0).flatten(1), inside.to(maps.device))
+        maps = _checks.to_float64(maps.detach())
+        return self._scores(maps.clamp_min(0).flatten(1), inside.to(maps.device))
 
     def _scores(self, maps: Tensor, inside: Tensor) -> Tensor:
         raise NotImplementedError

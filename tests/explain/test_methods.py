@@ -233,6 +233,46 @@ def test_targets():
     assert not torch.equal(explain(net, x, 3), explain(net, x, 2))
 
 
+def one_logit_problem():
+    """A network with one logit z, and the same network with the logits −z and z of its two classes."""
+    net, x, _ = problem()
+    net.head = nn.Linear(12, 1)
+    with torch.no_grad():
+        net.head.bias -= net.eval()(x).median()
+    twin = copy.deepcopy(net)
+    twin.head = nn.Linear(12, 2)
+    with torch.no_grad():
+        for mine, theirs in zip(twin.head.parameters(), net.head.parameters(), strict=True):
+            mine.copy_(torch.cat([-theirs, theirs]))
+    return net, twin, x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_logit_is_explained_as_two_classes(method):
+    net, twin, x = one_logit_problem()
+    predicted = (net(x)[:, 0] > 0).long()
+    assert 0 < predicted.sum() < 4
+    for target in (0, 1, predicted, None):
+        wanted = explain(twin, x, predicted if target is None else target, method)
+        got = explain(net, x, target, method)
+        assert wanted.any()
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6 * wanted.max())
+    with pytest.raises(ValueError, match=r"explain: target must lie in \[0, 2\), got 2"):
+        explain(net, x, 2, method)
+
+
+def test_the_controls_of_one_logit_are_those_of_two_classes():
+    from sib_fast.explain.controls import insertion_deletion
+
+    net, twin, x = one_logit_problem()
+    twin.head.weight.data[0], twin.head.bias.data[0] = 0, 0  # (0, z): softmax is the sigmoid
+    target = torch.tensor([0, 1, 1, 0])
+    maps = torch.rand(4, 1, 16, 14)
+    for got, wanted in zip(*(insertion_deletion(n, x, target, maps) for n in (net, twin)), strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-6)
+        assert 0.1 < got.min() <= got.max() < 0.9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_image_does_not_depend_on_its_batch(method):
     net, x, target = problem()

@@ -189,3 +189,16 @@ def test_rank_correlation_is_scipys():
     a, b = (torch.randn(5, 30, generator=torch.Generator().manual_seed(s)).mul(3).round() for s in (0, 1))
     want = [stats.spearmanr(p.numpy(), q.numpy()).statistic for p, q in zip(a, b, strict=True)]
     torch.testing.assert_close(_spearman(a, b), torch.tensor(want))
+
+
+def test_masks_are_read_and_refused_as_the_loss_does():
+    maps, mask = torch.rand(2, 1, 6, 5), torch.rand(2, 1, 6, 5) > 0.5
+    wanted = localisation()
+    wanted.update(maps, mask)
+    for same in (mask.byte(), mask.int() * 255, mask.float()):
+        metrics = localisation()
+        metrics.update(maps, same)
+        assert metrics.compute() == wanted.compute()
+    for other, words in ((mask * 15 + 240, "must hold 0 and 1 or 0 and 255 alone"), (mask * 255.0, r"must lie in \[0, 1\]")):
+        with pytest.raises(ValueError, match=f"mask {words}"):
+            localisation().update(maps, other)

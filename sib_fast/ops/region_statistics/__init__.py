@@ -39,7 +39,8 @@ def region_statistics(
     torch.get_float32_matmul_precision(), "highest" as tf32x3 and the others as tf32. float64 and the CPU are always IEEE.
 
     Shapes:  vjp, x [N, C, H, W] float64 (both) or any of float32, bfloat16, float16 (each), any strides;
-             mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N]. Any N >= 1; C·H·W >= 2.
+             mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N], on the device of vjp, or on the
+             CPU where it has no float64 (Apple's MPS). Any N >= 1; C·H·W >= 2.
     Scale:   Grams are plain sums over D; variances unbiased, 1/(D-1). Normalisation is the estimator's.
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or tensors on several
              devices; NotImplementedError when a kernel's gradient is differentiated again.

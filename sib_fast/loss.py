@@ -43,11 +43,8 @@ def _expm1(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: floa
 
 OBJECTIVES = {"exp": _exp, "linear": _linear, "expm1": _expm1}
 
-
-# Probabilities of a row sum to one; label smoothing in half precision is off by this little, a second label by 1.
+# Probabilities of a row sum to one at most; label smoothing in half precision is off by this little, a second label by 1.
 _SUM_SLACK = 0.05
-
-
 # Below it a VJP is other images'. An untrained network in small batches is at a quarter.
 _OWN_SHARE = 0.1
 
@@ -378,7 +375,7 @@ class SIBLoss(nn.Module):
         asks = self.scalar in LABEL_SCALARS and isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] > 1
         if asks and target.is_floating_point() and self._may_look_at("target", target):
             sums = target.detach().to(torch.float32).sum(dim=1)
-            if ((sums - 1).abs() > _SUM_SLACK).any():
+            if ((sums > 1 + _SUM_SLACK) | (sums == 0)).any():
                 raise ValueError(
                     f"{_OP}: target must hold one label per image for scalar={self.scalar!r}, got rows that sum to "
                     f"{sums.min():g} … {sums.max():g}: scalar='multilabel_energy' is for heads with several labels, or pass a "
@@ -426,7 +423,8 @@ class SIBLoss(nn.Module):
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
-            self._warn_of_cross_talk(own_share(logits, x, self.scalar, labels, **options))
+            if "cross-talk" not in self._looked_at:
+                self._warn_of_cross_talk(own_share(logits, x, self.scalar, labels, **options))
         return loss
 
     def _finalise(self, statistics: RegionStatistics, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -530,7 +528,9 @@ class SIBLoss(nn.Module):
     def _check_batch(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
         _checks.require_floating(_OP, "logits", logits)
         if logits.ndim != 2:
-            raise ValueError(f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}")
+            raise ValueError(
+                f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}: one logit per image is logits[:, None]"
+            )
         _checks.require_map(_OP, "x", x)
         _checks.require_same_device(_OP, "x", x, "logits", logits)
         _checks.require_tensor(_OP, "target", target)
@@ -551,7 +551,7 @@ class SIBLoss(nn.Module):
                 )
 
     def _warn_of_cross_talk(self, share: float) -> None:
-        if share < _OWN_SHARE and "cross-talk" not in self._looked_at:
+        if share < _OWN_SHARE:
             self._looked_at.add("cross-talk")
             warnings.warn(
                 f"{_OP}: the VJP of the image with the least cotangent is its own by {share:.1%} (SIB_FAST_DEBUG=1), the rest "

@@ -165,12 +165,11 @@ def test_the_loss_with_a_normalised_cotangent_equals_the_plain_step(backend, mon
     # The plain step differentiates ½ Σ‖p‖²: here with every image's part over its constant norm.
     norms = energy_cotangent(plain_net(x)).detach().norm(dim=1)
     softmax = torch.softmax
-    monkeypatch.setattr(
-        torch, "softmax", lambda z, dim: softmax(z, dim) / norms[:, None].sqrt() if z.ndim == 2 else softmax(z, dim)
-    )
-    plain = plain_step(plain_net, x, target, **WEIGHTS)
-    exact = parameter_gradients(plain.loss, plain_net)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        scaled = lambda z, dim: softmax(z, dim) / norms[:, None].sqrt() if z.ndim == 2 else softmax(z, dim)  # noqa: E731
+        patched.setattr(torch, "softmax", scaled)
+        plain = plain_step(plain_net, x, target, **WEIGHTS)
+        exact = parameter_gradients(plain.loss, plain_net)
     leaf = x.requires_grad_()
     criterion = SIBLoss(**WEIGHTS, normalise_cotangent=True, backend=backend)
     loss = criterion(net(leaf), target, leaf)

@@ -5,7 +5,6 @@ Evidence for every entry: docs/design.md, "What cannot be differentiated twice".
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +15,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+
+from sib_fast._copy import copy_of
 
 _STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) must not be used: with a gradient taken before backward it stops "
@@ -218,7 +219,7 @@ def forward_on_fake_tensors(model: nn.Module, x: Tensor, train: bool = False) ->
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        twin = copy.deepcopy(model)
+        twin = copy_of(model)
     if train:
         twin.train()
     with mode, torch.enable_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast import network_checks
+from sib_fast._copy import copy_of
 from sib_fast.nn.prepare import SWAPS, fast_class, plain_class, prepare
 
 _OP = "inspect"
@@ -103,7 +103,7 @@ def inspect(model: nn.Module, example_input: Tensor | None = None) -> Report:
         found += in_graph
         prepared_outcome = outcome
         if outcome is False:
-            prepared_outcome = _differentiate_twice(prepare(copy.deepcopy(model)), example_input)[0]
+            prepared_outcome = _differentiate_twice(prepare(copy_of(model)), example_input)[0]
     merged: dict[tuple, list[str]] = {}
     for entry in found:
         key = (entry.status, entry.kind, entry.becomes, entry.why, entry.fix)

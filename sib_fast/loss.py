@@ -357,7 +357,7 @@ class SIBLoss(nn.Module):
         """The loss with its S-IB terms, whatever `active` says."""
         self._check_batch(logits, target, x)
         if not torch.compiler.is_compiling() and not self._graph_checked:
-            check_graph(_OP, logits.grad_fn)
+            check_graph(_OP, logits.grad_fn, x)
             self._graph_checked = True
         if not torch.compiler.is_compiling():
             self.check_values(target, mask)

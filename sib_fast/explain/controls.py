@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_fast import _checks
-from sib_fast.explain.methods import explain
+from sib_fast.explain.methods import _plain_copy, explain
 from sib_fast.vjp import two_classes
 
 # Far from the seeds that people initialise with: a network that was made from seed 0 must not be drawn again.
@@ -38,13 +37,13 @@ def insertion_deletion(
     pixels = x.shape[2] * x.shape[3]
     if not 1 <= steps <= pixels:
         raise ValueError(f"{op}: steps must lie in [1, {pixels}], got {steps!r}")
-    was_training = model.training
-    model.eval()
     blank = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(pixels, device=x.device).expand_as(order))
     rank = rank.view(x.shape[0], 1, *x.shape[2:])
     curves = []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         with torch.no_grad():
             for first, second in ((x, blank), (blank, x)):  # shown so far, not yet
@@ -56,7 +55,8 @@ def insertion_deletion(
                     curve.append(probabilities.gather(1, target[:, None].to(probabilities.device))[:, 0])
                 curves.append(torch.trapezoid(torch.stack(curve, dim=1), dx=1 / steps, dim=1))
     finally:
-        model.train(was_training)
+        for module, training in modes.items():  # of each: model.train() would thaw what was frozen
+            module.training = training
     return curves[0], curves[1]
 
 
@@ -70,7 +70,7 @@ def randomisation(
     Shapes:  x [N, C, H, W] -> Spearman correlations [N], float64; NaN where a map is constant.
     Source:  Adebayo et al. 2018, model parameter randomisation.
     """
-    random = copy.deepcopy(model)
+    random = _plain_copy(model)
     generator_devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=generator_devices):
         torch.manual_seed(_FIRST_SEED + seed)

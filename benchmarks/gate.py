@@ -37,7 +37,7 @@ def verdict(backend: str, tests: tuple[str, ...] = TESTS, timeout: float | None 
     }
     of_backend = _passed_of(backend, tests) if result.returncode == 0 else 0
     why = None
-    if result.returncode != 0:
+    if result.returncode not in (0, 5):  # 5: no test was left, as where the backend cannot run here
         red = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
         why = f"red: {', '.join(red[:5]) or result.stdout[-300:] + result.stderr[-300:]}"
     elif of_backend == 0:

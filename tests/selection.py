@@ -95,7 +95,9 @@ def pytest_collection_modifyitems(config, items):
     for name, grid in grids.items():
         draw, marker = random.Random(f"{config.option.sample_seed} {name}"), grid[0].get_closest_marker("sampled")
         if marker:
-            chosen = set(draw.sample(range(len(grid)), min(marker.args[0], len(grid))))
+            always = {at for at, item in enumerate(grid) if marker.kwargs.get("always", item.name) in item.callspec.id.split("-")}
+            others = sorted(set(range(len(grid))) - always)
+            chosen = always | set(draw.sample(others, min(marker.args[0], len(others))))
         else:
             chosen = sample([item.callspec.params for item in grid], draw)
         _counts["outside the sample (--long runs them)"] += len(grid) - len(chosen)

@@ -51,8 +51,15 @@ def test_items_of_a_test_are_drawn_by_what_they_are(drawn, request):
     assert len(chosen) == (len(items) if request.config.option.long else 3)
 
 
-def collected(*options):
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/ops/test_softmax.py"]
+@pytest.mark.sampled(2, always="b")
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("word", ["a", "b", "c"])
+def test_a_grid_of_which_some_are_drawn(word, number):
+    """Named by the test below."""
+
+
+def collected(*options, file="tests/ops/test_softmax.py"):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -72,3 +79,14 @@ def test_what_is_left_out_is_said_in_a_line_and_the_long_suite_has_it():
     assert set(short) - emulated == {name for name in every if not any(b in name for b in ("emulated", *not_here))}
     for backend in not_here:
         assert f"tests, backend {backend!r} is not usable here" in said
+
+
+def test_of_a_marked_grid_the_named_cells_and_some_others_run():
+    draws = []
+    for seed in (1, 2):
+        names, _ = collected(f"--sample-seed={seed}", file="tests/test_selection.py")
+        drawn = {name.partition("[")[2] for name in names if "some_are_drawn[" in name}
+        assert {cell for cell in drawn if cell.startswith("b")} == {f"b-{n}]" for n in range(5)}
+        draws.append(drawn)
+        assert len(drawn) == 5 + 2
+    assert draws[0] != draws[1]

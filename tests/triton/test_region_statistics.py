@@ -271,6 +271,7 @@ def test_small_maps_of_every_size_share_their_kernels(layout):
     assert len(keys) == 2  # of R, with its moments, and of x
 
 
+@pytest.mark.sampled(1, always="90")
 @compiled_only
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
@@ -297,6 +298,7 @@ def test_every_configuration_fits_the_shared_memory(capability, kind, drawn):
     assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
 
 
+@pytest.mark.sampled(1, always="90")
 @compiled_only
 @pytest.mark.parametrize("kind", ["ieee", "float64"])
 @pytest.mark.parametrize("capability", [80, 86, 90, 120])

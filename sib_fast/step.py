@@ -51,8 +51,8 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     to none; attached or not, x is passed to it explicitly. Where the criterion is not active (validation, a step between with
     `every` > 1) the compiled function is the plain one: forward and base loss.
 
-    Another batch size reuses the compiled step; up to torch 2.12 it is compiled again, unless `prepare` has swapped the model's
-    convolutions (torch's own do not trace with symbolic sizes there).
+    A second batch size compiles once more, for all sizes. Up to torch 2.12 every size compiles, unless `prepare` has swapped the
+    model's convolutions: torch's own do not trace with symbolic sizes there.
 
     Shapes:  x [N, C, H, W]; target as SIBLoss takes it; optionally mask, as SIBLoss takes it.
     Scale:   SIBLoss's.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sib_fast._again import calculation_of
 from sib_fast._needs import needed
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._flops import register_flops
 from sib_fast.ops.convolution import reference
 from sib_fast.ops.convolution.choice import rules_of
@@ -53,6 +54,7 @@ def convolution(
     Errors:  PyTorch's own.
     Source:  SPEC 10.
     """
+    refuse_transforms(_OP)
     return _OPS.forward(x, weight, bias, stride, padding, dilation, groups, recompute)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.hsic_objective import reference
 
@@ -72,6 +73,7 @@ def hsic_objective(
         return reference.hsic_objective(
             base, gram_vjp, gram_x, background_variance, lambda_fg=lambda_fg, lambda_bg=lambda_bg, objective=objective
         )
+    refuse_transforms(_OP)
     return _HSICObjective.apply(
         base,
         gram_vjp.contiguous(),

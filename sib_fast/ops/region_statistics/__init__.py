@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._flops import register_flops
 from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.region_statistics import reference
@@ -67,6 +68,7 @@ def region_statistics(
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.region_statistics(vjp, x, mask, background_grams=background_grams)
+    refuse_transforms(_OP)
     mask = mask.to(_checks.accumulation_dtype(vjp.dtype)).contiguous()
     mode = _precision_of(precision, chosen, vjp.dtype)
     return RegionStatistics(*_RegionStatistics.apply(vjp, x, mask, bool(background_grams), chosen, mode))

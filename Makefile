@@ -18,7 +18,7 @@ JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check quick interpret old pinned packaging bench gpu format clean doctor
+.PHONY: demo test check quick interpret old pinned packaging bench gpu gpu-bundle format clean doctor
 
 demo: $(VENV)/.built
 	$(BIN)/python -m sib_fast study --quick $(ARGS)
@@ -57,9 +57,13 @@ packaging: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# Everything that needs a GPU, with the machine's own python and torch: no .venv, no network. `make gpu OUT=folder ARGS="build smoke"`
+# Everything that needs a GPU, with the machine's own python and torch: no .venv, no network. `make gpu OUT=folder ARGS="setup parity"`
 gpu:
 	bash tools/gpu.sh $(OUT) $(ARGS)
+
+# What such a machine is brought beside the tree (docs/benchmarks.md).
+gpu-bundle: $(VENV)/.built
+	$(BIN)/python tools/gpu.py --bundle
 
 doctor: $(VENV)/.built
 	$(BIN)/python -m sib_fast doctor

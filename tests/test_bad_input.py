@@ -500,7 +500,15 @@ def test_a_bandwidth_that_is_not_positive(sigma):
 # ---- the table for users ------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["loss.py", "attachment.py", "vjp.py", "network_checks.py", "_checks.py", "_backends.py", *("estimators", "masks", "ops")]
+SOURCES = [
+    "loss.py",
+    "attachment.py",
+    "vjp.py",
+    "network_checks.py",
+    "_checks.py",
+    "_backends.py",
+    *("estimators", "masks", "ops"),
+]
 
 
 def literal_text(expression: ast.expr) -> str:

@@ -192,9 +192,11 @@ def test_an_item_beyond_its_limit_is_not_judged_and_the_end_of_the_phase_is_no_v
 
 
 def test_a_process_that_never_gets_to_an_item_is_not_started_for_ever(run, tool):
-    found = tool.supervise(
-        run, "s", [sys.executable, "-c", "import sys; print('no such module'); sys.exit(3)"], tool.Limits(30, 5), 2
+    code = (
+        "import sys; from benchmarks.journal import Journal; Journal.here().write('s', 'collected', 'collected')\n"
+        "print('no such module'); sys.exit(3)"
     )
+    found = tool.supervise(run, "s", [sys.executable, "-c", code], tool.Limits(30, 5), 2)
     assert not found["ok"]
     assert found["why"].startswith("exit status 3: no such module")
 

@@ -467,7 +467,7 @@ def collect(folder: Path, files: list[Path]) -> int:
     suites = dict.fromkeys(line["suite"] for line in lines)
     for suite in (suite for suite in ("head", "step", "convolution_choice") if suite in suites):
         write_json(folder / f"{suite}.json", file_of(lines, suite, found, source))
-    benches = [line["row"] for line in lines if line["suite"] == "benchmarks" and "row" in line]
+    benches = list({line["id"]: line["row"] for line in lines if line["suite"] == "benchmarks" and "row" in line}.values())
     machine = {line["id"]: line["row"] for line in lines if line["suite"] == "machine" and "row" in line}
     others = {"ops": {"tests": found, "benchmarks": benches}, "machine": {**source, **machine}}
     others["tests"] = {**source, "verdicts": found, "red": _red(lines)}

@@ -61,9 +61,9 @@ bench: $(VENV)/.built
 gpu:
 	bash tools/gpu.sh $(OUT) $(ARGS)
 
-# What such a machine is brought beside the tree (docs/benchmarks.md).
+# What such a machine is brought beside the tree (docs/benchmarks.md). TARGET_PYTHON: one with its torch and its Triton, if there is one.
 gpu-bundle: $(VENV)/.built
-	$(BIN)/python tools/gpu.py --bundle
+	$(BIN)/python tools/gpu.py --bundle $(if $(TARGET_PYTHON),--triton $(TARGET_PYTHON))
 
 doctor: $(VENV)/.built
 	$(BIN)/python -m sib_fast doctor

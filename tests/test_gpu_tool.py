@@ -443,3 +443,44 @@ def test_the_calls_of_the_document_fit(tool):
         assert set(words[: words.index("--budget") if "--budget" in words else None]) <= {*tool.PHASES, "--preset", "full"}
     for phase in tool.PHASES:
         assert f"`{phase}`" in text
+
+
+# ---- Triton kernels that come along -----------------------------------------------------------------------------------------
+
+COMPILE = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tools"]
+os.environ.update(TRITON_CACHE_DIR={folder!r}, TRITON_STORE_BINARY_ONLY="1")
+import triton_cache
+triton_cache.pretend(90)
+import torch
+task = ("parity", "hsic_objective", (6, 3, 8, 8), torch.float32, {{}})
+print(triton_cache.compile_one(task))
+"""
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="then nothing is compiled")
+def test_a_triton_cache_that_was_moved_is_found_again(tool, tmp_path):
+    """The kernels are those of the launches themselves; a second process, in another folder, compiles none of them."""
+    pytest.importorskip("triton")
+    triton_cache = tool.triton_cache
+
+    def compile_in(folder: Path) -> tuple[str, dict[str, int]]:
+        code = COMPILE.format(root=str(ROOT), folder=str(folder))
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        return result.stdout.strip() + result.stderr, {
+            str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("*/*")
+        }
+
+    said, made = compile_in(tmp_path / "made")
+    assert said == "None"
+    assert sum(name.endswith(".cubin") for name in made) == 3
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert triton_cache.localise(tmp_path / "moved") == 3
+    for path in (tmp_path / "moved").glob("*/*"):
+        if not path.name.endswith(triton_cache.KEPT):
+            path.unlink()
+    assert {path.suffix for path in (tmp_path / "moved").glob("*/*")} == {".json", ".cubin"}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "moved").glob("*/*")}
+    assert compile_in(tmp_path / "moved")[0] == "None"
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "moved").glob("*/*")} == before

@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,7 +45,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import triton_cache  # noqa: E402
+
 from benchmarks.journal import Journal, read, read_from, sources  # noqa: E402
 
 LIBRARIES, CARRIED, KEPT = ROOT / "sib_fast/lib", ROOT / "build/gpu", ROOT / "build/gpu-results"
@@ -104,8 +107,9 @@ class Run:
                 log.write(text)
 
     def spawn(self, command: list[object], worker: int = 0, of: int = 1, **environment: str) -> subprocess.Popen:
+        cache = {"TRITON_CACHE_DIR": str(CARRIED / "triton")} if (CARRIED / "triton").is_dir() else {}
         env = {
-            **os.environ, "PYTHONUNBUFFERED": "1", "SIB_FAST_RUN": self.journal.run, "SIB_FAST_SHARD": f"{worker}/{of}",
+            **os.environ, **cache, "PYTHONUNBUFFERED": "1", "SIB_FAST_RUN": self.journal.run, "SIB_FAST_SHARD": f"{worker}/{of}",
             "SIB_FAST_JOURNAL": os.pathsep.join(map(str, self.journal.paths)),
             "SIB_FAST_EARLIER": os.pathsep.join(map(str, self.earlier)), **environment,
         }  # fmt: skip
@@ -233,11 +237,21 @@ def setup(run: Run, limits: Limits) -> dict[str, Any]:
     if not run.dry and (CARRIED / "lib").is_dir():
         shutil.copytree(CARRIED / "lib", LIBRARIES, dirs_exist_ok=True)
         how = "the libraries that came along"
+    kernels = 0
+    if not run.dry and (CARRIED / "triton.tar.xz").is_file() and not (CARRIED / "triton").is_dir():
+        with tarfile.open(CARRIED / "triton.tar.xz") as archive:
+            archive.extractall(CARRIED / "triton", filter="data")
+        kernels = triton_cache.localise(CARRIED / "triton")
     status, text = run.python("-m", "sib_fast", "doctor", timeout=run.left(90))
     if not run.dry and (status != 0 or "launched on" not in text):
         how = _compile(run, limits.phase)
         status, text = run.python("-m", "sib_fast", "doctor", timeout=run.left(90))
-    return {"ok": how is not None and status == 0, "how": how, "doctor": text.strip().splitlines()}
+    return {
+        "ok": how is not None and status == 0,
+        "how": how,
+        "triton_kernels_brought": kernels,
+        "doctor": text.strip().splitlines(),
+    }
 
 
 def _compile(run: Run, seconds: float) -> str | None:
@@ -421,8 +435,9 @@ def _of_one_architecture() -> Path:
     return folder / "lib/sib_fast/lib"
 
 
-def bundle() -> int:
-    """build/gpu: the libraries of this tree, stripped, its commit and the digest of its sources."""
+def bundle(triton: str | None = None) -> int:
+    """build/gpu: the libraries of this tree, stripped, its commit and the digest of its sources. triton: a python with the torch
+    and the Triton of the GPU's machine, which then compiles Triton's kernels here."""
     from benchmarks.provenance import commit
 
     shutil.rmtree(CARRIED, ignore_errors=True)
@@ -431,6 +446,13 @@ def bundle() -> int:
     for library in (CARRIED / "lib").glob("*.so"):
         if shutil.which("strip"):
             subprocess.run(["strip", "--strip-unneeded", library], check=True)
+    if triton:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([triton, ROOT / "tools/triton_cache.py", folder], cwd=ROOT, check=True)
+            triton_cache.localise(Path(folder))
+            with tarfile.open(CARRIED / "triton.tar.xz", "w:xz") as archive:
+                for path in sorted(p for p in Path(folder).glob("*/*") if p.name.endswith(triton_cache.KEPT)):
+                    archive.add(path, path.relative_to(folder))
     (CARRIED / "stamp.json").write_text(json.dumps({"commit": commit(), "sources": sources()}) + "\n")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     size, tree = (
@@ -506,10 +528,13 @@ def main() -> int:
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="results.jsonl of earlier calls, to go on from")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--bundle", action="store_true")
+    parser.add_argument(
+        "--triton", help="with --bundle: a python with the GPU machine's torch and Triton, to compile its kernels"
+    )
     parser.add_argument("--collect", action="store_true")
     args = parser.parse_intermixed_args()
     if args.bundle:
-        return bundle()
+        return bundle(args.triton)
     if args.collect:
         return collect(args.out, [Path(name) for name in args.phases])
     unknown = sorted(set(args.phases) - PHASES.keys())

@@ -258,7 +258,7 @@ def test_a_run_that_is_killed_for_real(tmp_path):
 # ---- the whole, dry -----------------------------------------------------------------------------------------------------------
 
 
-def test_phases_write_their_results_as_they_come_and_a_second_call_goes_on(tmp_path):
+def test_phases_write_their_results_as_they_come_and_a_second_call_goes_on(tool, tmp_path):
     out = tmp_path / "one"
     result = script(out, "--dry-run", "--budget", 300, "setup", "parity")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -272,8 +272,9 @@ def test_phases_write_their_results_as_they_come_and_a_second_call_goes_on(tmp_p
     assert "exit status 0" in (out / "log.txt").read_text()
     assert {path.name for path in out.iterdir()} == {"results.jsonl", "summary.json", "log.txt"}
     assert re.search(r"^parity +ok", result.stdout, re.MULTILINE)
-    again = script(tmp_path / "two", "parity", "--dry-run", "--earlier", out / "results.jsonl")
-    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    (tmp_path / "two").mkdir()
+    again = tool.Run(tmp_path / "two", 300, dry=True, machine="dry", earlier=(out / "results.jsonl",))
+    assert tool.perform(again, ["parity"], {"parity": tool.parity}) == 0
     assert {line["state"] for line in read(tmp_path / "two/results.jsonl")} == {"collected"}
 
 

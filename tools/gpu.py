@@ -89,7 +89,7 @@ class Run:
     def __init__(self, out: Path, budget: float, dry: bool = False, earlier: tuple[Path, ...] = (), machine: str = "cpu") -> None:
         self.out, self.dry, self.deadline = out, dry, self.clock() + budget
         self.device, self.families = ("cpu", ["cpu"]) if dry else ("cuda", ["cuda", "triton"])
-        self.cores = 2 if dry else max(1, (os.cpu_count() or 2) - 3)
+        self.cores = 1 if dry else max(1, (os.cpu_count() or 2) - 3)
         name = f"{sources()}.{machine.replace('.', '_')}.{int(time.time())}-{os.getpid()}"
         paths = [out / "results.jsonl", *([] if dry else [KEPT / f"{name}.jsonl"])]
         self.earlier = [*earlier, *([] if dry else sorted(KEPT.glob("*.jsonl")))]

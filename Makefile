@@ -29,7 +29,7 @@ SELECTION := $(if $(LONG),--long)
 # Says what is fetched, built and installed, without the resolver's warnings.
 INSTALL := python tools/install.py
 
-.PHONY: demo test test-all check quick interpret old old-triton37 pinned packaging wheel bench gpu format clean doctor FORCE
+.PHONY: demo test test-all check quick interpret old old-triton37 pinned packaging wheel bench gpu gpu-bundle format clean doctor FORCE
 
 demo: $(VENV)/.built-demo
 	$(BIN)/python -m sib_fast study --quick $(ARGS)
@@ -88,9 +88,13 @@ wheel: $(VENV)/.extras
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# Everything that needs a GPU, with the machine's own python and torch: no .venv, no network. `make gpu OUT=folder ARGS="build smoke"`
+# Everything that needs a GPU, with the machine's own python and torch: no .venv, no network. `make gpu OUT=folder ARGS="setup parity"`
 gpu:
 	bash tools/gpu.sh $(OUT) $(ARGS)
+
+# What such a machine is brought beside the tree (docs/benchmarks.md). TARGET_PYTHON: one with its torch and its Triton, if there is one.
+gpu-bundle: $(VENV)/.built
+	$(BIN)/python tools/gpu.py --bundle $(if $(TARGET_PYTHON),--triton $(TARGET_PYTHON))
 
 doctor: $(VENV)/.built
 	$(BIN)/python -m sib_fast doctor

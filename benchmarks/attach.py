@@ -19,7 +19,7 @@ import torchvision.models
 from torch import nn
 
 import sib_fast
-from benchmarks.provenance import command_line, report
+from benchmarks.provenance import Item, command_line, report
 
 
 def steps_of(images: int, size: int) -> dict[str, Callable[[], None]]:
@@ -83,7 +83,7 @@ def measure(images: int, size: int, rounds: int) -> dict:
 
 def main() -> None:
     args = command_line(__doc__, rounds=9).parse_args()
-    for row in report(args, lambda: [measure(16, 224, args.rounds)]):
+    for row in report(args, "attach", lambda *_: [Item("resnet18", lambda: measure(16, 224, args.rounds))]):
         print(row)
 
 

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import gate, timing
 from benchmarks.baselines import usable_backends
-from benchmarks.head import PRESETS
+from benchmarks.head import PRESETS, needs_of
+from benchmarks.journal import Journal
 from benchmarks.provenance import provenance
 
 
@@ -39,29 +40,42 @@ def device(request) -> torch.device:
 @pytest.fixture(scope="session")
 def ceilings(request) -> dict[str, float]:
     small = {"copy": 2**24, "matmul": 256} if request.config.getoption("preset") == "smoke" else {}
-    return timing.ceilings(torch.device(request.config.getoption("device")), **small)
+    return Journal.here().row("machine", "ceilings") or timing.ceilings(torch.device(request.config.getoption("device")), **small)
 
 
 @pytest.fixture(scope="session")
-def verdicts(request) -> dict[str, dict]:
-    """Of every backend that is timed; a red one's benchmarks fail, with the tests that are red."""
+def journal() -> Journal:
+    return Journal.here()
+
+
+@pytest.fixture(scope="session")
+def verdicts(request, journal) -> dict[str, dict]:
+    """By family, op and direction; what is red is not timed, with the tests that are red."""
     if request.config.getoption("no_gate"):
         return {}
-    return gate.verdicts(usable_backends(torch.device(request.config.getoption("device"))))
+    found = gate.verdicts(journal.lines())
+    usable = usable_backends(torch.device(request.config.getoption("device")))
+    return found if found or journal.supervised else gate.run(usable, journal)
+
+
+def needs(node: pytest.Item, device: torch.device) -> list[str]:
+    """The verdicts behind a benchmark: its group is the op, its mode says which directions."""
+    parameters, op = node.callspec.params, node.get_closest_marker("benchmark").kwargs["group"]
+    if "head" in parameters:
+        return needs_of(parameters["head"], device)
+    directions = gate.DIRECTIONS[:1] if parameters.get("mode") == "forward" else gate.DIRECTIONS
+    return gate.needs([(parameters["backend"], op)], directions)
 
 
 @pytest.fixture
-def measure(benchmark, request, device, ceilings):
+def measure(benchmark, request, device, ceilings, journal, verdicts):
     """measure(function, bytes_moved): pytest-benchmark's figures are the eager wall time; device_ms is by graph replay on CUDA.
 
     bytes_moved is the floor: inputs once, outputs once.
     """
-    parameters = request.node.callspec.params
-    timed = usable_backends(device) if parameters.get("head") == "ours" else [parameters.get("backend")]
-    for backend in timed:
-        red = None if backend in (None, "reference") else request.getfixturevalue("verdicts").get(backend)
-        if red is not None and not red["green"]:
-            pytest.fail(f"backend {backend!r} is not timed: {red['why']}")
+    wanted = needs(request.node, device)
+    if red := gate.red(verdicts, wanted):
+        pytest.fail(f"not timed: {verdicts[red[0]]['why']}")
 
     def run(function, *, bytes_moved: int, rounds: int = 15) -> None:
         def call():
@@ -79,6 +93,10 @@ def measure(benchmark, request, device, ceilings):
             info["peak_extra_mib"] = round(timing.peak_extra_bytes(function, device) / 2**20, 1)
             seconds = info["device_ms"]["median"] / 1e3
         info["gb_per_s_of_floor"] = float(f"{bytes_moved / seconds / 1e9:.4g}")
+        info["needs"] = wanted
         info["percent_of_copy"] = float(f"{100 * bytes_moved / seconds / ceilings['copy']:.4g}")
+        stats = {"median": benchmark.stats.stats.median, "iqr": benchmark.stats.stats.iqr}
+        row = {"group": benchmark.group, "param": request.node.callspec.id, "extra_info": dict(info), "stats": stats}
+        journal.write("benchmarks", request.node.nodeid, "measured", row=row)
 
     return run

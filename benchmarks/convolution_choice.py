@@ -17,14 +17,15 @@ run time would change bits from run to run.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks import timing
-from benchmarks.provenance import command_line, report
+from benchmarks.provenance import Item, command_line, report
 from sib_fast.ops import convolution as op
 from sib_fast.ops.convolution import convolution, reference
 from sib_fast.ops.convolution.choice import RULES
@@ -173,42 +174,42 @@ def losing(rows: list[dict]) -> list[str]:
     ]
 
 
-def measure(rounds: int, images: int | None, device: torch.device, precisions: list[str]) -> list[dict]:
-    cases = [
-        (what, name, numbers, layout, precision)
-        for precision in precisions
-        for what, shapes in (("second", SECOND), ("input", INPUT), ("weight", WEIGHT))
-        for name, numbers in shapes.items()
-        for layout in ("contiguous_format", "channels_last")
-    ]
-    allowed, rows = torch.backends.cudnn.allow_tf32, []
-    for what, name, (default_images, inputs, outputs, groups, size, kernel, stride, padding), layout, precision in cases:
-        torch.manual_seed(0)
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
-        count = images or default_images * (16 if device.type == "cuda" else 1)
-        like = {"device": device, "dtype": PRECISIONS[precision]}
-        memory_format = getattr(torch, layout)
-        x = torch.randn((count, inputs, size, size), **like).contiguous(memory_format=memory_format)
-        weight = torch.randn(outputs, inputs // groups, kernel, kernel, **like).contiguous(memory_format=memory_format)
-        geometry = ([stride, stride], [padding, padding], [1, 1], groups)
-        if what == "second":
-            functions = {"pytorch": reference.convolution, "routed": convolution}
-            ways = {key: second_order(function, x, weight, geometry) for key, function in functions.items()}
-        else:
-            ways = (input_gradients if what == "input" else weight_gradients)(x, weight, geometry)
-        row = {
-            "derivative": what,
-            "layer": name,
-            "layout": layout,
-            "precision": precision,
-            "device": device.type,
-            "x": list(x.shape),
-            "shape": [outputs, inputs, groups, size, kernel, stride, padding],
-            "ways": on_gpu(ways, rounds, device) if device.type == "cuda" else on_cpu(ways, rounds),
-        }
-        rows.append({**row, "chosen": chosen(row), "lost": round(lost(row), 3)})
+def measure(
+    what: str,
+    name: str,
+    numbers: tuple[int, ...],
+    layout: str,
+    precision: str,
+    rounds: int,
+    images: int | None,
+    device: torch.device,
+) -> dict:
+    default_images, inputs, outputs, groups, size, kernel, stride, padding = numbers
+    torch.manual_seed(0)
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, precision != "float32"
+    count = images or default_images * (16 if device.type == "cuda" else 1)
+    like = {"device": device, "dtype": PRECISIONS[precision]}
+    memory_format = getattr(torch, layout)
+    x = torch.randn((count, inputs, size, size), **like).contiguous(memory_format=memory_format)
+    weight = torch.randn(outputs, inputs // groups, kernel, kernel, **like).contiguous(memory_format=memory_format)
+    geometry = ([stride, stride], [padding, padding], [1, 1], groups)
+    if what == "second":
+        functions = {"pytorch": reference.convolution, "routed": convolution}
+        ways = {key: second_order(function, x, weight, geometry) for key, function in functions.items()}
+    else:
+        ways = (input_gradients if what == "input" else weight_gradients)(x, weight, geometry)
+    row = {
+        "derivative": what,
+        "layer": name,
+        "layout": layout,
+        "precision": precision,
+        "device": device.type,
+        "x": list(x.shape),
+        "shape": [outputs, inputs, groups, size, kernel, stride, padding],
+        "ways": on_gpu(ways, rounds, device) if device.type == "cuda" else on_cpu(ways, rounds),
+    }
     torch.backends.cudnn.allow_tf32 = allowed
-    return rows
+    return {**row, "chosen": chosen(row), "lost": round(lost(row), 3)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -217,11 +218,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=tuple(RULES), default="cpu")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=None)
     args = parser.parse_args(argv)
-    precisions = args.precisions or (list(PRECISIONS) if args.device == "cuda" else ["float32"])
-    rows = report(args, lambda: measure(args.rounds, args.images, torch.device(args.device), precisions))
+    cases = [
+        (what, name, numbers, layout, precision)
+        for precision in args.precisions or (list(PRECISIONS) if args.device == "cuda" else ["float32"])
+        for what, shapes in (("second", SECOND), ("input", INPUT), ("weight", WEIGHT))
+        for name, numbers in shapes.items()
+        for layout in ("contiguous_format", "channels_last")
+    ]
+
+    def items(*_: object) -> Iterator[Item]:
+        for case in cases:
+            what, name, _, layout, precision = case
+            run = functools.partial(measure, *case, args.rounds, args.images, torch.device(args.device))
+            yield Item(f"{what} {name} {layout} {precision}", run)
+
+    rows = report(args, "convolution_choice", items)
     for row in rows:
         print(row)
-    print("\n".join(losing(rows)) or f"no rule loses more than {TOLERATED} times the fastest way's time")
+    print(
+        "\n".join(losing([row for row in rows if "ways" in row]))
+        or f"no rule loses more than {TOLERATED} times the fastest way's time"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Reported per case and variant: median, spread and range of the device's time (CUDA-graph replay) and of the eager wall time,
 ratios within a round, achieved bytes per second of SPEC 8's count and what share of the measured copy bandwidth that is, time
-over the floor of each product mode, extra memory at the peak. Rows are written as they come.
+over the floor of each product mode, extra memory at the peak, the gradient's cosine to naive's. Rows are stored as they come.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import gate, timing
-from benchmarks.baselines import HEADS, Head, forward_and_backward, heads_for, natural_inputs, usable_backends, value_and_gradient
-from benchmarks.provenance import ROOT, command_line, provenance, write_json
+from benchmarks.baselines import HEADS, Head, forward_and_backward, heads_for, natural_inputs, value_and_gradient
+from benchmarks.journal import ROOT, Journal, attempts
+from benchmarks.provenance import Item, command_line, report
 
 
 class Case(NamedTuple):
@@ -31,11 +33,15 @@ class Case(NamedTuple):
     size: int
     dtype: str = "float32"
 
+    def __str__(self) -> str:
+        return "×".join(map(str, self))
+
 
 BATCHES = (16, 32, 64, 97, 128, 160, 256, 512, 1024)
 HEADLINE = Case(128, 3, 224)
 PRESETS: dict[str, list[Case]] = {
     "smoke": [Case(4, 3, 32), Case(5, 8, 33, "bfloat16")],
+    "headline": [HEADLINE],
     "cpu": [Case(16, 3, 224), Case(32, 3, 64), Case(64, 3, 32), Case(16, 256, 14)],
     "quick": [
         HEADLINE,
@@ -86,8 +92,11 @@ def _peak_mib(name: str, function: timing.Function, case: Case, device: torch.de
     return None
 
 
+AGREE = 0.9  # cosine to naive's gradient, below which a head computes something else: equal values ranked otherwise leave 0.97
+
+
 def measure(case: Case, device: torch.device, heads: dict[str, Head], rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """One row. heads must hold "naive"; a head that fails (no memory, no compiler) is in the row with its error."""
+    """One row. The first head is "naive"; one that fails (no memory, no compiler) or disagrees is in it with its error."""
     vjp, x = natural_inputs(case.images, case.channels, case.size, getattr(torch, case.dtype), device)
     functions: dict[str, timing.Function] = {}
     row: dict[str, Any] = {
@@ -101,13 +110,21 @@ def measure(case: Case, device: torch.device, heads: dict[str, Head], rounds: in
             phases := timing.head_phases(case.images, case.channels, case.size, case.size, vjp.element_size()), ceilings
         ),
     }
+    wanted, cosines = None, {}
     for name, head in heads.items():
         function = _bound(head, vjp, x)
         try:
-            function()
+            gradient = function()[1].flatten().double()
+            wanted = gradient if name == "naive" else wanted
+            cosines[name] = None if wanted is None else round((gradient @ wanted / (gradient.norm() * wanted.norm())).item(), 6)
+            if wanted is not None and not cosines[name] >= AGREE:
+                raise RuntimeError(f"its gradient is not naive's: cosine {cosines[name]}")
             functions[name] = function
-        except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        except Exception as error:  # no memory, a kernel that does not compile
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the device is lost, which is no error of the variants after this one
             row["variants"][name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+    wanted = gradient = None  # their memory
     counted = sum(phase.bytes for phase in phases)
     times = timing.interleaved(functions, device, rounds)
     for name, one in times.items():
@@ -121,6 +138,8 @@ def measure(case: Case, device: torch.device, heads: dict[str, Head], rounds: in
             "percent_of_copy": float(f"{100 * rate / ceilings['copy']:.4g}"),
             "over_floor": {mode: float(f"{device_ms['median'] / floor:.4g}") for mode, floor in row["floor_ms"].items()},
             "peak_extra_mib": _peak_mib(name, functions[name], case, device),
+            "cosine_to_naive": cosines[name],
+            "needs": needs_of(name, device),
         }
     for slow in (name for name in times if not name.startswith("ours")):
         for fast in (name for name in times if name.startswith("ours")):
@@ -132,48 +151,62 @@ def _bound(head: Head, vjp: torch.Tensor, x: torch.Tensor) -> timing.Function:
     return lambda: value_and_gradient(head, vjp, x)
 
 
+def needs_of(name: str, device: torch.device) -> list[str]:
+    """The verdicts behind a head's figure; the baselines need none."""
+    backend = [*name.split("_"), "auto"][1]
+    return gate.needs_of_head(backend, device) if name.startswith("ours") else []
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = command_line(__doc__, rounds=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: cpu, or quick on cuda")
     parser.add_argument("--precisions", nargs="*", default=[], help="product modes of region_statistics: ieee tf32x3 tf32")
-    parser.add_argument("--compiled", action="store_true", help="the baselines under torch.compile too, for the first case")
-    parser.add_argument("--ceilings", type=Path, help="JSON with this machine's ceilings, instead of measuring them here")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun")
+    parser.add_argument("--compiled", action="store_true", help="last, the baselines under torch.compile too, for the first case")
+    parser.add_argument("--warm", action="store_true", help="time nothing: run each Triton head once, so that it is compiled")
     return parser
 
 
-def main() -> None:
-    args = arguments().parse_args()
-    began = time.monotonic()
-    torch.set_num_threads(args.threads)
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
     device = torch.device(args.device)
-    backends = usable_backends(device)
-    found = {} if args.skip_tests else gate.verdicts(backends, args.tests)
-    green = backends if args.skip_tests else gate.require_green(found)
-    small = {"copy": 2**24, "matmul": 256} if args.preset == "smoke" else {}
-    ceilings = gate.read(args.ceilings)["ceilings"] if args.ceilings else timing.ceilings(device, **small)
     cases = PRESETS[args.preset or ("cpu" if args.device == "cpu" else "quick")]
-    file = {
-        "tests": "skipped" if args.skip_tests else found,
-        **provenance(),
-        "ceilings": ceilings,
-        "not_measured": [],
-        "rows": [],
-    }
-    for k, case in enumerate(cases):
-        if time.monotonic() - began > args.budget:
-            file["not_measured"].append(case._asdict())
-            continue
-        heads = heads_for(device, compiled=args.compiled and k == 0, precisions=tuple(args.precisions))
-        # "auto" may choose any of the device's backends: it is timed only where all of them are green.
-        red = [name for name in heads if any(name.startswith(f"ours_{b}") for b in backends if b not in green)]
-        red += ["ours"] if len(green) < len(backends) else []
-        row = measure(case, device, {name: h for name, h in heads.items() if name not in red}, args.rounds, ceilings)
-        file["rows"].append(row)
-        write_json(args.out, file)
+
+    def items(journal: Journal, found: dict[str, dict]) -> Iterator[Item]:
+        heads = heads_for(device, compiled=args.compiled, precisions=tuple(args.precisions))
+        red = {name: why for name in heads if (why := gate.red(found, needs_of(name, device)))}
+        good = [name for name in heads if name not in red]
+        if args.warm:
+            names = [name for name in good if name.startswith("ours_triton")]
+            yield from (
+                Item(f"{case} {name}", lambda c=case, h=heads[name]: _once(h, c, device)) for case in cases for name in names
+            )
+            return
+        small = {"copy": 2**24, "matmul": 256} if args.preset == "smoke" else {}
+        ceilings = journal.row("machine", "ceilings") or timing.ceilings(device, **small)
+        if journal.row("machine", "ceilings") is None:
+            journal.write("machine", "ceilings", "done", row=ceilings)
+        compiled = tuple(name for name in good if name.endswith("_compiled"))
+        plans = [(case, str(case), tuple(name for name in good if name not in compiled)) for case in cases]
+        if compiled:
+            plans.append((cases[0], f"{cases[0]} compiled", ("naive", *(name for name in ("ours",) if name in good), *compiled)))
+        for case, name, variants in plans:
+            base = ("naive", "tuned") if not set(variants) & set(compiled) else ("naive",)
+            for item, chosen in attempts(journal, "head", name, variants, base):
+                yield Item(item, lambda c=case, v=chosen: {**_measure(c, v, heads, ceilings), "left_out": red})
+
+    def _measure(case: Case, variants: tuple[str, ...], heads: dict[str, Head], ceilings: dict[str, float]) -> dict[str, Any]:
+        row = measure(case, device, {name: heads[name] for name in variants}, args.rounds, ceilings)
         print(line_of(row), flush=True)
-    write_json(args.out, file)
+        return row
+
+    report(args, "warm" if args.warm else "head", items)
+
+
+def _once(head: Head, case: Case, device: torch.device) -> dict[str, float]:
+    start = time.perf_counter()
+    value_and_gradient(head, *natural_inputs(case.images, case.channels, case.size, getattr(torch, case.dtype), device))
+    return {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def line_of(row: dict[str, Any]) -> str:

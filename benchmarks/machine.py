@@ -7,15 +7,13 @@ naive_by_op    the naive head at the headline's size, forward and backward: devi
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import timing
 from benchmarks.baselines import naive_head, natural_inputs, value_and_gradient
-from benchmarks.provenance import provenance, write_json
+from benchmarks.provenance import Item, command_line, report
 
 CHAINS = (96, 384, 512, 1536, 4608, 18432)
 
@@ -75,27 +73,21 @@ def naive_by_op(device: torch.device, images: int, size: int) -> list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = command_line(__doc__, rounds=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--small", action="store_true", help="small sizes: the code, not the machine")
     args = parser.parse_args()
+    args.skip_tests = True  # none of it is ours
     device = torch.device(args.device)
     sizes = {"copy": 2**22, "matmul": 128} if args.small else {}
-    file = {**provenance(), "ceilings": timing.ceilings(device, **sizes)}
-    print(file["ceilings"], flush=True)
-    write_json(args.out, file)
     images, size = (2, 32) if args.small else (128, 224) if device.type == "cuda" else (8, 224)
-    for name, measure in (
-        ("chain_error", lambda: chain_error(device) if device.type == "cuda" else "not measured: tensor cores are on a GPU"),
-        ("naive_by_op", lambda: naive_by_op(device, images, size)),
-    ):
-        try:
-            file[name] = measure()
-        except RuntimeError as error:
-            file[name] = f"failed: {str(error)[:300]}"
-        print(name, file[name][:5] if isinstance(file[name], list) else file[name], flush=True)
-        write_json(args.out, file)
+
+    def errors() -> dict | str:
+        return chain_error(device) if device.type == "cuda" else "not measured: tensor cores are on a GPU"
+
+    measured = {"ceilings": lambda: timing.ceilings(device, **sizes), "chain_error": errors}
+    measured["naive_by_op"] = lambda: naive_by_op(device, images, size)
+    report(args, "machine", lambda *_: (Item(name, measure) for name, measure in measured.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit. And the gate: nothing is timed on a red test run."""
+"""Where a figure comes from: machine, versions, commit. And how a benchmark script stores its rows: one by one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import sib_fast
+from benchmarks import gate
+from benchmarks.baselines import usable_backends
+from benchmarks.journal import DEVICE_LOST, DIED, ROOT, Journal
 from sib_fast import _extension
-
-ROOT = Path(__file__).parent.parent
 
 
 def _cpu_name() -> str:
@@ -40,11 +40,11 @@ def _git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """Of this tree, with "-changed" where it differs from it. A copy without git is told by tools/gpu.py --prepare."""
+    """Of this tree, with "-changed" where it differs from it. A copy without git is told by the bundle (tools/gpu.py)."""
     here = _git("rev-parse", "HEAD")
     if not here:
-        told = ROOT / "build/gpu/commit"
-        return told.read_text().strip() if told.is_file() else "unknown"
+        stamp = ROOT / "build/gpu/stamp.json"
+        return json.loads(stamp.read_text())["commit"] if stamp.is_file() else "unknown"
     changed = _git("status", "--porcelain", "--", "csrc", "sib_fast", "benchmarks/*.py", "CMakeLists.txt")
     return here + ("-changed" if changed else "")
 
@@ -98,14 +98,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def require_green_ops() -> None:
-    """Runs the tests of the ops; exits with their output if one fails. A timing from a red run is not reported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops", "tests/test_benchmarks.py"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"benchmarks: the ops' tests are red, so nothing is timed\n{result.stdout[-3000:]}")
-
-
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Atomically, so that an interrupted run leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,30 +109,70 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
     """What every benchmark script asks: where to write, how many threads and rounds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the rows and where they come from, as JSON, rewritten after each row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--tests", type=Path, help="verdicts of `python -m benchmarks.gate`, instead of running the tests here")
+    parser.add_argument("--journal", type=Path, help="lines of `python -m benchmarks.gate`, and of an earlier run to continue")
     parser.add_argument("--skip-tests", action="store_true", help="for development; the file then says so")
     return parser
 
 
-def report(args: argparse.Namespace, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Gate, measurement, file. Returns the rows. Where they come one by one each is stored at once: a run that is cut short has
-    measured something."""
-    torch.set_num_threads(args.threads)
-    tests: Any = "skipped"
-    if args.tests is not None:
-        from benchmarks import gate  # which imports this module
+class Item(NamedTuple):
+    """A row to be measured. part_of: the item whose row takes its fields."""
 
-        tests = gate.read(args.tests)["verdicts"]
-        if gate.require_green(tests) != list(tests):
-            sys.exit("benchmarks: the step runs whatever 'auto' chooses, so every backend must be green")
-    elif not args.skip_tests:
-        require_green_ops()
-        tests = "green"
-    rows, source = [], provenance()
-    for row in measure():
-        rows.append(row)
-        write_json(args.out, {"tests": tests, **source, "rows": rows})
-    return rows
+    name: str
+    measure: Callable[[], dict[str, Any]]
+    part_of: str | None = None
+
+
+def rows_of(lines: Iterable[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    """The rows that a suite's lines hold; what failed is one too, with the reason."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["suite"] == suite and line["state"] in ("done", *DIED):
+            item, of = line["id"], line.get("part_of")
+            ended = (
+                line["row"] if line["state"] == "done" else {f"{item} failed" if of else "failed": line.get("why", line["state"])}
+            )
+            rows[of or item] = {**rows.get(of, {}), **ended} if of else {"item": item, **ended}
+    return list(rows.values())
+
+
+def file_of(lines: list[dict[str, Any]], suite: str, tests: Any, source: dict[str, Any]) -> dict[str, Any]:
+    """What is stored under benchmarks/results: verdicts, machine, ceilings where some were measured, rows."""
+    ceilings = next((line["row"] for line in reversed(lines) if line["id"] == "ceilings" and "row" in line), None)
+    return {"tests": tests, **source, **({"ceilings": ceilings} if ceilings else {}), "rows": rows_of(lines, suite)}
+
+
+def verdicts(args: argparse.Namespace, journal: Journal) -> dict[str, dict[str, Any]]:
+    """Of the device's families: what the journal says; where it says nothing, the tests run now."""
+    found = gate.verdicts(journal.lines())
+    if found or journal.supervised or args.skip_tests:
+        return found
+    return gate.run(usable_backends(torch.device(getattr(args, "device", "cpu"))), journal)
+
+
+def report(args: argparse.Namespace, suite: str, items: Callable[[Journal, dict], Iterable[Item]]) -> list[dict[str, Any]]:
+    """Measures what is left of `items(journal, verdicts)`, a line for each at once. Returns the rows. One that fails (no memory,
+    a compiler) costs the others nothing."""
+    torch.set_num_threads(args.threads)
+    journal, source = Journal.here(args.journal), provenance()
+    found = verdicts(args, journal)
+    for number, item in enumerate(items(journal, found)):
+        if not journal.wants(suite, item.name, number):
+            continue
+        part = {"part_of": item.part_of} if item.part_of else {}
+        journal.write(suite, item.name, "began", **part)
+        try:
+            state: dict[str, Any] = {"state": "done", "row": item.measure()}
+        except Exception as error:  # no memory, a kernel or a region that does not compile, a device error
+            state = {"state": "failed", "why": f"{type(error).__name__}: {str(error)[:500]}"}
+        journal.write(suite, item.name, state.pop("state"), **part, **state)
+        if args.out:
+            write_json(args.out, file_of(journal.lines(), suite, "skipped" if args.skip_tests else found, source))
+        if state.get("why") and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(DEVICE_LOST)  # whoever watches starts another process
+    return rows_of(journal.lines(), suite)

@@ -1,7 +1,7 @@
 """Tables and plots from stored results: `python -m benchmarks.report results/<device>/*.json --out report/`.
 
-Writes report.md and, where there are enough sizes, time_against_n.png, time_against_pixels.png and roofline.png. Figures of a
-backend whose tests were red, or not run, are refused: they are listed as such and the exit status is 1.
+Writes report.md and, where there are enough sizes, time_against_n.png, time_against_pixels.png and roofline.png. Figures of
+ops whose tests were red, or not run to the end, are refused: they are listed as such and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def accepted(data: dict[str, Any]) -> tuple[list[Figure], list[str]]:
     """(figures that count, sentences about those that do not)."""
     good, refused = [], {}
     for figure in figures(data):
-        why = refusal(data, figure.variant)
+        why = refusal(data, figure.variant, figure.rest.get("needs"))
         if why is None:
             good.append(figure)
         else:
@@ -76,8 +76,7 @@ def markdown(path: Path, data: dict[str, Any], good: list[Figure], refused: list
     ]
     lines += ["", *(f"Failed: {name} at {list(case.values())}: {error}" for case, name, error in failed)]
     lines += [f"**Refused** {sentence}" for sentence in refused]
-    if data.get("not_measured"):
-        lines.append(f"Not measured (out of time): {[list(case.values()) for case in data['not_measured']]}")
+    lines += [f"Failed: {row['item']}: {row['failed']}" for row in data.get("rows", []) if "failed" in row and "item" in row]
     return [*lines, ""]
 
 

@@ -1,10 +1,10 @@
 """The training step: plain, naive S-IB, ours, each eager and compiled, interleaved in one run.
 
     python -m benchmarks.step --out benchmarks/results/<device>/step.json
-    python -m benchmarks.step --device cuda --preset issue --budget 500 --out benchmarks/results/<gpu>/step.json
+    python -m benchmarks.step --device cuda --preset goals --out benchmarks/results/<gpu>/step.json
 
---preset issue: the cells that the goals are about first, then the rest of the table, as far as the budget goes. Each row is
-stored as soon as it is there.
+--preset: goals, the two cells that the goals are about; table, all models, precisions and layouts, those two first; compiled,
+each compiled variant by itself, since building one takes minutes. Times, memory and profile of a row are stored as they come.
 
 A step is zero_grad, forward, loss and backward (no optimiser), random weights and data, in training mode.
 
@@ -28,6 +28,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import dataclasses
 import gc
 import itertools
 import json
@@ -47,7 +48,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sib_fast
-from benchmarks.provenance import ROOT, command_line, report
+from benchmarks import gate
+from benchmarks.journal import ROOT, Journal, attempts
+from benchmarks.provenance import Item, command_line, report
 from benchmarks.step_traffic import penalised_loss
 from sib_fast.lab.naive import naive_sib_loss
 
@@ -56,6 +59,10 @@ COMPILED = ("plain_compiled", "naive_compiled", "ours_compiled", "convolutions_c
 PRECISIONS = ("float32", "tf32", "bf16")
 LAYOUTS = ("contiguous", "channels_last")
 LAZY_EVERY = 4
+PREPARED = ("ours_prepared", "lazy", "recompute", "penalty_prepared", "ours_compiled")  # all layers ours
+# The ops with kernels of their own that a prepared model runs.
+LAYERS = {"convnext_tiny": ("layer_norm", "activation"), "vit_s": ("layer_norm", "softmax", "activation")}
+DEFAULT_LAYERS = ("batch_norm", "activation")
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
@@ -95,6 +102,7 @@ class Setting:
     precision: str = "float32"
     layout: str = "contiguous"
     compile_mode: str = "default"
+    backend: str = "auto"  # of the loss
 
     def autocast(self) -> torch.autocast:
         """For the forward pass and the loss; backward runs outside."""
@@ -122,9 +130,19 @@ class Setting:
         return (x.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else x), target
 
 
-def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Callable[[Tensor, Tensor], Tensor]:
+def needs_of(variant: str, setting: Setting) -> list[str]:
+    """The verdicts behind a variant's figures (benchmarks/gate.py); PyTorch's own step needs none."""
+    loss = variant in EAGER[2:6] or variant in COMPILED[2:]
+    found = gate.needs_of_head(setting.backend, setting.device) if loss else []
+    layers = LAYERS.get(setting.model, DEFAULT_LAYERS) if variant in PREPARED else ()
+    return found + gate.needs(gate.families("auto", layers, setting.device))
+
+
+def loss_of(
+    variant: str, model: nn.Module, compile_mode: str = "default", backend: str = "auto"
+) -> Callable[[Tensor, Tensor], Tensor]:
     """loss(x, target) of one variant on this model, which it prepares where the variant says so."""
-    if variant in ("ours_prepared", "lazy", "recompute", "penalty_prepared", "ours_compiled", "convolutions_compiled"):
+    if variant in (*PREPARED, "convolutions_compiled"):
         only = (nn.Conv2d,) if variant == "convolutions_compiled" else None
         sib_fast.prepare(model, recompute=variant == "recompute", only=only)
     if variant == "plain":
@@ -148,7 +166,7 @@ def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Ca
                 return compiled_naive(x.clone().requires_grad_(), target)
 
         return run
-    criterion = sib_fast.SIBLoss(every=LAZY_EVERY if variant == "lazy" else 1)
+    criterion = sib_fast.SIBLoss(every=LAZY_EVERY if variant == "lazy" else 1, backend=backend)
     if variant in ("ours_compiled", "convolutions_compiled"):
         step = sib_fast.compile_step(model, criterion, mode=compile_mode)
         return lambda x, target: step(x, target).loss
@@ -158,7 +176,7 @@ def loss_of(variant: str, model: nn.Module, compile_mode: str = "default") -> Ca
 
 def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, setting: Setting) -> Callable[[], None]:
     """One training step, ready to be called again and again; of "lazy" so many that the terms applied once."""
-    loss = loss_of(variant, model, setting.compile_mode)
+    loss = loss_of(variant, model, setting.compile_mode, setting.backend)
 
     def once() -> None:
         model.zero_grad(set_to_none=True)
@@ -293,14 +311,12 @@ def profile(setting: Setting, variant: str) -> dict[str, float]:
     return {group: round(spent / seconds.total(), 4) for group, spent in seconds.most_common()}
 
 
-def measure(setting: Setting, variants: tuple[str, ...], rounds: int, memory: bool, profiled: bool) -> dict[str, Any]:
+def measure(setting: Setting, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
     times = interleaved(setting, variants, rounds)
-    gc.collect()
-    if setting.device == "cuda":
-        torch.cuda.empty_cache()
+    _free(setting)
     medians = {variant: statistics.median(t) for variant, t in times.items()}
     ratios = {v: [a / b for a, b in zip(t, times["plain"], strict=True)] for v, t in times.items()}
-    row: dict[str, Any] = {
+    return {
         **asdict(setting),
         "shape": [setting.images, 3, setting.size, setting.size],
         "rounds": rounds,
@@ -309,16 +325,23 @@ def measure(setting: Setting, variants: tuple[str, ...], rounds: int, memory: bo
         "images_per_s": {variant: round(setting.images / seconds, 1) for variant, seconds in medians.items()},
         "ratio_to_plain": {variant: round(statistics.median(r), 3) for variant, r in ratios.items()},
         "ratio_range": {variant: [round(min(r), 3), round(max(r), 3)] for variant, r in ratios.items()},
-        "vjp_cosine_to_float32": round(cosine_to_float32(setting), 6),
+        "needs": {variant: needs_of(variant, setting) for variant in variants},
     }
-    if memory:
-        peaks = {variant: peak_bytes(setting, variant) for variant in variants}
-        row["peak_mib"] = {variant: round(peak / 2**20, 1) for variant, peak in peaks.items()}
-        row["peak_to_plain"] = {variant: round(peak / peaks["plain"], 3) for variant, peak in peaks.items()}
-    if profiled:
-        ours = [variant for variant in ("plain", "ours_prepared", "ours_compiled") if variant in variants]
-        row["profile"] = {variant: profile(setting, variant) for variant in ours}
-    return row
+
+
+def measure_memory(setting: Setting, variants: tuple[str, ...]) -> dict[str, Any]:
+    peaks = {variant: peak_bytes(setting, variant) for variant in variants}
+    _free(setting)
+    return {
+        "peak_mib": {variant: round(peak / 2**20, 1) for variant, peak in peaks.items()},
+        "peak_to_plain": {variant: round(peak / peaks["plain"], 3) for variant, peak in peaks.items()},
+    }
+
+
+def _free(setting: Setting) -> None:
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ---- what is measured, in which order -----------------------------------------------------------------------------------
@@ -332,33 +355,33 @@ class Cell:
     variants: tuple[str, ...]
 
 
-def issue(device: str, images: int = 128, size: int = 224) -> list[Cell]:
-    """What the goals need first: ResNet-50 in bf16, channels last, and as the authors run it; then compiled, then the table."""
+def preset(name: str, device: str, images: int = 128, size: int = 224) -> list[Cell]:
+    """goals: ResNet-50 in bf16, channels last, and as the authors run it. table: these, then every other cell. compiled."""
 
     def cell(model: str, precision: str, layout: str, *variants: str) -> Cell:
         return Cell(Setting(model, images, size, device, precision, layout), ("plain", *variants))
 
-    full = ("naive", "ours", "ours_prepared", "lazy", "recompute")
-    best = ("bf16", "channels_last")
-    table = [
-        cell("resnet50", *best, *full, "penalty", "penalty_prepared"),
-        cell("resnet50", "float32", "contiguous", *full),
-        cell("resnet50", *best, "ours_prepared", "plain_compiled", "ours_compiled", "convolutions_compiled", "naive_compiled"),
-        cell("convnext_tiny", *best, *full),
-        cell("vit_s", *best, *full),
-        cell("resnet18", *best, *full),
-    ]
-    rest = itertools.product(("resnet50", "resnet18", "convnext_tiny", "vit_s"), PRECISIONS, LAYOUTS)
-    done = {(c.setting.model, c.setting.precision, c.setting.layout) for c in table}
-    return table + [cell(*key, *full) for key in rest if key not in done]
+    full, best = ("naive", "ours", "ours_prepared", "lazy", "recompute"), ("bf16", "channels_last")
+    first = [("resnet50", *best), ("resnet50", "float32", "contiguous")]
+    if name == "compiled":
+        return [
+            cell(*first[0], "ours_prepared", "plain_compiled", variant)
+            for variant in ("ours_compiled", "convolutions_compiled", "naive_compiled")
+        ]
+    if name == "goals":
+        return [cell(*key, *full) for key in first]
+    keys = [*first, *((model, *best) for model in ("convnext_tiny", "vit_s", "resnet18"))]
+    keys += itertools.product(("resnet50", "resnet18", "convnext_tiny", "vit_s"), PRECISIONS, LAYOUTS)
+    cells = [cell(*key, *full) for key in dict.fromkeys(keys)]
+    return [*cells[:5], cell(*first[0], "penalty", "penalty_prepared"), *cells[5:]]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What issue 4 expects of ResNet-50 in bf16, channels last, from the rows that are there: ours over plain, naive over ours at
+    """What is expected of ResNet-50 in bf16, channels last, from the rows that are there: ours over plain, naive over ours at
     the same settings and as the authors run it (float32, contiguous, eager), peak memory over plain's."""
     found: dict[str, float] = {}
     naive_float32 = None
-    for row in (row for row in rows if row["model"] == "resnet50" and "median_s" in row):
+    for row in (row for row in rows if "median_s" in row and row["model"] == "resnet50"):
         seconds, key = row["median_s"], (row["precision"], row["layout"])
         if key == ("float32", "contiguous") and "naive" in seconds:
             naive_float32 = seconds["naive"]
@@ -376,8 +399,9 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__, rounds=5)
-    parser.add_argument("--preset", choices=("issue",), help="instead of models, precisions, layouts and variants")
-    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
+    parser.add_argument(
+        "--preset", choices=("goals", "table", "compiled"), help="instead of models, precisions, layouts, variants"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18", "resnet50"])
     parser.add_argument(
         "--variants", nargs="+", choices=(*EAGER, *COMPILED), help="default: all on CUDA, the eager ones on a CPU"
@@ -395,8 +419,8 @@ def parser() -> argparse.ArgumentParser:
 
 def cells(args: argparse.Namespace) -> list[Cell]:
     """What was asked for; tf32 exists on CUDA only."""
-    if args.preset == "issue":
-        asked = issue(args.device, args.images or 128, args.size)
+    if args.preset:
+        asked = preset(args.preset, args.device, args.images or 128, args.size)
     else:
         chosen = args.variants or (*EAGER, *(COMPILED if args.device == "cuda" else ()))
         variants = tuple(v for v in (*EAGER, *COMPILED) if v == "plain" or v in chosen)
@@ -409,28 +433,34 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return [cell for cell in asked if cell.setting.precision != "tf32" or args.device == "cuda"]
 
 
+def items_of(cell: Cell, journal: Journal, found: dict[str, dict], args: argparse.Namespace) -> Iterator[Item]:
+    """Times, memory and profile of a cell, without the variants whose ops are red."""
+    setting = cell.setting
+    setting = dataclasses.replace(setting, backend=gate.loss_backend(found, setting.device) or "auto")
+    red = {v: why for v in cell.variants if (why := gate.red(found, needs_of(v, setting)))}
+    variants = tuple(v for v in cell.variants if v not in red)
+    name = f"{setting.model} {setting.images}×{setting.size} {setting.precision} {setting.layout} {setting.compile_mode}"
+    name = f"{name}: {' '.join(variants[1:])}"
+    for item, chosen in attempts(journal, "step", name, variants, ("plain",)):
+        yield Item(item, lambda v=chosen: {**measure(setting, v, args.rounds), "left_out": red})
+        parts = {"cosine": lambda: {"vjp_cosine_to_float32": round(cosine_to_float32(setting), 6)}}
+        if not args.no_memory:
+            parts["memory"] = lambda v=chosen: measure_memory(setting, v)
+        if args.profile:
+            profiled = [v for v in ("plain", "ours_prepared", "ours_compiled") if v in chosen]
+            parts["profile"] = lambda p=profiled: {"profile": {v: profile(setting, v) for v in p}}
+        if journal.state("step", item) == "done":
+            yield from (Item(f"{item}, {part}", measure_part, part_of=item) for part, measure_part in parts.items())
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    asked, begun = cells(args), time.monotonic()
-
-    def run() -> Iterator[dict[str, Any]]:
-        for cell in asked:
-            if args.budget is not None and time.monotonic() - begun > args.budget:
-                return
-            try:
-                yield measure(cell.setting, cell.variants, args.rounds, not args.no_memory, args.profile)
-            except RuntimeError as error:  # no memory, a compiler that fails: the other rows are worth having
-                yield {**asdict(cell.setting), "failed": f"{type(error).__name__}: {str(error)[:500]}"}
-                gc.collect()
-
-    rows = report(args, run)
+    rows = report(args, "step", lambda journal, found: (i for cell in cells(args) for i in items_of(cell, journal, found, args)))
     failed = [row for row in rows if "failed" in row]
     for row in (row for row in rows if row not in failed):
         print(json.dumps({k: row[k] for k in ("model", "shape", "precision", "layout", "median_s", "ratio_to_plain")}))
         print("   ", json.dumps({k: row[k] for k in ("peak_to_plain", "vjp_cosine_to_float32", "profile") if k in row}))
-    for cell in asked[len(rows) :]:
-        print(f"not measured, no time left: {cell.setting.model} {cell.setting.precision} {cell.setting.layout}")
-    print("goals of issue 4:", json.dumps(goals(rows)))
+    print("goals:", json.dumps(goals(rows)))
     for row in failed:
         print("FAILED", json.dumps(row))
     if failed:

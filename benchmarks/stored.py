@@ -38,23 +38,18 @@ def machine(data: dict[str, Any]) -> str:
     return data["gpu"]["name"] if on_gpu else f"{data.get('cpu', 'unknown CPU')}, {data.get('threads', '?')} threads"
 
 
-def backends_of(variant: str, tests: dict[str, Any]) -> list[str]:
-    """The backends whose tests must be green for this variant's figure to count."""
-    if not variant.startswith("ours"):
-        return []
-    named = variant.split("_")[1:2]
-    return named if named and named[0] in tests else list(tests)
-
-
-def refusal(data: dict[str, Any], variant: str) -> str | None:
-    """Why this variant's figures may not be reported, or None."""
+def refusal(data: dict[str, Any], variant: str, needs: list[str] | None = None) -> str | None:
+    """Why a variant's figure may not be reported, or None. needs: the verdicts behind it; a row of before there were verdicts by
+    op names none, and counts where all of its file's are green."""
     tests = data.get("tests", "green")  # pytest-benchmark's suites fail where a backend is red, and store nothing
     if tests == "skipped":
         return "its tests were skipped"
-    if isinstance(tests, dict):
-        red = [f"{name}: {tests[name]['why']}" for name in backends_of(variant, tests) if not tests[name]["green"]]
-        return "; ".join(red) or None
-    return None if tests == "green" else f"tests: {tests}"
+    if not isinstance(tests, dict):
+        return None if tests == "green" else f"tests: {tests}"
+    if needs is None:
+        needs = list(tests) if variant.startswith("ours") else []
+    missing = {"green": False, "why": "not judged"}
+    return "; ".join(f"{name}: {one['why']}" for name in needs if not (one := tests.get(name, missing))["green"]) or None
 
 
 def figures(data: dict[str, Any]) -> Iterator[Figure]:
@@ -67,6 +62,8 @@ def figures(data: dict[str, Any]) -> Iterator[Figure]:
             yield Figure(one["group"], case, variant, median, spread, info)
         return
     for row in data["rows"]:
+        if "failed" in row:
+            continue
         if "variants" in row:
             for variant, one in row["variants"].items():
                 if "error" not in one:
@@ -82,9 +79,10 @@ def figures(data: dict[str, Any]) -> Iterator[Figure]:
             for variant, median in row["median_s"].items():
                 spread = row.get("spread_s", {}).get(variant, 0.0)
                 case = (row["model"], *row["shape"])
-                yield Figure(
-                    "step", case, variant, 1e3 * median, 1e3 * spread, {"ratio_to_plain": row["ratio_to_plain"][variant]}
-                )
+                rest = {"ratio_to_plain": row["ratio_to_plain"][variant]}
+                if "needs" in row:
+                    rest["needs"] = row["needs"][variant]
+                yield Figure("step", case, variant, 1e3 * median, 1e3 * spread, rest)
 
 
 def _split(one: dict[str, Any]) -> tuple[tuple, str]:

@@ -51,8 +51,8 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     to none; attached or not, x is passed to it explicitly. Where the criterion is not active (validation, a step between with
     `every` > 1) the compiled function is the plain one: forward and base loss.
 
-    Another batch size reuses the compiled step; up to torch 2.12 it is compiled again, unless `prepare` has swapped the model's
-    convolutions (torch's own do not trace with symbolic sizes there).
+    A second batch size compiles once more, for all sizes. Up to torch 2.12 every size compiles, unless `prepare` has swapped the
+    model's convolutions: torch's own do not trace with symbolic sizes there.
 
     Shapes:  x [N, C, H, W]; target as SIBLoss takes it; optionally mask, as SIBLoss takes it.
     Scale:   SIBLoss's.
@@ -123,7 +123,7 @@ class CompiledStep:
 
     def _active_step(self, x: Tensor, target: Tensor, mask: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         leaf = x if x.requires_grad else _vjp_leaf(x)
-        logits = self.model(leaf)
+        logits = self.model(leaf.clone())  # which it may change in place; a compiler leaves out a copy that nobody changes
         loss = self.criterion.active_loss(logits, target, leaf, mask)
         return loss, logits.detach(), self.criterion.terms
 
@@ -140,6 +140,8 @@ class CompiledStep:
         if active and not self._checked:
             check_before_compiling(_OP, self.model, x)
             self._checked = True
+        if active:
+            self.criterion.check_values(target, mask)
         copies_out = self._copies_out and x.is_cuda
         if copies_out:
             torch.compiler.cudagraph_mark_step_begin()
@@ -154,5 +156,7 @@ class CompiledStep:
         if copies_out:
             logits, terms = logits.clone(), {name: term.clone() for name, term in terms.items()}
         self.criterion.terms = terms
+        if not active:
+            self.criterion.warn_if_trained(loss)
         self.criterion.count_call()
         return StepOutput(loss, logits, terms)

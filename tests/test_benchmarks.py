@@ -15,7 +15,7 @@ import torch
 import sib_fast
 from benchmarks import compare, gate, head, report, stored, timing
 from benchmarks.baselines import HEADS, forward_and_backward, heads_for, natural_inputs, our_head, value_and_gradient
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.journal import ROOT, Journal, attempts, read
 
 STORED = ROOT / "benchmarks/results/intel-xeon-2-cores"
 CPU = torch.device("cpu")
@@ -33,19 +33,38 @@ def test_value_and_gradient_of_heads(name, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_of_heads_that_are_timed_every_one_is_that_function(where, dtype):
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("cpu", "tuned"),
+        ("cpu", "ours"),
+        ("cpu", "ours_cpu"),
+        *(("cuda", n) for n in ("tuned", "ours", "ours_cuda", "ours_triton")),
+    ],
+)
+def test_of_heads_that_are_timed_every_one_is_that_function(where, name, dtype):
     if where == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
     vjp, x = natural_inputs(6, 3, 24, dtype, where)
     heads = heads_for(torch.device(where))
-    assert {"naive", "tuned", "ours"} < set(heads)
-    want = value_and_gradient(heads["naive"], vjp, x)
-    for name, one in heads.items():
-        got = value_and_gradient(one, vjp, x)
-        torch.testing.assert_close(got[0].double(), want[0].double(), rtol=1e-4, atol=0, msg=name)
-        assert got[1].dtype == dtype
-        assert torch.nn.functional.cosine_similarity(got[1].flatten().float(), want[1].flatten().float(), dim=0) > 0.99, name
+    if name not in heads:
+        pytest.skip("no such kernels here")
+    want, got = (value_and_gradient(heads[one], vjp, x) for one in ("naive", name))
+    torch.testing.assert_close(got[0].double(), want[0].double(), rtol=1e-4, atol=0)
+    assert got[1].dtype == dtype
+    assert torch.nn.functional.cosine_similarity(got[1].flatten().float(), want[1].flatten().float(), dim=0) > 0.99
+
+
+def test_a_head_that_computes_something_else_is_not_timed():
+    heads = {
+        "naive": HEADS["naive"],
+        "ours": lambda vjp, x: -HEADS["naive"](vjp, x),
+        "ours_cpu": lambda vjp, x: vjp.sum() * float("nan"),
+    }
+    row = head.measure(head.Case(4, 3, 16), CPU, heads, 1, {"copy": 1e9, "ieee": 1e9})
+    assert "device_ms" in row["variants"]["naive"]
+    assert row["variants"]["ours"]["error"] == "RuntimeError: its gradient is not naive's: cosine -1.0"
+    assert "cosine nan" in row["variants"]["ours_cpu"]["error"]
 
 
 def test_an_asked_for_backend_is_the_one_that_runs(monkeypatch):
@@ -200,38 +219,164 @@ def test_ceilings_are_measured():
 # ---- the gate -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_red_backend_is_said_and_left_out(tmp_path, capsys):
-    red, green, none = (tmp_path / f"test_{name}.py" for name in ("red", "green", "none"))
-    red.write_text("def test_gradient_cpu():\n    assert 1 == 2\n")
-    green.write_text("def test_gradient_cpu():\n    pass\n")
-    none.write_text("def test_of_something_else():\n    pass\n")
-    found = {path.stem: gate.verdict("cpu", (str(path),)) for path in (red, green, none)}
-    assert not found["test_red"]["green"]
-    assert "test_gradient_cpu" in found["test_red"]["why"]
-    assert found["test_green"]["green"]
-    assert found["test_green"]["passed"] == 1
-    assert not found["test_none"]["green"]
-    assert gate.require_green(found) == ["test_green"]
-    assert "test_red is not timed" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="no backend's tests are green"):
-        gate.require_green({"test_red": found["test_red"]})
+def lines(states: dict[str, str], *, of: int | None = None, whole: bool = True) -> list[dict]:
+    """The lines of a run in which test k, evidence for "cpu softmax forward" and backward where its name says so, ended thus."""
+    journal = Journal()
+    keys = {name: [f"cpu softmax {d}" for d in gate.DIRECTIONS if d in name] for name in states}
+    total = of or max(sum(d in name for name in states) for d in gate.DIRECTIONS)
+    counts = {f"cpu softmax {d}": total for d in gate.DIRECTIONS}
+    journal.write("tests", "collected", "collected", counts=counts, whole=whole)
+    for name, state in states.items():
+        journal.write("tests", name, "began", keys=keys[name])
+        if state != "began":
+            journal.write("tests", name, state, keys=keys[name])
+    return journal.lines()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")
-def test_a_backend_whose_tests_are_all_skipped_is_not_green():
-    one = gate.verdict("cuda", ("tests/ops/test_foreground_mask.py",))
-    assert not one["green"]
-    assert one["why"] == "none of its tests ran here"
+@pytest.mark.parametrize(
+    ("states", "options", "forward", "backward"),
+    [
+        ({"forward": "passed", "backward": "passed"}, {}, "green", "green"),
+        ({"forward": "passed", "backward": "failed"}, {}, "green", "red"),
+        ({"forward": "passed", "backward": "crashed"}, {}, "green", "red"),
+        ({"forward": "passed", "backward": "timed out"}, {}, "green", "not judged"),
+        ({"forward": "passed", "backward": "cut"}, {}, "green", "not judged"),
+        ({"forward": "passed", "backward": "began"}, {}, "green", "not judged"),
+        ({"forward": "passed", "backward": "skipped"}, {}, "green", "not judged"),
+        ({"forward and backward": "failed"}, {}, "red", "red"),
+        ({"forward": "passed", "backward": "passed"}, {"of": 2}, "not judged", "not judged"),
+        ({"forward": "passed", "backward": "passed"}, {"whole": False}, "not judged", "not judged"),
+    ],
+)
+def test_verdicts_by_direction(states, options, forward, backward):
+    found = gate.verdicts(lines(states, **options))
+    assert [found[f"cpu softmax {d}"]["state"] for d in gate.DIRECTIONS] == [forward, backward]
+    for one in found.values():
+        assert one["green"] == (one["why"] is None) == (one["state"] == "green")
+    wanted = gate.needs([("cpu", "softmax")])
+    assert gate.red(found, wanted) == [
+        f"cpu softmax {d}" for d, s in zip(gate.DIRECTIONS, (forward, backward), strict=True) if s == "red"
+    ]
 
 
-def test_verdicts_of_another_commit_are_refused(tmp_path):
-    path = tmp_path / "tests.json"
-    path.write_text(json.dumps({"commit": "somewhere else", "verdicts": {"cpu": {"green": True}}}))
-    with pytest.raises(SystemExit, match="of commit somewhere else"):
-        gate.verdicts(["cpu"], path)
-    path.write_text(json.dumps({"commit": provenance()["commit"], "verdicts": {"cpu": {"green": True}}}))
-    assert gate.verdicts(["cpu"], path) == {"cpu": {"green": True}}
-    assert not gate.verdicts(["triton"], path)["triton"]["green"]
+def test_a_later_pass_of_a_test_replaces_what_was_lost():
+    first, second = lines({"forward": "timed out", "backward": "began"}), lines({"forward": "passed", "backward": "passed"})
+    assert gate.verdicts([*first, *second])["cpu softmax forward"]["green"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "parameters", "keys"),
+    [
+        ("ops/test_softmax.py", "test_layouts", {"kernel": "cuda"}, ["cuda softmax forward", "cuda softmax backward"]),
+        ("ops/test_softmax.py", "test_layouts", {"kernel": "emulated"}, []),
+        ("ops/test_batch_norm_handover.py", "test_x", {"kernel": "cpu"}, ["cpu batch_norm forward", "cpu batch_norm backward"]),
+        ("ops/test_foreground_mask.py", "test_gradcheck", {"kernel": "triton"}, ["triton foreground_mask backward"]),
+        ("ops/test_softmax.py", "test_value_and_gradient", {"kernel": "cpu"}, ["cpu softmax forward", "cpu softmax backward"]),
+        ("ops/test_properties.py", "test_softmax", {"kernel": "cpu"}, ["cpu softmax forward", "cpu softmax backward"]),
+        ("ops/test_parity.py", "test_parity", {"kernel": "cpu", "op": "head", "direction": "forward"}, ["cpu head forward"]),
+        ("ops/test_parity.py", "test_parity", {"kernel": "triton", "op": "softmax", "direction": "forward"}, []),
+        ("test_benchmarks.py", "test_of_heads_are", {"name": "ours_cuda"}, ["cuda head forward", "cuda head backward"]),
+        ("test_benchmarks.py", "test_of_heads_are", {"name": "tuned"}, []),
+        ("ops/test_convolution.py", "test_gradgradcheck", {}, []),
+    ],
+)
+def test_what_a_test_is_evidence_for(path, name, parameters, keys):
+    assert gate.keys_of(path, name, parameters) == keys
+
+
+def test_only_tests_of_gradients_leave_the_forward_pass_its_verdict(collected):
+    names = {test.split("::")[1].split("[")[0] for test in collected if test.startswith("tests/ops")}
+    alone = {n for n in names if gate.keys_of("test_softmax.py", n, {"kernel": "cpu"}) == ["cpu softmax backward"]}
+    assert len(alone) > 10
+    for name in alone:
+        assert re.search("grad|derivative|backward|cotangent", name)
+        assert not re.search("value|agree|equal|bits|closed", name), name
+
+
+def test_needs_of_a_figure():
+    assert gate.needs_of_head("cpu", CPU) == gate.needs([("cpu", op) for op in (*gate.HEAD, "head")])
+    assert set(gate.needs_of_head("auto", CPU)) == {f"cpu {op} {d}" for op in gate.HEAD for d in gate.DIRECTIONS}
+    cuda = set(gate.needs([("cuda", op) for op in gate.HEAD]) + gate.needs([("triton", op) for op in gate.HEAD]))
+    assert set(gate.needs_of_head("auto", "cuda")) <= cuda
+    assert head.needs_of("naive", CPU) == []
+    assert head.needs_of("ours_triton_tf32x3", CPU) == gate.needs([("triton", op) for op in (*gate.HEAD, "head")])
+
+
+def test_a_loss_whose_automatic_choice_is_red_is_timed_on_a_family_that_is_not(monkeypatch):
+    monkeypatch.setattr(gate._backends, "MISSING", dict.fromkeys(gate._backends.MISSING))
+    auto = set(gate.needs_of_head("auto", "cuda"))
+
+    def chosen(*red: str) -> str | None:
+        return gate.loss_backend({name: {"state": "red"} for name in red}, "cuda")
+
+    assert chosen() == "auto"
+    assert chosen("cuda batch_norm forward") == "auto"
+    statistics = next(name for name in auto if "statistics" in name).split()[0]
+    other = {"cuda": "triton", "triton": "cuda"}[statistics]
+    assert chosen(f"{statistics} region_statistics backward") == other
+    assert chosen(f"{statistics} region_statistics backward", f"{other} head forward") is None
+
+
+@pytest.fixture
+def op_tests(tmp_path) -> tuple[str, ...]:
+    """Tests of two ops: one passes, the other's backward fails, and a third op's are skipped."""
+    body = "import pytest\n\n@pytest.mark.parametrize('kernel', ['cpu', 'cuda'])\ndef test_{}(kernel):\n    {}\n\n"
+    texts = {
+        "softmax": body.format("layouts", "assert kernel == 'cpu'"),
+        "batch_norm": body.format("layouts", "pytest.skip('x')"),
+    }
+    texts["layer_norm"] = body.format("values", "pass") + body.format("gradcheck", "assert 1 == 2, 'planted'")
+    for op, text in texts.items():
+        (tmp_path / f"test_{op}.py").write_text(text)
+    return tuple(str(tmp_path / f"test_{op}.py") for op in texts)
+
+
+def test_tests_are_streamed_and_judged(op_tests, tmp_path):
+    journal = Journal(tmp_path / "tests.jsonl")
+    found = gate.run(["cpu"], journal, op_tests)
+    state = {name.removeprefix("cpu "): one["state"] for name, one in found.items()}
+    assert state == {
+        "softmax forward": "green", "softmax backward": "green", "layer_norm forward": "green", "layer_norm backward": "red",
+        "batch_norm forward": "not judged", "batch_norm backward": "not judged",
+    }  # fmt: skip
+    (failed,) = (line for line in journal.lines() if line["state"] == "failed")
+    assert "test_gradcheck[cpu]" in failed["id"]
+    assert "planted" in failed["why"]
+    ran = len(journal.lines())
+    gate.run(["cpu"], journal, op_tests)
+    assert [line["state"] for line in journal.lines()[ran:]] == ["collected"], "what is judged is not run again"
+
+
+def test_lines_of_another_tree_are_not_read(tmp_path):
+    path = tmp_path / "tests.jsonl"
+    Journal(path, run="another.here").write("tests", "x", "passed", keys=["cpu softmax forward"])
+    assert len(read(path)) == 1
+    assert Journal(path).lines() == []
+    assert Journal(earlier=[path], run="another.later").lines() != []
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    path = tmp_path / "a.jsonl"
+    Journal(path).write("s", "one", "done")
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        Journal(path).write("s", "two", "done")
+        assert [line["id"] for line in Journal(path).lines()][-1] == "two"
+        assert {line["id"] for line in Journal(path).lines()} == {"one", "two"}
+
+
+def test_what_died_together_is_tried_one_by_one():
+    def names(state: str) -> list[tuple]:
+        journal, seen = Journal(), []
+        for item, variants in attempts(journal, "s", "cell", ("plain", "a", "b"), ("plain",)):
+            seen.append(variants)
+            journal.write("s", item, state if item == "cell" else "done")
+        return seen
+
+    assert names("done") == [("plain", "a", "b")]
+    for state in ("failed", "crashed", "timed out"):
+        assert names(state) == [("plain", "a", "b"), ("plain",), ("plain", "a"), ("plain", "b")]
 
 
 # ---- a run, its report, its comparison ----------------------------------------------------------------------------------
@@ -239,13 +384,15 @@ def test_verdicts_of_another_commit_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
-    """Two small cases through the whole of benchmarks.head, with verdicts from a file."""
+    """Two small cases through the whole of benchmarks.head, with verdicts from a journal."""
     folder = tmp_path_factory.mktemp("head")
-    verdicts = {"cpu": {"green": True, "why": None}}
-    (folder / "tests.json").write_text(json.dumps({"commit": provenance()["commit"], "verdicts": verdicts}))
+    keys = gate.needs_of_head("cpu", CPU)
+    journal = Journal(folder / "lines.jsonl")
+    journal.write("tests", "collected", "collected", counts=dict.fromkeys(keys, 1), whole=True)
+    journal.write("tests", "test_all", "passed", keys=keys)
     command = [
         sys.executable, "-m", "benchmarks.head", "--out", folder / "head.json", "--preset", "smoke", "--rounds", "3",
-        "--threads", "1", "--tests", folder / "tests.json",
+        "--threads", "1", "--journal", folder / "lines.jsonl",
     ]  # fmt: skip
     subprocess.run([str(c) for c in command], cwd=ROOT, check=True, capture_output=True)
     return json.loads((folder / "head.json").read_text())
@@ -258,11 +405,12 @@ def test_a_row_holds_what_the_issue_asks_for(result):
         assert {"naive", "tuned", "ours", "ours_cpu"} <= row["variants"].keys()
         assert row["floor_ms"].keys() == {"ieee"}
         for name, one in row["variants"].items():
-            wanted = {"device_ms", "eager_ms", "graph", "gb_per_s", "percent_of_copy", "over_floor", "peak_extra_mib"}
+            wanted = {"device_ms", "eager_ms", "graph", "gb_per_s", "percent_of_copy", "over_floor", "peak_extra_mib", "needs"}
             assert wanted <= one.keys(), name
             assert one["device_ms"]["rounds"] == 3
         assert row["ratios"]["naive"]["ours_cpu"]["median"] > 0
-    assert result["not_measured"] == []
+        assert row["variants"]["naive"]["needs"] == []
+        assert {one["cosine_to_naive"] > head.AGREE for one in row["variants"].values()} == {True}
 
 
 def test_report_of_a_run(result, tmp_path):
@@ -287,17 +435,26 @@ def test_report_of_what_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tests", "refused"),
+    ("change", "refused"),
     [
-        ({"cpu": {"green": False, "why": "red: test_x"}}, {"ours", "ours_cpu"}),
+        ({"cpu region_statistics backward": {"green": False, "why": "red: test_x"}}, {"ours", "ours_cpu"}),
+        ({"cpu head forward": {"green": False, "why": "3 of 4 tests ran"}}, {"ours_cpu"}),
+        ({"cpu batch_norm forward": {"green": False, "why": "red: test_x"}}, set()),
         ("skipped", {"naive", "tuned", "ours", "ours_cpu"}),
-        ({"cpu": {"green": True, "why": None}}, set()),
+        ({"cpu": {"green": False, "why": "red"}}, {"ours", "ours_cpu"}),
+        ({}, set()),
     ],
-    ids=["red", "skipped", "green"],
+    ids=["red", "not judged", "another op's", "skipped", "of a family, in an old file", "green"],
 )
-def test_report_refuses_a_red_backend(result, tests, refused, tmp_path):
-    path = tmp_path / "head.json"
-    path.write_text(json.dumps({**result, "tests": tests}))
+def test_report_refuses_what_is_not_green(result, change, refused, tmp_path):
+    path, changed = tmp_path / "head.json", json.loads(json.dumps(result))
+    changed["tests"] = change if isinstance(change, str) else {**changed["tests"], **change}
+    if "cpu" in change:
+        changed["tests"] = change
+        for row in changed["rows"]:
+            for one in row["variants"].values():
+                del one["needs"]
+    path.write_text(json.dumps(changed))
     assert report.main([str(path), "--out", str(tmp_path), "--no-plots"]) == (1 if refused else 0)
     text = (tmp_path / "report.md").read_text()
     for name in ("naive", "tuned", "ours", "ours_cpu"):

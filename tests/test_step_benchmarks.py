@@ -12,6 +12,7 @@ from torch import nn
 
 import sib_fast
 from benchmarks import step
+from benchmarks.journal import Journal
 from sib_fast.testing.networks import conv_net, parameter_gradients
 
 NO_TORCHVISION = "torchvision does not import with this torch"
@@ -101,36 +102,62 @@ def test_rows_are_stored_as_they_come_and_a_failing_one_costs_the_others_nothing
 
     def measure(setting, variants, *_):
         measured.append(setting.precision)
-        if setting.precision == "bf16" and setting.layout == "contiguous":
+        if setting.precision == "bf16" and setting.layout == "contiguous" and len(variants) > 2:
             raise RuntimeError("out of memory, planted")
         stored = json.loads(out.read_text())["rows"] if out.is_file() else []
         assert len(stored) == len(measured) - 1
         row = {"model": "tiny", "shape": [1], "precision": setting.precision, "layout": setting.layout}
-        return {**row, "median_s": {"plain": 1.0}, "ratio_to_plain": {"plain": 1.0}}
+        return {**row, "median_s": dict.fromkeys(variants, 1.0), "ratio_to_plain": dict.fromkeys(variants, 1.0)}
 
     monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "cosine_to_float32", lambda setting: 1.0)
     command = ["--out", str(out), "--models", "tiny", "--precisions", "bf16", "float32", "--layouts", *step.LAYOUTS]
-    command += ["--skip-tests", "--threads", "1"]
+    command += ["--skip-tests", "--threads", "1", "--no-memory", "--journal", str(tmp_path / "lines.jsonl")]
     with pytest.raises(SystemExit) as stop:
         step.main(command)
     assert stop.value.code == 1
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 4
+    assert len(rows) == 3 + 1 + len(step.EAGER), "the failed one, plain alone, and plain with each other variant"
     assert rows[0]["failed"] == "RuntimeError: out of memory, planted"
+    assert list(rows[2]["median_s"]) == ["plain", "naive"]
     assert "FAILED" in capsys.readouterr().out
-    step.main([*command, "--budget", "-1"])
-    assert "not measured, no time left: tiny float32 channels_last" in capsys.readouterr().out
+    done = len(measured)
+    with pytest.raises(SystemExit):
+        step.main(command)
+    assert len(measured) == done, "what is done is not done again"
 
 
-def test_the_issues_cells_begin_with_what_the_goals_need():
-    cells = step.issue("cuda")
-    keys = [(c.setting.model, c.setting.precision, c.setting.layout) for c in cells]
-    assert keys[0] == ("resnet50", "bf16", "channels_last")
-    assert {"naive", "ours_prepared", "lazy", "recompute"} < set(cells[0].variants)
-    assert keys[1] == ("resnet50", "float32", "contiguous")
-    assert len(set(keys)) == 4 * 3 * 2, "the table of the issue: models, precisions, layouts"
-    assert all(c.variants[0] == "plain" and c.setting.images == 128 for c in cells)
-    assert any(set(step.COMPILED) <= set(c.variants) for c in cells)
+def test_a_red_op_costs_the_variants_that_run_it(setting, monkeypatch):
+    monkeypatch.setitem(step.LAYERS, "tiny", ("batch_norm", "softmax"))
+    variants, cell = step.EAGER, step.Cell(setting, step.EAGER)
+    args = step.parser().parse_args(["--no-memory"])
+
+    def left(*red: str) -> set[str]:
+        found = {name: {"state": "red"} for name in red}
+        (item,) = step.items_of(cell, Journal(), found, args)
+        return set(item.name.split(": ")[1].split()) | {"plain"}
+
+    assert left() == left("cpu layer_norm forward", "cuda region_statistics forward") == set(variants)
+    assert left("cpu softmax backward") == set(variants) - {"ours_prepared", "lazy", "recompute", "penalty_prepared"}
+    ours = {v for v in variants if v.startswith("ours")} | {"lazy", "recompute"}
+    assert left("cpu region_statistics backward", "cpu head forward") == set(variants) - ours
+
+
+def test_the_goals_cells_come_first_and_what_is_compiled_last():
+    def keys(name: str) -> list[tuple]:
+        return [(c.setting.model, c.setting.precision, c.setting.layout) for c in step.preset(name, "cuda")]
+
+    goals = step.preset("goals", "cuda")
+    assert keys("goals") == [("resnet50", "bf16", "channels_last"), ("resnet50", "float32", "contiguous")]
+    assert {"naive", "ours_prepared", "lazy", "recompute"} < set(goals[0].variants)
+    assert step.preset("table", "cuda")[:2] == goals, "which have run: a later phase goes on behind them"
+    assert len(set(keys("table"))) == 4 * 3 * 2, "models, precisions, layouts"
+    compiled = step.preset("compiled", "cuda")
+    assert set(step.COMPILED) < {v for c in compiled for v in c.variants}
+    assert all(len(set(c.variants) & set(step.COMPILED[1:])) == 1 for c in compiled), "each by itself"
+    assert not any(set(step.COMPILED) & set(c.variants) for name in ("goals", "table") for c in step.preset(name, "cuda"))
+    for name in ("goals", "table", "compiled"):
+        assert all(c.variants[0] == "plain" and c.setting.images == 128 for c in step.preset(name, "cuda"))
 
 
 def test_goals_are_ratios_of_the_rows():
@@ -143,7 +170,7 @@ def test_goals_are_ratios_of_the_rows():
     ours = row("bf16", "channels_last", {"ours_prepared": 1.9, "recompute": 1.5}, plain=1.0, naive=6.0, ours_prepared=2.5)
     compiled = row("bf16", "channels_last", plain=1.0, ours_compiled=2.0)
     naive = row("float32", "contiguous", plain=4.0, naive=20.0)
-    failed = {"model": "resnet50", "precision": "tf32", "failed": "RuntimeError"}
+    failed = {"item": "resnet50 tf32", "failed": "RuntimeError"}
     assert step.goals([failed, ours, compiled]) == {
         "ours_prepared_over_plain": 2.5,
         "naive_over_ours_prepared": 2.4,

@@ -1,79 +1,138 @@
-"""Proof and measurement on a GPU, in phases, within a time budget, with no network: `bash tools/gpu.sh OUT [phase …]`.
+"""Proof and measurement on a GPU, in phases, within a time limit, with no network: `bash tools/gpu.sh OUT [phase …]`.
 
-build      the libraries against the machine's own torch and architecture; where that fails, the prebuilt ones of build/gpu/lib
-smoke      one parity check of every kernel family and op
-tests      tests/gpu, then each backend's tests (the verdicts that benchmarks ask for), then the loss on each backend
+setup      the libraries that came along; where they do not load, built against the machine's own torch and architecture
+parity     every kernel family, op and direction against the reference, small and at the headline's size
 ceilings   copy bandwidth, matrix rates, error against chain length, naive's kernels one by one
-head       benchmarks.head: baselines and every green backend, in every product mode
+headline   benchmarks.head at 128×3×224²: baselines and every op that is not red, in every product mode
+resnet50   benchmarks.step: ResNet-50 in bf16, and as the authors run it
+tests      the rest of each op's tests: the verdicts by family, op and direction that a figure needs to be reported
+gpu        tests/gpu: same bits, streams, graphs, no synchronisation, more than 2^31 elements, memory; and the Triton kernels' own
+head       benchmarks.head at every size
+loss       the loss's tests on each family
+step       benchmarks.step: every model, precision and layout, eager
 ops        the pytest-benchmark suites
-step       benchmarks.step --preset issue: ResNet-50 in bf16 first, then the rest of the table as far as the time goes
+compiled   what torch.compile makes of the step and of the baselines: minutes each
 choice     benchmarks.convolution_choice: what the rules of the convolution on CUDA should be; asked for
-sanitizer  compute-sanitizer memcheck and racecheck over every kernel on small shapes, caching off
+sanitizer  compute-sanitizer memcheck and racecheck, a process for each op, caching off; asked for
 
-OUT gets summary.json (rewritten after every phase), log.txt and one JSON a measurement: 9 files, none large. A backend whose
-tests are red is left out of the timings, and the table at the end says so. Verdicts and ceilings of an earlier call on the same
-machine and commit are used again (build/gpu-results). --prepare, on the machine that has git and a compiler, writes build/gpu:
-the prebuilt libraries and the commit. --dry-run runs the same code on the CPU, with small sizes.
+Every result is a line of OUT/results.jsonl as soon as it is there (benchmarks/journal.py), so a run may be cut at any moment; the
+next call goes on where this one stopped, from what lies in build/gpu-results or is named by --earlier. Beside it summary.json and
+log.txt. A test or a measurement that hangs or crashes costs itself alone: it is noted, and the rest go on in another process.
+
+--bundle   here, with a compiler: build/gpu, the libraries for the GPU and what they were made from; --collect FOLDER FILE … turns
+lines into the files that benchmarks/results stores. --dry-run runs the same phases on the CPU with small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import triton_cache  # noqa: E402
+
+from benchmarks.journal import Journal, read, read_from, sources  # noqa: E402
+
 LIBRARIES, CARRIED, KEPT = ROOT / "sib_fast/lib", ROOT / "build/gpu", ROOT / "build/gpu-results"
-# In the order of what the ledger wants first; seconds that a phase may take at most.
+LARGEST = 60 * 2**20  # bytes of tree and bundle: what may be brought to a machine without a network
+LARGEST_LOG = 8 * 2**20
+ARCHITECTURE = "9.0a"  # H100 and H200: what the bundle is for, unless it is told another
+COMPLETE = (0, 1, 5)  # exit statuses of pytest and of the benchmarks that ran to their end
+
+
+class Limits(NamedTuple):
+    """Seconds for a phase, and for one of its items."""
+
+    phase: float
+    item: float
+
+
+# In the order of what is worth most.
 PHASES = {
-    "build": 240, "smoke": 90, "tests": 420, "ceilings": 60, "head": 300, "ops": 240, "step": 300, "choice": 180,
-    "sanitizer": 300,
+    "setup": Limits(300, 300), "parity": Limits(180, 90), "ceilings": Limits(60, 60), "headline": Limits(150, 90),
+    "resnet50": Limits(200, 120), "tests": Limits(330, 90), "gpu": Limits(240, 120), "head": Limits(240, 90),
+    "loss": Limits(150, 90), "step": Limits(500, 120), "ops": Limits(240, 60), "compiled": Limits(540, 300),
+    "choice": Limits(400, 60), "sanitizer": Limits(500, 240),
 }  # fmt: skip
-DEFAULT = [phase for phase in PHASES if phase not in ("choice", "sanitizer")]
+ASKED = ("choice", "sanitizer")
+
+
+def _die_with_parent() -> None:
+    """On Linux a child does not outlive a killed runner."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Run:
-    """One call: its clock, its log, and its results as they come."""
+    """One call: its clock, its log, its lines."""
 
-    def __init__(self, out: Path, budget: float, dry: bool) -> None:
-        self.out, self.dry, self.deadline = out, dry, time.monotonic() + budget
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.txt").write_text("")
-        self.device, self.backends = ("cpu", ["cpu"]) if dry else ("cuda", ["cuda", "triton"])
-        self.summary: dict[str, Any] = {"dry_run": dry, "python": sys.executable, "phases": {}}
+    clock = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self, out: Path, budget: float, dry: bool = False, earlier: tuple[Path, ...] = (), machine: str = "cpu") -> None:
+        self.out, self.dry, self.deadline = out, dry, self.clock() + budget
+        self.device, self.families = ("cpu", ["cpu"]) if dry else ("cuda", ["cuda", "triton"])
+        self.cores = 1 if dry else max(1, (os.cpu_count() or 2) - 3)
+        name = f"{sources()}.{machine.replace('.', '_')}.{int(time.time())}-{os.getpid()}"
+        paths = [out / "results.jsonl", *([] if dry else [KEPT / f"{name}.jsonl"])]
+        self.earlier = [*earlier, *([] if dry else sorted(KEPT.glob("*.jsonl")))]
+        self.journal = Journal(*paths, earlier=self.earlier, run=name)
+        self.summary: dict[str, Any] = {"dry_run": dry, "run": name, "phases": {}}
+        self.scratch = Path(tempfile.mkdtemp())
 
     def left(self, at_most: float) -> float:
-        return max(1.0, min(at_most, self.deadline - time.monotonic()))
+        return max(1.0, min(at_most, self.deadline - self.clock()))
 
-    def command(self, *command: object, timeout: float, **environment: str) -> tuple[int, str]:
-        """(exit status, end of the output); 124 where the time ran out. The whole of it goes to the log."""
-        line = " ".join(map(str, command))
-        print(f"$ {line}  (at most {timeout:.0f} s)", flush=True)
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-        process = subprocess.Popen(
-            [str(c) for c in command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+    def log(self, text: str) -> None:
+        path = self.out / "log.txt"
+        if not path.is_file() or path.stat().st_size < LARGEST_LOG:
+            with path.open("a") as log:
+                log.write(text)
+
+    def spawn(self, command: list[object], worker: int = 0, of: int = 1, **environment: str) -> subprocess.Popen:
+        cache = {"TRITON_CACHE_DIR": str(CARRIED / "triton")} if (CARRIED / "triton").is_dir() else {}
+        env = {
+            **os.environ, **cache, "PYTHONUNBUFFERED": "1", "SIB_FAST_RUN": self.journal.run, "SIB_FAST_SHARD": f"{worker}/{of}",
+            "SIB_FAST_JOURNAL": os.pathsep.join(map(str, self.journal.paths)),
+            "SIB_FAST_EARLIER": os.pathsep.join(map(str, self.earlier)), **environment,
+        }  # fmt: skip
+        with (self.scratch / f"{worker}.txt").open("w") as output:
+            return subprocess.Popen(
+                list(map(str, command)), cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
+
+    def output(self, worker: int) -> str:
+        path = self.scratch / f"{worker}.txt"
+        return path.read_text(errors="replace")[-20_000:] if path.is_file() else ""
+
+    def command(self, *command: object, timeout: float, worker: int = 0, **environment: str) -> tuple[int, str]:
+        """(exit status, end of the output); 124 where the time ran out."""
+        process = self.spawn(list(command), worker, **environment)
         try:
-            text, _ = process.communicate(timeout=timeout)
-            status = process.returncode
+            status = process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)  # pytest's and inductor's own workers too
-            text, _ = process.communicate()
+            kill(process)
             status = 124
-        with (self.out / "log.txt").open("a") as log:
-            log.write(f"$ {line}\n{text[-200_000:]}\nexit status {status}\n\n")
+        text = self.output(worker)
+        self.log(f"$ {' '.join(map(str, command))}\n{text}\nexit status {status}\n\n")
         return status, text[-3000:]
 
     def python(self, *arguments: object, timeout: float, **environment: str) -> tuple[int, str]:
@@ -84,41 +143,119 @@ class Run:
         partial.write_text(json.dumps(self.summary, indent=1) + "\n")
         partial.replace(self.out / "summary.json")
 
-    def kept(self, name: str) -> Path | None:
-        """A result of this call, or of an earlier one on this machine at this commit."""
-        sys.path.insert(0, str(ROOT))
-        from benchmarks.provenance import commit
 
-        for path in (self.out / name, KEPT / name):
-            if path.is_file() and json.loads(path.read_text()).get("commit") == commit():
-                return path
-        return None
+def kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a compiler's own workers too
+    process.wait()
 
-    def keep(self, name: str) -> None:
-        if (self.out / name).is_file() and not self.dry:
-            KEPT.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.out / name, KEPT / name)
+
+class Begun(NamedTuple):
+    item: str
+    at: float
+    rest: dict[str, Any]
+
+
+def supervise(
+    run: Run, suite: str, command: list[object], limits: Limits, workers: int = 1, **environment: str
+) -> dict[str, Any]:
+    """Runs `command` in `workers` processes, which share the suite's items, until all are judged or the time is up.
+
+    An item that takes longer than its limit, or whose process dies, is written down as timed out or crashed, and another process
+    goes on with the rest. Returns {ok, counts of states, why}.
+    """
+    begun: dict[int, Begun] = {}
+    results = run.journal.paths[0]
+    seen = results.stat().st_size if results.is_file() else 0
+    deadline = run.clock() + run.left(limits.phase)
+    alive = {k: run.spawn(command, k, workers, **environment) for k in range(workers)}
+    progress, why = dict.fromkeys(alive, False), None
+
+    def look() -> None:
+        nonlocal seen
+        lines, seen = read_from(results, seen)
+        for line in lines:
+            if line["suite"] == suite and line["run"] == run.journal.run and line["worker"] in alive:
+                progress[line["worker"]] |= line["state"] != "collected"
+                if line["state"] == "began":
+                    rest = {name: line[name] for name in ("keys", "part_of") if name in line}
+                    begun[line["worker"]] = Begun(line["id"], run.clock(), rest)
+                elif (one := begun.get(line["worker"])) is not None and one.item == line["id"] and line["state"] != "measured":
+                    del begun[line["worker"]]
+
+    while alive:
+        run.sleep(0.1)
+        look()
+        now = run.clock()
+        for k, process in list(alive.items()):
+            status, seen_last = process.poll(), begun.get(k)
+            late, over = seen_last is not None and now - seen_last.at > limits.item, now >= deadline
+            if status is None and not late and not over:
+                continue
+            if status is None:
+                kill(process)
+            look()  # what it wrote last
+            one, text = begun.pop(k, None), run.output(k)
+            run.log(f"$ {' '.join(map(str, command))}  (worker {k})\n{text}\nexit status {status}\n\n")
+            if one is not None:
+                state = "crashed" if status is not None else "timed out" if late and one == seen_last else "cut"
+                run.journal.shard = (k, workers)
+                run.journal.write(
+                    suite, one.item, state, why=f"exit status {status}: {text[-300:]}" if status else state, **one.rest
+                )
+                run.journal.shard = (0, 1)
+            if over or (one is None and (status in COMPLETE or not progress[k])):
+                del alive[k]
+                if over and status is None:
+                    why = why or "time is up"
+                elif not over and status not in (0, 5) and not progress[k]:
+                    why = f"exit status {status}: {text[-500:]}"
+            else:
+                progress[k] = False
+                alive[k] = run.spawn(command, k, workers, **environment)
+    return outcome(run, suite, why)
+
+
+def outcome(run: Run, suite: str, why: str | None = None) -> dict[str, Any]:
+    """Counts of the last states of a suite's items, and what is wrong with those that are wrong."""
+    last = {line["id"]: line for line in run.journal.lines() if line["suite"] == suite and line["state"] != "collected"}
+    counts: dict[str, int] = {}
+    for line in last.values():
+        counts[line["state"]] = counts.get(line["state"], 0) + 1
+    wrong = {
+        item: str(line.get("why", ""))[:300] for item, line in last.items() if line["state"] in ("failed", "crashed", "timed out")
+    }
+    ok = why is None and not wrong and bool(counts)
+    return {"ok": ok, "counts": counts, **({"why": why} if why else {}), "wrong": dict(list(wrong.items())[:40])}
 
 
 # ---- phases: each returns what goes into the summary; "ok" decides the table ------------------------------------------------
 
 
-def build(run: Run, seconds: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"how": None}
-    if run.dry:
-        found["how"] = "dry run: what is built here"
-    else:
-        found["how"] = _compile(run, seconds)
-        if found["how"] is None and (CARRIED / "lib").is_dir():
-            shutil.rmtree(LIBRARIES, ignore_errors=True)
-            shutil.copytree(CARRIED / "lib", LIBRARIES)
-            found["how"] = "prebuilt (the build here failed: log.txt)"
-    status, text = run.python("-m", "sib_fast", "doctor", timeout=run.left(60))
-    return {"ok": found["how"] is not None and status == 0, **found, "doctor": text.strip().splitlines()}
+def setup(run: Run, limits: Limits) -> dict[str, Any]:
+    how = "what is built here"
+    if not run.dry and (CARRIED / "lib").is_dir():
+        shutil.copytree(CARRIED / "lib", LIBRARIES, dirs_exist_ok=True)
+        how = "the libraries that came along"
+    kernels = 0
+    if not run.dry and (CARRIED / "triton.tar.xz").is_file() and not (CARRIED / "triton").is_dir():
+        with tarfile.open(CARRIED / "triton.tar.xz") as archive:
+            archive.extractall(CARRIED / "triton", filter="data")
+        kernels = triton_cache.localise(CARRIED / "triton")
+    status, text = run.python("-m", "sib_fast", "doctor", timeout=run.left(90))
+    if not run.dry and (status != 0 or "launched on" not in text):
+        how = _compile(run, limits.phase)
+        status, text = run.python("-m", "sib_fast", "doctor", timeout=run.left(90))
+    return {
+        "ok": how is not None and status == 0,
+        "how": how,
+        "triton_kernels_brought": kernels,
+        "doctor": text.strip().splitlines(),
+    }
 
 
 def _compile(run: Run, seconds: float) -> str | None:
-    """How it was built, or None. With _blocks and the emulation where Python's headers and pybind11 are."""
+    """How it was built, or None."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -151,251 +288,302 @@ def _cmake(run: Run, seconds: float, architectures: str, output: Path) -> bool:
     return all(run.command(*command, timeout=run.left(seconds))[0] == 0 for command in (configure, compile_))
 
 
-def smoke(run: Run, seconds: float) -> dict[str, Any]:
-    path = run.out / "smoke.partial"
-    status, text = run.python("-m", "tests.gpu.smoke", path, *run.backends, timeout=run.left(seconds))
-    found = json.loads(path.read_text()) if path.is_file() else {"end": text}
-    path.unlink(missing_ok=True)
-    return {"ok": status == 0, "checks": found}
+def _pytest(run: Run, *arguments: object, suite: str = "tests") -> list[object]:
+    return [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.streaming", "--tb=short",
+        "--show-capture=no", f"--suite={suite}", f"--families={','.join(run.families)}", *arguments,
+    ]  # fmt: skip
 
 
-def tests(run: Run, seconds: float) -> dict[str, Any]:
-    began, jobs = time.monotonic(), 1 if run.dry else 6
-
-    def left() -> float:
-        return run.left(seconds - (time.monotonic() - began))
-
-    gpu = _pytest(run, "tests/gpu", timeout=left() * 0.5)
-    run.python(
-        "-m", "benchmarks.gate", "--out", run.out / "tests.json", "--timeout", int(left() * 0.4), "--jobs", jobs, *run.backends,
-        timeout=left(),
-    )  # fmt: skip
-    run.keep("tests.json")
-    path = run.kept("tests.json")
-    verdicts = json.loads(path.read_text())["verdicts"] if path else {}
-    wanted = " or ".join([*run.backends, "auto"])
-    loss = _pytest(run, "tests/test_loss.py", "tests/test_autocast.py", "tests/test_compile.py", "-k", wanted, timeout=left())
-    ok = gpu["ok"] and loss["ok"] and all(verdicts.get(b, {}).get("green") for b in run.backends)
-    return {"ok": ok, "tests/gpu": gpu, "backends": verdicts, "loss": loss}
+def parity(run: Run, limits: Limits) -> dict[str, Any]:
+    found = supervise(run, "tests", _pytest(run, "tests/ops/test_parity.py"), limits, run.cores)
+    return {**found, "verdicts": verdicts(run)}
 
 
-def _pytest(run: Run, *arguments: str, timeout: float) -> dict[str, Any]:
-    """Counts, failures with their first words, and the slowest; from a junit file, which a run cut short does not leave."""
-    report = run.out / "junit.partial"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
-    if run.dry:
-        command += ["-x"] if "tests/gpu" in arguments else ["--collect-only"]
-    status, text = run.python(*command, timeout=timeout)
-    if run.dry and status == 0 and not report.is_file():
-        return {"ok": True, "end": text[-200:]}
-    if not report.is_file():
-        return {"ok": False, "status": status, "end": text}
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    report.unlink()
-    red = {}
-    for case in cases:
-        bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        if bad is not None:
-            red[f"{case.get('classname')}::{case.get('name')}"] = (bad.get("message") or "")[:400]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    slowest = sorted(((float(case.get("time", 0)), case.get("name")) for case in cases), reverse=True)[:5]
-    counts = {"passed": len(cases) - len(red) - skipped, "failed": len(red), "skipped": skipped}
-    return {"ok": status == 0, **counts, "red": dict(list(red.items())[:40]), "slowest": slowest}
+def tests(run: Run, limits: Limits) -> dict[str, Any]:
+    where = ["tests/ops/test_parity.py", "tests/ops/test_softmax.py"] if run.dry else ["tests/ops", "tests/test_benchmarks.py"]
+    found = supervise(run, "tests", _pytest(run, *([] if run.dry else ["--whole"]), *where), limits, run.cores)
+    return {**found, "verdicts": verdicts(run)}
 
 
-def ceilings(run: Run, seconds: float) -> dict[str, Any]:
-    small = ["--small"] if run.dry else []
-    path = run.out / "ceilings.json"
-    status, text = run.python(
-        "-m", "benchmarks.machine", "--out", path, "--device", run.device, *small, timeout=run.left(seconds)
-    )  # fmt: skip
-    run.keep("ceilings.json")
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return {"ok": status == 0, "ceilings": found.get("ceilings"), "chain_error": found.get("chain_error"), "end": text[-200:]}
+def gpu(run: Run, limits: Limits) -> dict[str, Any]:
+    """What is large or measures memory has the card to itself."""
+    files, alone = ["tests/gpu"] if run.dry else ["tests/gpu", "tests/triton"], "two_to_the_31 or memory"
+    command = _pytest(run, *files, "-k", f"not ({alone})", suite="gpu")
+    supervise(run, "gpu", command, limits._replace(phase=limits.phase * 0.7), run.cores)
+    return supervise(run, "gpu", _pytest(run, *files, "-k", alone, suite="gpu"), limits)
 
 
-def _measured(run: Run) -> list[object]:
-    """What an earlier phase found, so that the benchmarks neither test nor measure it again."""
-    out: list[object] = []
-    for name, option in (("tests.json", "--tests"), ("ceilings.json", "--ceilings")):
-        path = run.kept(name)
-        out += [option, path] if path else []
-    return out
+def loss(run: Run, limits: Limits) -> dict[str, Any]:
+    files = ["tests/test_autocast.py"] if run.dry else ["tests/test_loss.py", "tests/test_autocast.py", "tests/test_compile.py"]
+    return supervise(run, "loss", _pytest(run, *files, suite="loss"), limits, run.cores)
 
 
-def head(run: Run, seconds: float) -> dict[str, Any]:
-    seconds = run.left(seconds)
-    path = run.out / "head.json"
-    options = ["--preset", "smoke", "--rounds", 3] if run.dry else ["--compiled", "--budget", int(seconds * 0.75)]
-    options += [] if run.dry else ["--precisions", *_precisions()]
-    options += ["--preset", run.summary["preset"]] if not run.dry else []
-    status, text = run.python(
-        "-m", "benchmarks.head", "--out", path, "--device", run.device, *options, *_measured(run), timeout=seconds
-    )  # fmt: skip
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return {"ok": status == 0 and bool(rows), "rows": [_short(row) for row in rows], "end": text[-500:]}
+def _module(run: Run, name: str, *options: object) -> list[object]:
+    return [sys.executable, "-m", f"benchmarks.{name}", "--device", run.device, *options]
 
 
-def _precisions() -> list[str]:
-    """The product modes that this version of region_statistics has."""
-    code = (
-        "import inspect, sib_fast\n"
-        "print('ieee tf32x3 tf32' if 'precision' in inspect.signature(sib_fast.region_statistics).parameters else '')"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
+def ceilings(run: Run, limits: Limits) -> dict[str, Any]:
+    return supervise(run, "machine", _module(run, "machine", *(["--small"] if run.dry else [])), limits)
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    times = {name: one["device_ms"]["median"] if "device_ms" in one else "failed" for name, one in row["variants"].items()}
-    return {"case": list(row["case"].values()), "ms": times, "floor_ms": row["floor_ms"]}
+def headline(run: Run, limits: Limits) -> dict[str, Any]:
+    return _head(run, limits, "smoke" if run.dry else "headline")
 
 
-def ops(run: Run, seconds: float) -> dict[str, Any]:
-    verdicts = run.kept("tests.json")
-    green = {name: one["green"] for name, one in json.loads(verdicts.read_text())["verdicts"].items()} if verdicts else {}
-    red = [name for name in run.backends if not green.get(name)]
-    if len(red) == len(run.backends):
-        return {"ok": False, "why": "no backend's tests are green"}
+def head(run: Run, limits: Limits) -> dict[str, Any]:
+    """Triton's kernels are compiled on all cores first."""
     preset = "smoke" if run.dry else run.summary["preset"]
-    # Forward and step of each op: the head has a phase of its own.
-    wanted = " and ".join(["not test_head", "not reference", *(f"not {name}" for name in red)])
-    path = run.out / "ops.json"
-    status, text = run.python(
-        "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider", "--no-gate", "--device", run.device,
-        "--preset", preset, "-k", wanted, f"--benchmark-json={path}", timeout=run.left(seconds),
+    warm = _module(run, "head", "--preset", preset, "--warm", *_precisions(run))
+    supervise(run, "warm", warm, limits._replace(phase=limits.phase * 0.4), run.cores)
+    return _head(run, limits, preset)
+
+
+def _head(run: Run, limits: Limits, preset: str, *options: object) -> dict[str, Any]:
+    rounds = ["--rounds", 3] if run.dry else []
+    return supervise(run, "head", _module(run, "head", "--preset", preset, *rounds, *options, *_precisions(run)), limits)
+
+
+def _precisions(run: Run) -> list[str]:
+    return [] if run.dry else ["--precisions", "ieee", "tf32x3", "tf32"]
+
+
+def _step(run: Run, limits: Limits, preset: str) -> dict[str, Any]:
+    small = ["--models", "resnet18", "--variants", "ours", "--images", 2, "--size", 32, "--rounds", 1, "--no-memory"]
+    return supervise(run, "step", _module(run, "step", *(small if run.dry else ["--preset", preset, "--profile"])), limits)
+
+
+def resnet50(run: Run, limits: Limits) -> dict[str, Any]:
+    return _step(run, limits, "goals")
+
+
+def step(run: Run, limits: Limits) -> dict[str, Any]:
+    return _step(run, limits, "table")
+
+
+def compiled(run: Run, limits: Limits) -> dict[str, Any]:
+    _step(run, limits, "compiled")
+    return _head(run, limits, "smoke" if run.dry else "headline", *([] if run.dry else ["--compiled"]))
+
+
+def ops(run: Run, limits: Limits) -> dict[str, Any]:
+    """Forward and step of each op: the head has a phase of its own."""
+    preset = "smoke" if run.dry else run.summary["preset"]
+    command = _pytest(
+        run, "benchmarks", "--benchmark-only", "--device", run.device, "--preset", preset, "-k",
+        "not test_head and not reference", suite="benchmarks",
     )  # fmt: skip
-    return {"ok": status == 0, "left_out": red, "end": text[-500:]}
+    return supervise(run, "benchmarks", command, limits)
 
 
-def step(run: Run, seconds: float) -> dict[str, Any]:
-    seconds = run.left(seconds)
-    small = ["--models", "resnet18", "--images", 2, "--size", 32, "--rounds", 1]
-    what = small if run.dry else ["--preset", "issue", "--budget", int(seconds * 0.75), "--profile"]
-    verdicts = run.kept("tests.json")
-    gate = ["--tests", verdicts] if verdicts else []
-    status, text = run.python(
-        "-m", "benchmarks.step", "--out", run.out / "step.json", "--device", run.device, *what, *gate, timeout=seconds
-    )  # fmt: skip
-    return {"ok": status == 0, "end": text[-2000:]}
-
-
-def choice(run: Run, seconds: float) -> dict[str, Any]:
+def choice(run: Run, limits: Limits) -> dict[str, Any]:
     small = ["--images", 1, "--rounds", 1] if run.dry else []
-    verdicts = run.kept("tests.json")
-    gate = ["--tests", verdicts] if verdicts else []
-    status, text = run.python(
-        "-m", "benchmarks.convolution_choice", "--out", run.out / "convolution_choice.json", "--device", run.device, *small,
-        *gate, timeout=run.left(seconds),
-    )  # fmt: skip
-    return {"ok": status == 0, "end": text[-2000:]}
+    return supervise(run, "convolution_choice", _module(run, "convolution_choice", *small), limits)
 
 
-def sanitizer(run: Run, seconds: float) -> dict[str, Any]:
-    tool = shutil.which("compute-sanitizer")
+def sanitizer(run: Run, limits: Limits) -> dict[str, Any]:
+    """A process for each op, tool and family, several at once; Triton's kernels are compiled before, without the tool."""
+    tool = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
     if tool is None and not run.dry:
         return {"ok": False, "why": "no compute-sanitizer on PATH"}
-    found: dict[str, Any] = {}
-    for backend in run.backends:
-        for check in ("memcheck", "racecheck"):
-            before = [] if run.dry else [tool, "--tool", check, "--error-exitcode", 9, "--print-limit", 20]
-            status, text = run.command(
-                *before, sys.executable, "-m", "tests.gpu.sanitize", backend,
-                timeout=run.left(seconds / (2 * len(run.backends))), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )  # fmt: skip
-            found[f"{backend} {check}"] = {"status": status, "end": text[-600:]}
-            if run.dry:
-                break
-    return {"ok": all(one["status"] == 0 for one in found.values()), "checks": found}
+    deadline = run.clock() + run.left(limits.phase)
+
+    def one(numbered: tuple[int, tuple[str, str, str]]) -> None:
+        worker, (check, family, op) = numbered
+        item = f"{check} {family} {op}"
+        if deadline - run.clock() < 5 or not run.journal.wants("sanitizer", item):
+            return
+        before = [] if run.dry or check == "plain" else [tool, "--tool", check, "--error-exitcode", 9, "--print-limit", 20]
+        run.journal.write("sanitizer", item, "began")
+        status, text = run.command(
+            *before, sys.executable, "-m", "tests.gpu.sanitize", family, op, worker=worker,
+            timeout=min(limits.item, deadline - run.clock()), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        state = {0: "passed", 124: "cut"}.get(status, "failed")
+        run.journal.write("sanitizer", item, state, why=text[-600:] if status else None)
+
+    from tests.gpu.heads import steps
+
+    pairs = [(family, op) for family in run.families for op in steps(family)]
+    with ThreadPoolExecutor(2 if run.dry else 6) as pool:
+        for checks in (("plain",),) if run.dry else (("plain",), ("memcheck", "racecheck")):
+            list(pool.map(one, enumerate((check, *pair) for check in checks for pair in pairs)))
+    return outcome(run, "sanitizer")
 
 
 # ---- before and after -------------------------------------------------------------------------------------------------------
 
 
-LENT_ARCHITECTURE = "9.0a"  # an H200
+def verdicts(run: Run) -> dict[str, Any]:
+    from benchmarks import gate
+
+    return gate.verdicts(run.journal.lines())
 
 
 def _of_one_architecture() -> Path:
-    """The built libraries; anew, for the lent GPU alone, where they hold more: all of them together are too much to travel."""
+    """The built libraries; anew, for one architecture alone, where they hold more: together they are too much to travel."""
     info = LIBRARIES / "build_info.json"
     built = json.loads(info.read_text()).get("cuda_architectures", "").split() if info.is_file() else []
-    if len(built) <= 1:
+    made = min((path.stat().st_mtime for path in LIBRARIES.glob("*.so")), default=0.0)
+    if built == [ARCHITECTURE.replace(".", "") + "-real"] and all(p.stat().st_mtime <= made for p in (ROOT / "csrc").rglob("*")):
         return LIBRARIES
     folder = ROOT / "build/gpu-one"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": LENT_ARCHITECTURE, "SIB_FAST_CPU": "1", "SIB_FAST_BLOCKS": "0"}
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": ARCHITECTURE, "SIB_FAST_CPU": "1", "SIB_FAST_BLOCKS": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     return folder / "lib/sib_fast/lib"
 
 
-def prepare() -> int:
-    """build/gpu: the libraries of this tree, stripped, and its commit, for a machine that has neither git nor our .venv."""
-    sys.path.insert(0, str(ROOT))
-    shutil.rmtree(CARRIED, ignore_errors=True)
-    CARRIED.mkdir(parents=True)
+def bundle(triton: str | None = None) -> int:
+    """build/gpu: the libraries of this tree, stripped, its commit and the digest of its sources. triton: a python with the torch
+    and the Triton of the GPU's machine, which then compiles Triton's kernels here."""
     from benchmarks.provenance import commit
 
-    (CARRIED / "commit").write_text(commit() + "\n")
-    libraries = _of_one_architecture()
-    if libraries.is_dir():
-        shutil.copytree(libraries, CARRIED / "lib")
-        for library in (CARRIED / "lib").glob("*.so"):
-            if shutil.which("strip"):
-                subprocess.run(["strip", "--strip-unneeded", library], check=True)
-    size = sum(path.stat().st_size for path in CARRIED.rglob("*") if path.is_file()) / 2**20
-    print(f"{CARRIED.relative_to(ROOT)}: commit {commit()[:12]}, {size:.1f} MiB. Carry it: docs/benchmarks.md has the calls.")
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    CARRIED.mkdir(parents=True)
+    shutil.copytree(_of_one_architecture(), CARRIED / "lib")
+    for library in (CARRIED / "lib").glob("*.so"):
+        if shutil.which("strip"):
+            subprocess.run(["strip", "--strip-unneeded", library], check=True)
+    if triton:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([triton, ROOT / "tools/triton_cache.py", folder], cwd=ROOT, check=True)
+            triton_cache.localise(Path(folder))
+            with tarfile.open(CARRIED / "triton.tar.xz", "w:xz") as archive:
+                for path in sorted(p for p in Path(folder).glob("*/*") if p.name.endswith(triton_cache.KEPT)):
+                    archive.add(path, path.relative_to(folder))
+    (CARRIED / "stamp.json").write_text(json.dumps({"commit": commit(), "sources": sources()}) + "\n")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    size, tree = (
+        sum(path.stat().st_size for path in paths if path.is_file())
+        for paths in (CARRIED.rglob("*"), (ROOT / name for name in tracked))
+    )
+    print(f"{CARRIED}: commit {commit()[:12]}, {size / 2**20:.1f} MiB beside a tree of {tree / 2**20:.1f}")
+    if size + tree > LARGEST:
+        print(f"gpu.py: together more than {LARGEST / 2**20:.0f} MiB, which is what may travel", file=sys.stderr)
+        return 1
     return 0
 
 
-def table(summary: dict[str, Any]) -> str:
-    lines = []
-    for name, one in summary["phases"].items():
-        word = "ok" if one["ok"] else "RED"
-        lines.append(f"{name:<10} {word:<4} {one['seconds']:>5.0f} s  {one.get('why') or one.get('how') or ''}")
-    for backend, one in summary["phases"].get("tests", {}).get("backends", {}).items():
-        lines.append(f"  {backend}: {'green' if one['green'] else 'LEFT OUT of the timings: ' + str(one['why'])[:300]}")
-    for row in summary["phases"].get("head", {}).get("rows", []):
-        lines.append(f"  {row['case']} ms {row['ms']} floors {row['floor_ms']}")
-    return "\n".join(lines)
+def stale() -> str | None:
+    """Why the bundle that lies here is not this tree's, or None."""
+    stamp = CARRIED / "stamp.json"
+    if not stamp.is_file():
+        return "its stamp.json is missing" if CARRIED.is_dir() else None
+    made = json.loads(stamp.read_text())["sources"]
+    return None if made == sources() else f"it was made from sources {made}, this tree is {sources()}"
+
+
+def collect(folder: Path, files: list[Path]) -> int:
+    """The files that benchmarks/results stores, from the lines of one or more calls on this tree; each holds the verdicts."""
+    from benchmarks import gate
+    from benchmarks.provenance import file_of, write_json
+
+    runs = [line["run"] for path in files for line in read(path) if line["run"].startswith(sources())]
+    if not runs:
+        print("gpu.py: no line of these files is of this tree's sources", file=sys.stderr)
+        return 1
+    lines = Journal(earlier=files, run=runs[-1]).lines()
+    source, found = next((line["row"] for line in reversed(lines) if line["suite"] == "run"), {}), gate.verdicts(lines)
+    suites = dict.fromkeys(line["suite"] for line in lines)
+    for suite in (suite for suite in ("head", "step", "convolution_choice") if suite in suites):
+        write_json(folder / f"{suite}.json", file_of(lines, suite, found, source))
+    benches = list({line["id"]: line["row"] for line in lines if line["suite"] == "benchmarks" and "row" in line}.values())
+    machine = {line["id"]: line["row"] for line in lines if line["suite"] == "machine" and "row" in line}
+    others = {"ops": {"tests": found, "benchmarks": benches}, "machine": {**source, **machine}}
+    others["tests"] = {**source, "verdicts": found, "red": _red(lines)}
+    for name, data in others.items():
+        if len(data) > 0 and (name != "ops" or benches) and (name != "machine" or machine):
+            write_json(folder / f"{name}.json", data)
+    print("\n".join(table(found, lines)))
+    return 0
+
+
+def _red(lines: list[dict[str, Any]]) -> dict[str, str]:
+    last = {line["id"]: line for line in lines if line["suite"] in ("tests", "gpu", "loss", "sanitizer")}
+    return {item: str(line.get("why"))[:400] for item, line in last.items() if line["state"] in ("failed", "crashed")}
+
+
+def table(found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """Verdicts, the heads' times and the step's ratios, as far as they are there."""
+    from benchmarks.head import line_of
+    from benchmarks.provenance import rows_of
+    from benchmarks.step import goals
+
+    out = [f"  {name}: {one['why'] or 'green'}"[:300] for name, one in found.items()]
+    out += [f"  {line_of(row)}" for row in rows_of(lines, "head") if "variants" in row]
+    steps = rows_of(lines, "step")
+    for row in (row for row in steps if "ratio_to_plain" in row):
+        out.append(f"  {row['model']} {row['precision']} {row['layout']} over plain {row['ratio_to_plain']}")
+    return [*out, f"  goals: {goals(steps)}"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default all but choice and sanitizer")
-    parser.add_argument("--budget", type=float, default=560, help="seconds for the whole call (the lent machine gives 600)")
+    parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}; default all but {' and '.join(ASKED)}")
+    parser.add_argument("--budget", type=float, default=560, help="seconds for the whole call")
     parser.add_argument("--preset", default="quick", help="sizes of head and ops: quick or full")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="results.jsonl of earlier calls, to go on from")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--bundle", action="store_true")
+    parser.add_argument(
+        "--triton", help="with --bundle: a python with the GPU machine's torch and Triton, to compile its kernels"
+    )
+    parser.add_argument("--collect", action="store_true")
     args = parser.parse_intermixed_args()
-    if args.prepare:
-        return prepare()
+    if args.bundle:
+        return bundle(args.triton)
+    if args.collect:
+        return collect(args.out, [Path(name) for name in args.phases])
     unknown = sorted(set(args.phases) - PHASES.keys())
     if args.out is None or unknown:
         parser.error(f"unknown phase: {', '.join(unknown)}" if unknown else "OUT must be given")
-    run = Run(args.out.resolve(), args.budget, args.dry_run)
+    if not args.dry_run and (why := stale()):
+        print(f"gpu.py: build/gpu is stale: {why}. Run `make gpu-bundle` again", file=sys.stderr)
+        return 2
+    machine = _machine(args.dry_run)
+    if machine is None:
+        print("gpu.py: torch sees no GPU here (--dry-run runs the same phases on the CPU)", file=sys.stderr)
+        return 2
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, args.budget, args.dry_run, tuple(args.earlier), machine)
     run.summary["preset"] = args.preset
-    if not args.dry_run:
-        import torch
+    return perform(run, args.phases or [phase for phase in PHASES if phase not in ASKED])
 
-        if not torch.cuda.is_available():
-            print("gpu.py: torch sees no GPU here (--dry-run runs the same phases on the CPU)", file=sys.stderr)
-            return 2
-    for phase in args.phases or DEFAULT:
-        began = time.monotonic()
+
+def _machine(dry: bool) -> str | None:
+    """The GPU's name; asked in a process of its own, since a context here would hold memory."""
+    if dry:
+        return "dry"
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() or None
+
+
+def perform(run: Run, phases: list[str], known: dict[str, Callable[[Run, Limits], dict[str, Any]]] | None = None) -> int:
+    """The phases one after the other; one that breaks takes no other's results with it."""
+    for phase in phases:
+        began = run.clock()
+        print(f"{phase} …", flush=True)
         if run.deadline - began < 5:
-            run.summary["phases"][phase] = {"ok": False, "why": "no time left", "seconds": 0}
+            found: dict[str, Any] = {"ok": False, "why": "no time left"}
         else:
             try:
-                found = globals()[phase](run, PHASES[phase])
-            except Exception as error:  # a phase that breaks must not take the others' results with it
+                found = (known or globals())[phase](run, PHASES.get(phase, Limits(60, 60)))
+            except Exception as error:
                 found = {"ok": False, "why": f"{type(error).__name__}: {error}"[:500]}
-            run.summary["phases"][phase] = {"seconds": round(time.monotonic() - began, 1), **found}
-        run.write()
-        if phase == "build" and "provenance" not in run.summary:
+        run.summary["phases"][phase] = {"seconds": round(run.clock() - began, 1), **found}
+        print(f"{phase:<10} {'ok' if found['ok'] else 'RED':<4} {run.clock() - began:>5.0f} s  "
+              f"{found.get('why') or found.get('how') or found.get('counts') or ''}", flush=True)  # fmt: skip
+        if phase == "setup":
             run.summary["provenance"] = _provenance()
-            run.write()
-    print(table(run.summary), flush=True)
+            run.journal.write("run", run.journal.run, "done", row=run.summary["provenance"])
+        run.write()
+    if known is None:
+        print("\n".join(table(verdicts(run), run.journal.lines())), flush=True)
+    shutil.rmtree(run.scratch, ignore_errors=True)
     return 0 if all(one["ok"] for one in run.summary["phases"].values()) else 1
 
 
@@ -403,7 +591,7 @@ def _provenance() -> dict[str, Any] | str:
     """In a process of its own: the library that this one would load may have been built since."""
     code = "import json; from benchmarks.provenance import provenance; print(json.dumps(provenance()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else result.stderr[-500:]
+    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {"unknown": result.stderr[-500:]}
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 chosen=""
 for python in ${PYTHON:-} python3 python .venv/bin/python; do
-  if command -v "$python" >/dev/null && "$python" -c 'import torch' 2>/dev/null; then
-    chosen="${chosen:-$python}"
-    if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-      chosen="$python"
-      break
-    fi
-  fi
+  command -v "$python" >/dev/null || continue
+  case "$("$python" -c 'import torch; print("GPU" if torch.cuda.is_available() else "torch")' 2>/dev/null)" in
+    GPU) chosen="$python" && break ;;
+    torch) chosen="${chosen:-$python}" ;;
+  esac
 done
 [ -n "$chosen" ] || { echo "gpu.sh: no python with torch: set PYTHON" >&2; exit 1; }
 exec "$chosen" -u tools/gpu.py "$@"

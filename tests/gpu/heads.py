@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sib_fast.ops.layer_norm import group_norm, layer_norm
 from sib_fast.ops.softmax import softmax
 
 WINDOW = 9
+Parts = Iterator[list[Tensor]]
 
 
 def inputs(images: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -28,47 +29,55 @@ def inputs(images: int, channels: int, height: int, width: int, dtype: torch.dty
     return tuple(t.to(torch.get_default_device()) for t in made)
 
 
-def mask_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+# Each of these yields what a forward pass gives, then what a backward pass does: the parity of one does not run the other.
+
+
+def mask_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
     leaf = vjp.detach().requires_grad_()
     out = foreground_mask(leaf, window_size=WINDOW, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, leaf, cotangent.to(out.dtype))]
+    yield [out.detach()]
+    yield [*torch.autograd.grad(out, leaf, cotangent.to(out.dtype))]
 
 
-def statistics_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str, **options) -> list[Tensor]:
+def statistics_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str, **options) -> Parts:
     leaves = [t.detach().requires_grad_() for t in (vjp, x, mask)]
     out = [t for t in region_statistics(*leaves, background_grams=True, backend=backend, **options) if t is not None]
+    yield [t.detach() for t in out]
     weights = [torch.cos(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).view(t.shape) for t in out]
-    return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
+    yield [*torch.autograd.grad(out, leaves, weights)]
 
 
-def objective_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+def objective_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
     rows = vjp.double().flatten(1), x.double().flatten(1)
     leaves = [(r @ r.mT).requires_grad_() for r in rows] + [rows[0].var(dim=1).requires_grad_()]
     base = torch.ones((), dtype=torch.float64, device=vjp.device)
     out = hsic_objective(base, *leaves, lambda_fg=0.01, lambda_bg=1000.0, backend=backend)
-    return [*(t.detach() for t in out), *torch.autograd.grad(out[0], leaves)]
+    yield [t.detach() for t in out]
+    yield [*torch.autograd.grad(out[0], leaves)]
 
 
-def head_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
+def head_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
     leaf = vjp.detach().requires_grad_()
     value = our_head(leaf, x, backend)
-    return [value.detach(), *torch.autograd.grad(value, leaf)]
+    yield [value.detach()]
+    yield [*torch.autograd.grad(value, leaf)]
 
 
-def batch_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
-    """Forward, gradient and double backward."""
+def batch_norm_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
+    """The second part: gradient and double backward; so below."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (torch.linspace(a, 2.0, x.shape[1], dtype=wide, device=x.device).requires_grad_() for a in (0.5, -1.0))
     leaf = x.detach().requires_grad_()
     y = batch_norm(leaf, weight, bias, backend=backend)[0]
+    yield [y.detach()]
     first = torch.autograd.grad(y, (leaf, weight, bias), 1e4 * vjp, create_graph=True)
-    return [y.detach(), *(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), torch.cos(x))]
+    yield [*(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), torch.cos(x))]
 
 
-def layer_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
-    """Forward, gradient and double backward of a group norm and of layer norms over the channels, the width and an image."""
+def layer_norm_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
+    """A group norm, and layer norms over the channels, the width and an image."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    found = []
+    made = []
     for size in (x.shape[1], x.shape[3], x[0].numel(), None):
         columns = x.shape[1] if size is None else size
         weight, bias = (torch.linspace(a, 2.0, columns, dtype=wide, device=x.device).requires_grad_() for a in (0.5, -1.0))
@@ -79,53 +88,69 @@ def layer_norm_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, 
             y = group_norm(leaf, 1, weight, bias, backend=backend)
         else:
             y = layer_norm(leaf, (size,), weight, bias, backend=backend)
+        made.append((y, leaf, weight, bias, maps))
+    yield [y.detach() for y, *_ in made]
+    found = []
+    for y, leaf, weight, bias, maps in made:
         first = torch.autograd.grad(y, (leaf, weight, bias), maps[1], create_graph=True)
-        found += [y.detach(), *(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), maps[2])]
-    return found
+        found += [*(t.detach() for t in first), *torch.autograd.grad(first[0], (leaf, weight), maps[2])]
+    yield found
 
 
-def softmax_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
-    """Double backward along short rows and long ones."""
+def softmax_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
+    """Along short rows and long ones. The first two passes are PyTorch's: only the double backward has a kernel."""
+    leaves = [rows.detach().requires_grad_() for rows in (x, x.flatten(1))]
+    made = [softmax(leaf, backend=backend) for leaf in leaves]
+    yield [y.detach() for y in made]
     found = []
-    for rows in (x, x.flatten(1)):
-        leaf = rows.detach().requires_grad_()
-        y = softmax(leaf, backend=backend)
-        (first,) = torch.autograd.grad(y, leaf, 1e4 * vjp.reshape(rows.shape), create_graph=True)
-        found += torch.autograd.grad(first, leaf, torch.cos(rows))
-    return found
+    for leaf, y in zip(leaves, made, strict=True):
+        (first,) = torch.autograd.grad(y, leaf, 1e4 * vjp.reshape(y.shape), create_graph=True)
+        found += torch.autograd.grad(first, leaf, torch.cos(leaf.detach()))
+    yield found
 
 
-def activation_step(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> list[Tensor]:
-    """Double backward; and forward, backward and double backward by bits."""
-    found = []
+def activation_parts(vjp: Tensor, x: Tensor, mask: Tensor, cotangent: Tensor, *, backend: str) -> Parts:
+    """Forward, backward and double backward by bits; the double backward of the rest."""
+    grad, made = (1e4 * vjp).requires_grad_(), []
     for kind, parameters in (("relu", ()), ("hardtanh", (0.0, 1.0)), ("leaky_relu", (0.1,))):
-        leaf, grad = x.detach().requires_grad_(), (1e4 * vjp).requires_grad_()
-        y = activation(leaf, kind, *parameters, backend=backend)
-        (first,) = torch.autograd.grad(y, leaf, grad, create_graph=True)
-        found += [y.detach(), first.detach(), *torch.autograd.grad(first, grad, torch.cos(x))]
+        leaf = x.detach().requires_grad_()
+        made.append((activation(leaf, kind, *parameters, backend=backend), leaf, grad))
+    yield [y.detach() for y, *_ in made]
     for kind in ("silu", "gelu", "softplus"):
         leaf = x.detach().requires_grad_()
         parameters = (1.0, 20.0) if kind == "softplus" else ()
-        (first,) = torch.autograd.grad(activation(leaf, kind, *parameters, backend=backend), leaf, 1e4 * vjp, create_graph=True)
-        found += torch.autograd.grad(first, leaf, torch.cos(x))
-    return found
+        made.append((activation(leaf, kind, *parameters, backend=backend), leaf, leaf))
+    found = []
+    for y, leaf, of in made:
+        (first,) = torch.autograd.grad(y, leaf, grad, create_graph=True)
+        found += [first.detach(), *torch.autograd.grad(first, of, torch.cos(x))]
+    yield found
 
 
-STEPS: dict[str, Callable[..., list[Tensor]]] = {"mask": mask_step, "statistics": statistics_step, "head": head_step}
-if hsic_objective is not None:
-    STEPS["objective"] = objective_step
-# of sib_fast.nn; these ops have no Triton kernels
-LAYER_STEPS = {
-    "batch_norm": batch_norm_step,
-    "activation": activation_step,
-    "layer_norm": layer_norm_step,
-    "softmax": softmax_step,
+def whole(parts: Callable[..., Parts]) -> Callable[..., list[Tensor]]:
+    """Both parts, one after the other."""
+    return lambda *inputs, **options: [tensor for part in parts(*inputs, **options) for tensor in part]
+
+
+PARTS: dict[str, Callable[..., Parts]] = {
+    "foreground_mask": mask_parts,
+    "region_statistics": statistics_parts,
+    "head": head_parts,
+    **({} if hsic_objective is None else {"hsic_objective": objective_parts}),
+    # of sib_fast.nn; these ops have no Triton kernels
+    "batch_norm": batch_norm_parts,
+    "activation": activation_parts,
+    "layer_norm": layer_norm_parts,
+    "softmax": softmax_parts,
 }
+LAYERS = ("batch_norm", "activation", "layer_norm", "softmax")
+statistics_step = whole(statistics_parts)
+STEPS = {name: whole(parts) for name, parts in PARTS.items() if name not in LAYERS}
 
 
 def steps(backend: str) -> dict[str, Callable[..., list[Tensor]]]:
     """Every step that has a kernel of this backend."""
-    return STEPS if backend == "triton" else STEPS | LAYER_STEPS
+    return STEPS if backend == "triton" else {name: whole(parts) for name, parts in PARTS.items()}
 
 
-__all__ = ["STEPS", "WINDOW", "inputs", "natural_inputs", "steps"]
+__all__ = ["LAYERS", "PARTS", "STEPS", "WINDOW", "inputs", "natural_inputs", "statistics_step", "steps"]

@@ -131,7 +131,7 @@ $(VENV)/.built-demo: $(VENV)/.editable FORCE
 $(VENV)/.built-all: $(VENV)/.editable FORCE
 	$(BIN)/python tools/build.py all
 
-# numpy: the interpreter of triton 3.6 and 3.7 takes scalars from arrays in a way that 2.4 refuses.
+# numpy: the interpreters of triton 3.6 and 3.7 take scalars from arrays in a way that 2.4 refuses.
 $(VENV_OLD)/.installed: RELEASES = $(TORCH_OLD)
 $(VENV_TRITON37)/.installed: RELEASES = $(TORCH_OLD_TRITON37)
 $(VENV_OLD)/.installed $(VENV_TRITON37)/.installed: $(VENV)/.built

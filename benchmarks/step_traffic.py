@@ -8,8 +8,9 @@ The step runs on fake tensors, so nothing is computed, and every op that PyTorch
 bytes   sizes of its tensor arguments and results; what it writes in place counts as both. A view, an uninitialised
         allocation and a question about a tensor count nothing. One op counts once, whatever it is made of inside, PyTorch's
         batch norm and ours alike: a model of traffic for comparing steps, not a measurement.
-flops   convolutions and matrix products, 2 flops a multiply-add, by torch.utils.flop_counter; a convolution's backward by a
-        formula here, since PyTorch's counts the weight gradient of a grouped convolution as if it had one group.
+flops   convolutions and matrix products, 2 flops a multiply-add, by torch.utils.flop_counter, where our ops are registered;
+        a convolution's backward by a formula here, since PyTorch's counts the weight gradient of a grouped convolution as if
+        it had one group.
 peak    most bytes of tensors alive at once, parameters, gradients and input included; PyTorch's caching is not.
 
 Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare),
@@ -68,28 +69,16 @@ _FREE = ("prim.device", "aten._unsafe_view", "aten._reshape_alias", "aten.lift_f
 _ALLOCATIONS = ("aten.empty", "aten.new_empty")
 
 
-def _convolution_forward(x, weight, bias, *geometry, out_val) -> int:
-    return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape))
-
-
-def _convolution_backward(grad_y, x, weight, *rest, out_val) -> int:
+def _convolution_backward(grad_y, x, weight, *rest) -> int:
     need_x, need_weight, _ = rest[-3:]
     return (need_x + need_weight) * conv_flop_count(list(x.shape), list(weight.shape), list(grad_y.shape))
 
 
+# In the place of PyTorch's formula.
 _FLOPS = {
-    "sib_fast_convolution.forward": _convolution_forward,
     "sib_fast_convolution.backward": _convolution_backward,
-    "aten.convolution_backward": lambda grad_y, x, weight, bias_sizes, *rest, out_val: _convolution_backward(
-        grad_y, x, weight, *rest[-1], out_val=out_val
-    ),
+    "aten.convolution_backward": lambda *arguments: _convolution_backward(*arguments[:3], *arguments[-1]),
 }
-
-
-def _gram_flops(func: Any, args: tuple) -> int:
-    """The head's region statistics: symmetric Gram products of [N, D] rows, at their full 2N²D each (SPEC 8)."""
-    maps = [a for a in args if isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] > 1]
-    return 2 * 2 * maps[0].shape[0] * maps[0].numel() if maps and "region_statistics" in str(func) else 0
 
 
 def _written(func: Any, args: tuple, kwargs: dict, results: list[Tensor]) -> list[Tensor]:
@@ -143,11 +132,7 @@ class Traffic(TorchDispatchMode):
     @staticmethod
     def _flops_of(func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
         if name in _FLOPS:
-            return _FLOPS[name](*args, **kwargs, out_val=out)
-        if "convolution" in name and name.startswith("sib_fast"):
-            raise NotImplementedError(f"step_traffic: {name} has no formula for its flops: add one to _FLOPS")
-        if name.startswith("sib_fast"):
-            return _gram_flops(func, args)
+            return _FLOPS[name](*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         return formula(*args, **kwargs, out_val=out) if formula else 0
 

@@ -12,11 +12,23 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Device types without float64. What is N×N, N×K or [N] and must be double then lives on the CPU.
+NO_FLOAT64 = {"mps"}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of planes, products and gradients: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 belonging to a tensor on `device` lives: there, or on the CPU if the device has none."""
+    return torch.device("cpu") if device.type in NO_FLOAT64 else device
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """In float64, on `float64_device`. First moved, then widened: the device could not hold what lies between."""
+    return tensor.to(float64_device(tensor.device)).to(torch.float64)
 
 
 def require_tensor(op: str, name: str, value: object) -> Tensor:

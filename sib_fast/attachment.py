@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sib_fast.vjp import vjp_leaf
 
@@ -36,6 +37,9 @@ class Attachment:
     captured: None before the first; then a function that returns the input, or None once nothing needs it. The graph of the
     logits keeps our own leaf alive, so that a weak reference lasts exactly as long as a loss can be made of it. image_size:
     with a layer, height and width of the image that the latest feature map comes from.
+
+    A model may change what it is given in place (`x.sub_(mean)`, a first `ReLU(inplace=True)`), which a leaf refuses and the
+    caller's tensor must not see. So it is given a copy, and none any more once a loss finds the copy unchanged.
     """
 
     def __init__(self, criterion: nn.Module, model: nn.Module, layer: nn.Module | None = None) -> None:
@@ -45,13 +49,18 @@ class Attachment:
         self.captured: Callable[[], Tensor | None] | None = None
         self.image_size: tuple[int, int] | None = None
         self.is_paused = False
+        self._hands_copies = True
+        self._copy: Tensor | None = None  # of the latest forward pass, until its loss has looked at it
         if layer is None:
-            self._handles = [model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)]
+            handles = [model.register_forward_pre_hook(_InputCapture(self, criterion), with_kwargs=True)]
         else:
-            self._handles = [
+            handles = [
                 model.register_forward_pre_hook(_ImageSize(self, criterion), with_kwargs=True),
                 layer.register_forward_hook(_FeatureCapture(self, criterion)),
             ]
+        # A criterion that goes without remove(), as when a notebook's cell runs again, takes its hooks along.
+        self._remove = weakref.finalize(criterion, _remove, handles)
+        self._remove.atexit = False
 
     def training(self) -> bool:
         model = self._model()
@@ -62,8 +71,22 @@ class Attachment:
     def holds(self, model: nn.Module) -> bool:
         return self._model() is model
 
+    def is_held_by_model(self, criterion: nn.Module) -> bool:
+        """Whether the criterion is a submodule of the model, so that `model.eval()` reaches it."""
+        model = self._model()
+        return model is not None and any(module is criterion for module in model.modules())
+
+    def handed_on(self, captured: Tensor) -> Tensor:
+        """What the model goes on with in the place of what was captured: that itself, or a copy that it may change."""
+        if not self._hands_copies:
+            return captured
+        self._copy = captured.clone()
+        return self._copy
+
     def input_of(self, logits: Tensor) -> Tensor:
         """What was captured in the forward pass that made these logits; RuntimeError where there is nothing."""
+        if self._copy is not None:
+            self._hands_copies, self._copy = self._copy._version > 0, None
         if self.captured is None and self.image_size is not None:
             raise RuntimeError(
                 f"{_OP}: the attached layer must have run since the latest loss, and it has not: a feature map serves one loss, "
@@ -94,8 +117,7 @@ class Attachment:
             self.captured = None
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -105,6 +127,11 @@ class Attachment:
             yield
         finally:
             self.is_paused = False
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _Capture:
@@ -141,9 +168,10 @@ class _InputCapture(_Capture):
         value = place[key]
         if value.requires_grad:
             attachment.captured = lambda: value  # not ours: no graph need hold the tensor itself
-            return None
-        place[key] = vjp_leaf(value)
-        attachment.captured = weakref.ref(place[key])
+        else:
+            value = vjp_leaf(value)
+            attachment.captured = weakref.ref(value)
+        place[key] = attachment.handed_on(value)
         return (tuple(place), kwargs) if isinstance(place, list) else (args, place)
 
 
@@ -180,8 +208,10 @@ class _FeatureCapture(_Capture):
             attachment.captured = lambda: output
             return None
         leaf = vjp_leaf(output)
-        attachment.captured = weakref.ref(leaf)
-        return leaf
+        handed = attachment.handed_on(leaf)
+        # Layers in place act on the captured map, here as where something trained lies below.
+        attachment.captured = weakref.ref(leaf) if handed is leaf else lambda: handed
+        return handed
 
 
 def _image_argument(args: tuple, kwargs: dict) -> int | str:
@@ -191,8 +221,20 @@ def _image_argument(args: tuple, kwargs: dict) -> int | str:
             return key
     raise RuntimeError(
         f"{_OP}: the attached model must be called with a floating-point [N, C, H, W] tensor, got "
-        f"{[_describe(v) for v in (*args, *kwargs.values())]}: convert integer images to float before the model"
+        f"{[_describe(v) for v in (*args, *kwargs.values())]}: {_advice([*args, *kwargs.values()])}"
     )
+
+
+def _advice(arguments: list) -> str:
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if any(tensor.ndim == 4 for tensor in tensors):
+        return "convert integer images to float before the model"
+    if tensors:
+        return (
+            "the rank is another: give a single image a batch dimension, x[None], and fold the slices or frames of "
+            "[N, C, D, H, W] into the images or the channels"
+        )
+    return "pass the image as an argument of its own, not inside a list or dict, or use the explicit form"
 
 
 def _describe(value: object) -> str:

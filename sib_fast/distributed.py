@@ -6,10 +6,11 @@ mean of these is not the estimate of the W·N images. `SIBLoss(gather=True)` tak
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn import functional as differentiable
 
 from sib_fast.ops import region_statistics
 from sib_fast.types import RegionStatistics
@@ -50,11 +51,45 @@ def global_region_statistics(
     pieces = [_exchange(map_, world, group) for map_ in (vjp, x, mask)]
     partial = region_statistics(*pieces, background_grams=background_grams, backend=backend)
     grams = [
-        None if gram is None else differentiable.all_reduce(gram, group=group)
+        None if gram is None else _SumOfRanks.apply(gram, group)
         for gram in (partial.gram_vjp, partial.gram_x, partial.background_gram_vjp, partial.background_gram_x)
     ]
-    variances = torch.cat(differentiable.all_gather(torch.stack([own.background_variance, own.vjp_variance]), group=group), dim=1)
+    # Gathered as a sum, in which every rank's place is zero on all others: exact, and one collective less to differentiate.
+    mine = torch.stack([own.background_variance, own.vjp_variance])
+    places = mine.new_zeros((2, world, len(vjp)))
+    places[:, dist.get_rank(group)] = mine
+    variances = _SumOfRanks.apply(places, group).flatten(1)
     return RegionStatistics(grams[0], grams[1], variances[0], variances[1], grams[2], grams[3])
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, on every rank; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = mine.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
+        return _SumOfRanks.apply(grad_total, ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Slice r of the first dimension goes to rank r; the gradient comes back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, send: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(send, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, send.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad_received: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(grad_received, ctx.group), None
 
 
 def _exchange(map_: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -63,12 +98,7 @@ def _exchange(map_: Tensor, world: int, group: dist.ProcessGroup | None) -> Tens
     share = max(2, -(-height * width // world))  # two, since a variance wants two elements
     flat = torch.nn.functional.pad(map_.flatten(2), (0, share * world - height * width))
     send = flat.view(images, channels, world, share).permute(2, 0, 1, 3).contiguous()
-    if map_.requires_grad:
-        received = differentiable.all_to_all_single(torch.empty_like(send), send, group=group)
-    else:
-        received = torch.empty_like(send)
-        dist.all_to_all_single(received, send, group=group)
-    return received.view(world * images, channels, 1, share)
+    return _AllToAll.apply(send, group).view(world * images, channels, 1, share)
 
 
 def _require_same_batch(vjp: Tensor, world: int, group: dist.ProcessGroup | None) -> None:

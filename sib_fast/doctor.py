@@ -1,8 +1,9 @@
-"""What was built, what is usable here, and why not: `python -m sib_fast doctor`."""
+"""What was built, what is usable here, why not, and what to type: `python -m sib_fast doctor`."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -17,7 +18,13 @@ from sib_fast.ops.hsic_objective import KERNELS as OBJECTIVE_KERNELS
 from sib_fast.ops.region_statistics import KERNELS as STATISTICS_KERNELS
 
 _HEAD = {"mask": MASK_KERNELS, "statistics": STATISTICS_KERNELS, "objective": OBJECTIVE_KERNELS}
-_EXTRAS = {"triton": "Triton kernels", "lightning": "extra [lab]", "torchvision": "torchvision models and data"}
+# package: (what it is for, what to type)
+_EXTRAS = {
+    "triton": ("Triton kernels", "pip install triton"),
+    "lightning": ("extra [lab]", "pip install 'sib_fast[lab]'"),
+    "torchvision": ("torchvision models and data", "pip install torchvision"),
+}
+_AGAIN = "pip install --force-reinstall --no-deps --no-build-isolation <where sib_fast came from>"
 
 
 def _version_of(package: str) -> str | None:
@@ -38,6 +45,26 @@ def _cuda_launch() -> str:
     return f"launched on {torch.cuda.get_device_name()}" if right else "BROKEN: a kernel launched and returned wrong numbers"
 
 
+def _toolkit() -> str:
+    wanted = torch.version.cuda
+    if wanted is None:
+        return "not needed, torch is a build without CUDA"
+    return f"CUDA_HOME may name one; otherwise install the CUDA toolkit {wanted} (https://developer.nvidia.com/cuda-downloads)"
+
+
+def _steps(compiler: str | None) -> list[str]:
+    """What to type for each library that is not here and could be."""
+    missing = _extension.MISSING
+    if os.environ.get("SIB_FAST_LOAD") == "0":
+        return ["unset SIB_FAST_LOAD"]
+    steps = []
+    if missing["cpu"] is not None:
+        steps.append(("" if compiler else "install a compiler (above), then: ") + _AGAIN)
+    elif missing["cuda"] is not None and torch.cuda.is_available():
+        steps.append(("" if shutil.which("nvcc") else "install nvcc (above), then: ") + "SIB_FAST_CUDA=1 " + _AGAIN)
+    return steps
+
+
 def report() -> list[tuple[str, str]]:
     """Rows (what, finding), in the order they are printed."""
     build = _extension.BUILD_INFO
@@ -55,13 +82,19 @@ def report() -> list[tuple[str, str]]:
         ]
     else:
         rows.append(("built with", "nothing was built"))
-    rows.append(("compiler here", shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "none on PATH"))
-    rows.append(("nvcc here", shutil.which("nvcc") or "none on PATH (CUDA_HOME may name one)"))
-    for package, what in _EXTRAS.items():
-        rows.append((package, f"{_version_of(package) or 'not installed'} ({what})"))
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    rows.append(("compiler here", compiler or "none on PATH: apt-get install g++, or conda install -c conda-forge cxx-compiler"))
+    rows.append(
+        ("cmake here", shutil.which("cmake") or "none on PATH: pip install cmake ninja (a plain `pip install` brings its own)")
+    )
+    rows.append(("nvcc here", shutil.which("nvcc") or f"none on PATH: {_toolkit()}"))
+    for package, (what, command) in _EXTRAS.items():
+        version = _version_of(package)
+        rows.append((package, f"{version} ({what})" if version else f"not installed ({what}): {command}"))
     for backend in BACKENDS:
         rows.append((f"backend {backend}", why_not(backend) or "usable"))
     rows.append(("CUDA library", _cuda_launch()))
+    rows += [("to do", step) for step in _steps(compiler)]
     for device in ("cpu", "cuda"):
         chosen = (f"{op} by {automatic(torch.device(device), kernels)}" for op, kernels in _HEAD.items())
         rows.append((f"auto on {device}", ", ".join(chosen)))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,11 +19,11 @@ from sib_fast._backends import BACKENDS
 from sib_fast.attachment import Attachment, layer_of
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
-from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
+from sib_fast.masks import MASKS, DensityMask, GivenMask, check_given, resolve_given
 from sib_fast.network_checks import check_graph, check_module
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
-from sib_fast.vjp import SCALARS, vjp_map
+from sib_fast.vjp import LABEL_SCALARS, SCALARS, own_share, vjp_map
 
 _OP = "SIBLoss"
 _CALLS = "calls"  # key of the counter in a state_dict
@@ -39,6 +43,15 @@ def _expm1(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: floa
 
 OBJECTIVES = {"exp": _exp, "linear": _linear, "expm1": _expm1}
 
+# Probabilities of a row sum to one at most; label smoothing in half precision is off by this little, a second label by 1.
+_SUM_SLACK = 0.05
+# Below it a VJP is other images'. An untrained network in small batches is at a quarter.
+_OWN_SHARE = 0.1
+
+
+def _is_on_the_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
 
 class _DefaultWeight(float):
     """Tells a default apart from the same number given by the caller."""
@@ -56,21 +69,28 @@ class SIBLoss(nn.Module):
     lowered. Either explicitly, `x.requires_grad_(); logits = model(x); loss = criterion(logits, target, x)`, or attached
     once, `criterion = SIBLoss(...).attach(model)`, after which the trainer goes on calling `criterion(logits, target)`.
 
-    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model, and this training
-    step is one of every `every`; otherwise it is the base loss alone, so that validation loops and inference_mode work
-    unchanged.
+    Active if and only if grad is enabled, the criterion is in training mode, (attached) so is the model or `train_in_eval_mode`
+    is set, and this training step is one of every `every`; otherwise it is the base loss alone, so that validation loops and
+    inference_mode work unchanged. `criterion.eval()` always means the base loss. A backward pass through a loss whose terms only
+    the model's eval mode left out warns, once a criterion.
 
-    Shapes:  logits [N, K]; target int64 [N] or probabilities [N, K]; x [N, C, H, W] -> 0-d loss, float32, or float64 if
-             logits or x are. Runs with autocast off.
-    Args:    lambda_fg, lambda_bg: weights of the two terms. scalar: of the VJP, see `vjp_map`. estimator: "hsic_biased",
+    Shapes:  logits [N, K]; target int64 [N], probabilities [N, K], or for binary cross-entropy labels of any dtype, [N, K], and
+             [N] or [N, 1] for one logit; x [N, C, H, W] -> 0-d loss, float32, or float64 if logits or x are. Runs with
+             autocast off.
+    Args:    lambda_fg, lambda_bg: weights of the two terms. scalar: of the VJP, see `vjp_map`; its labels are the target's
+             likeliest class, for one logit target > 0.5. normalise_cotangent: `vjp_map`'s, against what train-mode batch norm
+             mixes into confident images (give lambda_bg: the default is the plain form's). estimator: "hsic_biased",
              "hsic_unbiased", "cka" or "hsic_gaussian". background: "variance", "hsic" (give lambda_bg: the default is the
              variance's) or "relative_variance". objective: "exp" (the authors' script), "linear" (their README) or "expm1"
              (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
              smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
              (torch.distributed), see docs/trainers.md. backend: one of `sib_fast.BACKENDS`, or "auto".
+             train_in_eval_mode: apply the terms while the attached model is in eval mode too, for fine-tuning with frozen batch
+             norm; a validation pass then needs no_grad or criterion.eval().
              every: lazy S-IB: the terms apply at training steps 0, k, 2k, …, and a step between costs a plain step.
-             accumulation_steps: micro-batches (calls of the criterion in training) that make one step. every_weight: "sum"
+             accumulation_steps: micro-batches (calls of the criterion in training) that make one step; where a step's calls are
+             not a fixed number, see `one_step`. every_weight: "sum"
              multiplies both weights by `every`, so that their sum over the steps is that of every=1; "mean" does not.
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
@@ -78,7 +98,8 @@ class SIBLoss(nn.Module):
     Attributes: active: whether the next call applies the S-IB terms; known before the forward pass. terms: detached 0-d
              tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask).
              Nothing is synchronised.
-    State:   none; with every > 1 the number of training calls so far, in the state_dict, so that a resumed run continues.
+    State:   none; with every > 1 the number of training calls so far (under `one_step`: of steps), in the state_dict, so that
+             a resumed run continues.
     Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
     Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
     Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
@@ -90,6 +111,7 @@ class SIBLoss(nn.Module):
         lambda_bg: float = _LAMBDA_BG,
         *,
         scalar: str | Callable = "energy",
+        normalise_cotangent: bool = False,
         estimator: str | Callable = "hsic_biased",
         background: str | Callable = "variance",
         objective: str | Callable = "exp",
@@ -105,6 +127,7 @@ class SIBLoss(nn.Module):
         every: int = 1,
         accumulation_steps: int = 1,
         every_weight: str = "sum",
+        train_in_eval_mode: bool = False,
     ) -> None:
         super().__init__()
         for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
@@ -124,6 +147,11 @@ class SIBLoss(nn.Module):
                 f"{_OP}: lambda_bg must be given for background='hsic', got the default: 1000 is the weight of a variance "
                 "of order 1e-8, and background HSIC is of order 1e-2"
             )
+        if normalise_cotangent and background == "variance" and isinstance(lambda_bg, _DefaultWeight):
+            raise ValueError(
+                f"{_OP}: lambda_bg must be given for normalise_cotangent=True, got the default: 1000 is the weight of a variance "
+                "of order 1e-8, and dividing the cotangent by its norm raises it by 1/norm²"
+            )
         _checks.require_choice(_OP, "backend", backend, ("auto", *BACKENDS))
         _checks.require_window(_OP, window_size)
         _checks.require_positive(_OP, "temperature", temperature)
@@ -136,6 +164,7 @@ class SIBLoss(nn.Module):
             raise TypeError(f"{_OP}: base_loss must be callable, got {type(base_loss).__name__}")
         self.lambda_fg, self.lambda_bg = float(lambda_fg), float(lambda_bg)
         self.scalar = scalar
+        self.normalise_cotangent = bool(normalise_cotangent)
         self.estimator = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
         self.background = BACKGROUNDS[background] if isinstance(background, str) else background
         self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
@@ -153,11 +182,15 @@ class SIBLoss(nn.Module):
         self.gather = bool(gather)
         self.backend = backend
         self.every, self.accumulation_steps, self.every_weight = every, accumulation_steps, every_weight
+        self.train_in_eval_mode = bool(train_in_eval_mode)
         self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
+        self._open_step: bool | None = None  # inside `one_step`: whether a training call was made there
+        self._warned_of_eval_mode = False
         self.terms: dict[str, Tensor] = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
         self._attachment: Attachment | None = None
         self._graph_checked = False
+        self._looked_at: set[str] = set()  # arguments on a device whose values the first batch's check has read
 
     # ---- attaching --------------------------------------------------------------------------------------------------
 
@@ -165,8 +198,8 @@ class SIBLoss(nn.Module):
         """Captures the model's input, or a layer's feature map, so that `criterion(logits, target)` suffices. Returns self.
 
         A forward pre-hook hands the (inner) module a differentiable view of its first floating-point [N, C, H, W] argument,
-        positional or keyword; the caller's tensor stays as it is and gets no `.grad`. Copies and pickles of the model carry
-        no live hook, and copies of the criterion are not attached.
+        positional or keyword; the caller's tensor stays as it is and gets no `.grad`, also where the model changes its input in
+        place. Copies and pickles of the model carry no live hook, and copies of the criterion are not attached.
 
         With a layer, the VJP and the statistics are taken at that layer's output [N, C', H', W'], detached in the statistics
         as the image is: S-IB in feature space. Only the network above it is differentiated twice. `window_size` is meant for
@@ -214,7 +247,8 @@ class SIBLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
-        return {**self.__dict__, "_attachment": None, "terms": {}, "_graph_checked": False}
+        fresh = {"_attachment": None, "terms": {}, "_graph_checked": False, "_looked_at": set(), "_open_step": None}
+        return {**self.__dict__, **fresh}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -227,8 +261,40 @@ class SIBLoss(nn.Module):
                 self._attachment.release()
         else:
             loss = self.plain_loss(logits, target)
+            if not torch.compiler.is_compiling():
+                self.warn_if_trained(loss)
         self.count_call()
         return loss
+
+    @contextmanager
+    def one_step(self, number: int | None = None) -> Iterator[None]:
+        """All training calls inside are of one step, so that `every` applies the terms in all of them or in none.
+
+            with criterion.one_step():
+                optimizer.step(closure)      # LBFGS; or SAM's two passes, a mixup of two losses, all micro-batches
+
+        A block without a training call, or that raised, is no step; a block inside a block belongs to the outer one. Calls
+        outside are a step each, as ever.
+
+        Args:    number: of this step, where the trainer counts steps itself and keeps the count.
+        Errors:  ValueError with accumulation_steps > 1, which says that calls are counted.
+        """
+        if self.accumulation_steps > 1:
+            raise ValueError(
+                f"{_OP}.one_step: accumulation_steps must be 1, got {self.accumulation_steps}: put all micro-batches of a step "
+                "into the block, or leave the block out"
+            )
+        if self._open_step is not None:
+            yield
+            return
+        if number is not None:
+            self._calls = int(number)
+        self._open_step = False
+        try:
+            yield
+            self._calls += self._open_step
+        finally:
+            self._open_step = None
 
     @property
     def active(self) -> bool:
@@ -236,12 +302,49 @@ class SIBLoss(nn.Module):
         return self._training() and (self.every == 1 or self._calls // self.accumulation_steps % self.every == 0)
 
     def _training(self) -> bool:
-        return torch.is_grad_enabled() and self.training and (self._attachment is None or self._attachment.training())
+        if not (torch.is_grad_enabled() and self.training):
+            return False
+        return self._attachment is None or self._attachment.training() or self.train_in_eval_mode
 
     def count_call(self) -> None:
         """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
         if self.every > 1 and self._training():
-            self._calls += 1
+            if self._open_step is None:
+                self._calls += 1
+            else:
+                self._open_step = True
+
+    def warn_if_trained(self, loss: Tensor) -> None:
+        """Lets the first backward pass through a base loss warn, where only the model's eval mode left the terms out.
+
+        A validation pass has no backward. `forward` does it; a caller of `plain_loss` must.
+        """
+        attachment = self._attachment
+        if self._warned_of_eval_mode or attachment is None or not loss.requires_grad or attachment.training():
+            return
+        if self.training and not self.train_in_eval_mode:
+            message = (
+                f"{_OP}: the attached model must be in training mode for the S-IB terms, got one in eval mode: this backward "
+                "pass trains the base loss alone. Call model.train(); or give SIBLoss(train_in_eval_mode=True), to fine-tune "
+                "with frozen batch norm; or call criterion.eval(), if the base loss is meant"
+            )
+        elif not self.training and attachment.is_held_by_model(self):
+            message = (
+                f"{_OP}: the criterion must be in training mode for the S-IB terms, got eval mode together with the model that "
+                "holds it: this backward pass trains the base loss alone. Call train() of both; to fine-tune with frozen batch "
+                "norm give SIBLoss(train_in_eval_mode=True) and call criterion.train() after model.eval()"
+            )
+        else:
+            return
+        criterion = weakref.ref(self)
+
+        def warn(_: Tensor) -> None:
+            self = criterion()
+            if self is not None and not self._warned_of_eval_mode:
+                self._warned_of_eval_mode = True
+                warnings.warn(message, stacklevel=2)
+
+        loss.register_hook(warn)
 
     def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """The base loss alone, whatever `active` says."""
@@ -254,16 +357,44 @@ class SIBLoss(nn.Module):
         """The loss with its S-IB terms, whatever `active` says."""
         self._check_batch(logits, target, x)
         if not torch.compiler.is_compiling() and not self._graph_checked:
-            check_graph(_OP, logits.grad_fn)
+            check_graph(_OP, logits.grad_fn, x)
             self._graph_checked = True
+        if not torch.compiler.is_compiling():
+            self.check_values(target, mask)
         with torch.autocast(logits.device.type, enabled=False):
             return self._active_loss(logits, target, x, mask)
 
+    def check_values(self, target: Tensor, mask: Tensor | GivenMask | None = None) -> None:
+        """Raises ValueError for values that would give another answer than asked for: a mask that is none, several labels for a
+        scalar of one. Looks where that costs no synchronisation: on the CPU; on a device at the first batch, and always under
+        SIB_FAST_DEBUG=1. `active_loss` does this by itself, but not while it is compiled.
+        """
+        given = mask.values if isinstance(mask, GivenMask) else mask
+        if self._may_look_at("mask", given):
+            check_given(_OP, mask)
+        asks = self.scalar in LABEL_SCALARS and isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] > 1
+        if asks and target.is_floating_point() and self._may_look_at("target", target):
+            sums = target.detach().to(torch.float32).sum(dim=1)
+            if ((sums > 1 + _SUM_SLACK) | (sums == 0)).any():
+                raise ValueError(
+                    f"{_OP}: target must hold one label per image for scalar={self.scalar!r}, got rows that sum to "
+                    f"{sums.min():g} … {sums.max():g}: scalar='multilabel_energy' is for heads with several labels, or pass a "
+                    "function of the logits"
+                )
+
+    def _may_look_at(self, name: str, value: object) -> bool:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return False
+        free = _is_on_the_host(value) or self._debug or name not in self._looked_at
+        self._looked_at.add(name)
+        return free
+
     def _active_loss(self, logits: Tensor, target: Tensor, x: Tensor, given: Tensor | GivenMask | None) -> Tensor:
         compute = torch.float64 if torch.float64 in (logits.dtype, x.dtype) else torch.float32
-        labels = target if target.ndim == 1 else target.argmax(dim=1)
-        base = self._base(logits.to(compute), target if target.ndim == 1 else target.to(compute))
-        vjp = vjp_map(logits, x, self.scalar, labels, create_graph=True, scale=self.vjp_scale).to(compute)
+        base = self._base(logits.to(compute), target.to(compute) if target.is_floating_point() else target)
+        options = {"scale": self.vjp_scale, "normalise_cotangent": self.normalise_cotangent}
+        labels = self._labels(logits, target)
+        vjp = vjp_map(logits, x, self.scalar, labels, create_graph=True, **options).to(compute)
         if not vjp.requires_grad:
             raise RuntimeError(
                 f"{_OP}: the VJP must depend on the network's parameters, but it came back without a graph: a layer "
@@ -280,18 +411,20 @@ class SIBLoss(nn.Module):
             backend=self.backend,
         )
         loss, foreground, background = self._finalise(statistics, base.to(compute))
-        loss = loss.to(compute)
+        loss, foreground, background = (t.to(compute).to(logits.device) for t in (loss, foreground.detach(), background.detach()))
         self.terms = {
             "loss": loss.detach().clone(),
             "base": base.detach(),
-            "foreground": foreground.detach().to(compute),
-            "background": background.detach().to(compute),
+            "foreground": foreground,
+            "background": background,
             "mask_area": mask.detach().mean(),
         }
         if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
             self._check_finite({"logits": logits, "x": x, "vjp": vjp, "mask": mask, **loss_last})
+            if "cross-talk" not in self._looked_at:
+                self._warn_of_cross_talk(own_share(logits, x, self.scalar, labels, **options))
         return loss
 
     def _finalise(self, statistics: RegionStatistics, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,10 +448,55 @@ class SIBLoss(nn.Module):
             )
         foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
         background = self.background(statistics)
-        return self.objective(base.to(foreground.dtype), foreground, background, *weights), foreground, background
+        base = base.to(foreground.device).to(foreground.dtype)
+        return self.objective(base, foreground, background, *weights), foreground, background
+
+    def _labels(self, logits: Tensor, target: Tensor) -> Tensor | None:
+        """What the scalar is told of the target: class indices [N], None where it does not ask.
+
+        A function gets a multi-hot target as it is: integers or bools [N, K] are no probabilities, whose argmax is a label.
+        """
+        if not callable(self.scalar) and self.scalar not in LABEL_SCALARS:
+            return None
+        if logits.shape[1] == 1:
+            target = target.reshape(-1)
+            return (target > 0.5 if target.is_floating_point() else target).to(torch.int64)
+        if target.ndim == 1:
+            return target
+        if target.is_floating_point():
+            return target.argmax(dim=1)
+        if callable(self.scalar):
+            return target
+        raise TypeError(
+            f"{_OP}: target must be class indices or floating-point probabilities for scalar={self.scalar!r}, got {target.dtype} "
+            f"{list(target.shape)}: scalar='multilabel_energy' is for heads with several labels, or pass a function of the logits"
+        )
+
+    def _target_of_base(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The target as base_loss wants it: binary cross-entropy neither takes integers and bools nor [N] for one logit."""
+        if not isinstance(target, Tensor) or logits.ndim != 2:
+            return target
+        if isinstance(self.base_loss, nn.CrossEntropyLoss) or self.base_loss is F.cross_entropy:
+            if logits.shape[1] == 1:
+                raise ValueError(
+                    f"{_OP}: base_loss must not be cross-entropy for one logit, got logits {list(logits.shape)}: the softmax "
+                    "of one logit is 1 and its loss 0. Use base_loss=nn.BCEWithLogitsLoss(), or two logits"
+                )
+            if target.ndim == 2 and not target.is_floating_point():
+                raise TypeError(
+                    f"{_OP}: target must be class indices or floating-point probabilities for cross-entropy, got {target.dtype} "
+                    f"{list(target.shape)}: several labels per image want base_loss=nn.BCEWithLogitsLoss(), one-hot rows .float()"
+                )
+            return target
+        binary = isinstance(self.base_loss, nn.BCEWithLogitsLoss)
+        if binary and logits.shape[1] == 1 and target.ndim == 1:
+            target = target[:, None]
+        takes_indices = isinstance(self.base_loss, nn.MultiLabelMarginLoss)
+        whole = target.ndim == 2 and not target.is_floating_point() and not takes_indices
+        return target.to(logits.dtype) if whole else target
 
     def _base(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss = self.base_loss(logits, target)
+        loss = self.base_loss(logits, self._target_of_base(logits, target))
         if loss.ndim != 0:
             raise ValueError(
                 f"{_OP}: base_loss must return a 0-d tensor (reduction='mean' or 'sum'), got shape {list(loss.shape)}; the "
@@ -350,7 +528,9 @@ class SIBLoss(nn.Module):
     def _check_batch(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
         _checks.require_floating(_OP, "logits", logits)
         if logits.ndim != 2:
-            raise ValueError(f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}")
+            raise ValueError(
+                f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}: one logit per image is logits[:, None]"
+            )
         _checks.require_map(_OP, "x", x)
         _checks.require_same_device(_OP, "x", x, "logits", logits)
         _checks.require_tensor(_OP, "target", target)
@@ -369,6 +549,15 @@ class SIBLoss(nn.Module):
                     f"{_OP}: the batch must hold N >= {minimum} images for {name}, got {images}: drop the last "
                     "partial batch, DataLoader(drop_last=True)"
                 )
+
+    def _warn_of_cross_talk(self, share: float) -> None:
+        if share < _OWN_SHARE:
+            self._looked_at.add("cross-talk")
+            warnings.warn(
+                f"{_OP}: the VJP of the image with the least cotangent is its own by {share:.1%} (SIB_FAST_DEBUG=1), the rest "
+                "is what train-mode batch norm mixes into it: normalise_cotangent=True, or frozen batch norm",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _check_finite(tensors: dict[str, Tensor]) -> None:

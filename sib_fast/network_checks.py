@@ -5,7 +5,6 @@ Evidence for every entry: docs/design.md, "What cannot be differentiated twice".
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +15,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+
+from sib_fast._copy import copy_of
 
 _STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) must not be used: with a gradient taken before backward it stops "
@@ -44,6 +45,22 @@ _REENTRANT = (
 _CUDNN_RNN = (
     "a cuDNN RNN must not be used: it has no second derivative. Run the forward under torch.backends.cudnn.flags(enabled=False)"
 )
+_OTHER_RNN = (
+    "MIOpen's, MPS's or oneDNN's RNN must not be used: it has no second derivative. Write the loop over nn.LSTMCell, nn.GRUCell "
+    "or nn.RNNCell, which have one"
+)
+_HARDSIGMOID = (
+    "Hardsigmoid must not be used: PyTorch has no second derivative for it. Call sib_fast.prepare(model) first, whose "
+    "Hardsigmoid has one; in the place of a call of torch.nn.functional.hardsigmoid write relu6(x + 3) / 6"
+)
+_TORCHVISION = (
+    "roi_align, roi_pool, ps_roi_align, ps_roi_pool and deform_conv2d must not be used: torchvision has no second derivative for "
+    "them. Attach the criterion to a layer behind the op, attach(model, layer=...), or replace it"
+)
+_NO_SECOND_DERIVATIVE = (
+    "an op without a second derivative must not be used: PyTorch has none for it. Compose it of other ops, or attach the "
+    "criterion to a layer behind it, attach(model, layer=...)"
+)
 _FSDP = (
     "a model under FSDP2 must not be used as it is: it frees its parameters after the VJP, which the second backward needs. "
     "Call sib_fast.integrations.fsdp.allow_double_backward(model, optimizer) once, before training"
@@ -54,7 +71,8 @@ _CUSTOM_FUNCTION = (
     "Register an op with torch.library.register_autograd, on the op and on its backward op, or do not compile"
 )
 
-# Prefix of an autograd node's name -> what to say.
+# Prefix of an autograd node's name, its namespaces aside -> what to say. Complete for torch 2.14: these are the backward ops that
+# have no derivative there, or one that raises, and torchvision's, as C++ (before) and as registered in Python.
 _NODES = (
     ("CompiledFunction", _COMPILED),
     ("ScaledDotProductFlash", _FUSED_ATTENTION),
@@ -63,9 +81,50 @@ _NODES = (
     ("ScaledDotProductFused", _FUSED_ATTENTION),
     ("EfficientAttention", _FUSED_ATTENTION),
     ("FlashAttention", _FUSED_ATTENTION),
+    ("CudnnAttention", _FUSED_ATTENTION),
     ("SyncBatchNorm", _SYNC_BATCH_NORM),
     ("CheckpointFunction", _REENTRANT),
     ("CudnnRnn", _CUDNN_RNN),
+    *((name, _OTHER_RNN) for name in ("MiopenRnn", "LstmMps", "MkldnnRnnLayer")),
+    ("Hardsigmoid", _HARDSIGMOID),
+    *(
+        (prefix, _TORCHVISION)
+        for op, name in (
+            ("roi_align", "ROIAlign"),
+            ("roi_pool", "ROIPool"),
+            ("ps_roi_align", "PSROIAlign"),
+            ("ps_roi_pool", "PSROIPool"),
+            ("deform_conv2d", "DeformConv2d"),
+        )
+        for prefix in (f"GeneratedBackwardFor_torchvision_{op}", f"{name}Function")
+    ),
+    *(
+        (name, _NO_SECOND_DERIVATIVE)
+        for name in (
+            "CrossMapLRN2d",
+            "CtcLoss",
+            "CudnnAffineGridGenerator",
+            "CudnnCtcLoss",
+            "EmbeddingBag",
+            "FakeQuantizeLearnable",
+            "MaskedSoftmax",
+            "MiopenCtcLoss",
+            "MkldnnAdaptiveAvgPool",
+            "MkldnnLinear",
+            "MkldnnMaxPool",
+            "MpsConvolutionTranspose",
+            "MultiMarginLoss",
+            "MultilabelMarginLoss",
+            "SegmentReduce",
+            "SparseMmReduceImpl",
+        )
+    ),
+    # Its backward got a derivative in a later torch than the oldest that we support.
+    *(
+        (name, _NO_SECOND_DERIVATIVE)
+        for name in ("GridSampler2D", "GridSampler3D", "CudnnGridSampler")
+        if not hasattr(torch._C._functions, f"{name}BackwardBackward0")
+    ),
 )
 
 
@@ -93,14 +152,21 @@ def check_module(op: str, model: nn.Module) -> None:
             raise RuntimeError(f"{op}: {message}" + (f" (module {name!r})" if name else ""))
 
 
-def obstacles_in_graph(root: Node | None) -> Iterator[tuple[str, str]]:
-    """Autograd nodes known not to be differentiable twice: (name, what to say), a name once."""
+def obstacles_in_graph(root: Node | None, x: Tensor | None = None) -> Iterator[tuple[str, str]]:
+    """Autograd nodes known not to be differentiable twice: (name, what to say), a name once.
+
+    x: only nodes between root and this tensor count, as a gradient with respect to it passes through no other.
+    """
+    target = torch.autograd.graph.get_gradient_edge(x).node if x is not None and x.requires_grad else None
     seen = set()
-    for node in nodes_of(root):
+    for node in nodes_of(root, target):
+        if node is target:  # of the op that made x
+            continue
         name = node.name()
+        stem = name.rpartition("::")[2]
         if name not in seen:
             for prefix, message in _NODES:
-                if name.startswith(prefix):
+                if stem.startswith(prefix) and (target is None or any(below is target for below in nodes_of(node, target))):
                     seen.add(name)
                     yield name, message
         if name.startswith("_DDPSink"):
@@ -109,18 +175,18 @@ def obstacles_in_graph(root: Node | None) -> Iterator[tuple[str, str]]:
                 yield name, _STATIC_GRAPH
 
 
-def check_graph(op: str, root: Node | None) -> None:
-    """Walks the autograd graph of the logits and raises RuntimeError at a node known not to be differentiable twice.
+def check_graph(op: str, root: Node | None, x: Tensor | None = None) -> None:
+    """Walks the autograd graph from the logits to x and raises RuntimeError at a node known not to be differentiable twice.
 
     Costs about two microseconds a node in Python (0.6 ms on a ResNet-50), so callers walk once per network, not every step.
     """
-    for name, message in obstacles_in_graph(root):
+    for name, message in obstacles_in_graph(root, x):
         where = "" if message is _STATIC_GRAPH else f" (found {name} in the graph of the logits)"
         raise RuntimeError(f"{op}: {message}{where}")
 
 
-def nodes_of(root: Node | None) -> Iterator[Node]:
-    """Every node of an autograd graph, once."""
+def nodes_of(root: Node | None, last: Node | None = None) -> Iterator[Node]:
+    """Every node of an autograd graph, once; none that only `last` leads to."""
     seen: set[Node] = set()
     stack = [root] if root is not None else []
     while stack:
@@ -129,7 +195,8 @@ def nodes_of(root: Node | None) -> Iterator[Node]:
             continue
         seen.add(node)
         yield node
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        if node is not last:
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def custom_functions(root: Node | None) -> list[str]:
@@ -152,13 +219,13 @@ def forward_on_fake_tensors(model: nn.Module, x: Tensor, train: bool = False) ->
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        twin = copy.deepcopy(model)
+        twin = copy_of(model)
     if train:
         twin.train()
     with mode, torch.enable_grad():
         leaf = mode.from_tensor(x.detach())
         leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
-        output = next(o for o in tree_leaves(twin(leaf)) if isinstance(o, Tensor) and o.is_floating_point())
+        output = next(o for o in tree_leaves(twin(leaf.clone())) if isinstance(o, Tensor) and o.is_floating_point())
     return output, leaf, mode
 
 
@@ -168,7 +235,7 @@ def check_before_compiling(op: str, model: nn.Module, x: Tensor) -> None:
     What `check_graph` knows, and custom autograd.Functions: eager PyTorch differentiates them, a compiled region drops them.
     """
     try:
-        root = forward_on_fake_tensors(model, x)[0].grad_fn
+        output, leaf, _ = forward_on_fake_tensors(model, x)
     except Exception as error:
         warnings.warn(
             f"{op}: could not look for custom autograd.Functions, whose second derivative a compiled step drops in silence: the "
@@ -176,7 +243,7 @@ def check_before_compiling(op: str, model: nn.Module, x: Tensor) -> None:
             stacklevel=3,
         )
         return
-    check_graph(op, root)
-    names = custom_functions(root)
+    check_graph(op, output.grad_fn, leaf)
+    names = custom_functions(output.grad_fn)
     if names:
         raise RuntimeError(f"{op}: {_CUSTOM_FUNCTION} (found {', '.join(names)})")

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
 from sib_fast.loss import SIBLoss
 from sib_fast.masks import GivenMask
 from sib_fast.network_checks import check_before_compiling, check_module
+from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
 
 _OP = "compile_step"
 # Modes of torch.compile that replay CUDA graphs, whose results the next replay overwrites.
@@ -48,6 +50,9 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     of compiled code: compiling the model alone cannot be differentiated twice. The criterion may be attached to this model or
     to none; attached or not, x is passed to it explicitly. Where the criterion is not active (validation, a step between with
     `every` > 1) the compiled function is the plain one: forward and base loss.
+
+    A second batch size compiles once more, for all sizes. Up to torch 2.12 every size compiles, unless `prepare` has swapped the
+    model's convolutions: torch's own do not trace with symbolic sizes there.
 
     Shapes:  x [N, C, H, W]; target as SIBLoss takes it; optionally mask, as SIBLoss takes it.
     Scale:   SIBLoss's.
@@ -92,6 +97,12 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     return CompiledStep(model, criterion, compile_options)
 
 
+def _needs_fixed_sizes(model: nn.Module) -> bool:
+    """Up to torch 2.12 the double backward of torch's own convolution does not trace with symbolic sizes; a prepared one does."""
+    torchs_own = (m for m in model.modules() if isinstance(m, _ConvNd) and not isinstance(m, (Conv1d, Conv2d, Conv3d)))
+    return torch.__version__ < (2, 13) and any(torchs_own)
+
+
 def _of_its_own(method: Callable) -> Callable:
     """The same method with a code object of its own: dynamo counts recompilations by code object, over all instances."""
     function = method.__func__
@@ -106,12 +117,13 @@ class CompiledStep:
         self.model, self.criterion = model, criterion
         self._copies_out = compile_options.get("mode") in _CUDA_GRAPH_MODES
         self._checked = False
-        self._active = torch.compile(_of_its_own(self._active_step), fullgraph=True, **compile_options)
+        fixed = {"dynamic": False} if _needs_fixed_sizes(model) else {}
+        self._active = torch.compile(_of_its_own(self._active_step), fullgraph=True, **fixed | compile_options)
         self._plain = torch.compile(_of_its_own(self._plain_step), fullgraph=True, **compile_options)
 
     def _active_step(self, x: Tensor, target: Tensor, mask: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         leaf = x if x.requires_grad else _vjp_leaf(x)
-        logits = self.model(leaf)
+        logits = self.model(leaf.clone())  # which it may change in place; a compiler leaves out a copy that nobody changes
         loss = self.criterion.active_loss(logits, target, leaf, mask)
         return loss, logits.detach(), self.criterion.terms
 
@@ -128,6 +140,8 @@ class CompiledStep:
         if active and not self._checked:
             check_before_compiling(_OP, self.model, x)
             self._checked = True
+        if active:
+            self.criterion.check_values(target, mask)
         copies_out = self._copies_out and x.is_cuda
         if copies_out:
             torch.compiler.cudagraph_mark_step_begin()
@@ -142,5 +156,7 @@ class CompiledStep:
         if copies_out:
             logits, terms = logits.clone(), {name: term.clone() for name, term in terms.items()}
         self.criterion.terms = terms
+        if not active:
+            self.criterion.warn_if_trained(loss)
         self.criterion.count_call()
         return StepOutput(loss, logits, terms)

@@ -12,6 +12,7 @@ import torch
 
 from sib_fast import _backends
 from sib_fast.ops._registration import TRITON, register_fakes
+from tests import selection
 
 PUBLIC_BACKENDS = _backends.BACKENDS
 NAMESPACES = {"triton": TRITON, "emulated": "sib_fast_emulated"}
@@ -41,6 +42,10 @@ _add_emulation()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def pytest_addoption(pluginmanager):
+    pluginmanager.register(selection)
+
+
 def pytest_configure(config):
     # `poisoned_memory` needs deterministic mode for its filling only.
     config.addinivalue_line("filterwarnings", "ignore:.* does not have a deterministic implementation:UserWarning")
@@ -58,11 +63,9 @@ def _seed():
 
 
 def _usable(name: str) -> str:
-    reason = _backends.why_not(name)
+    reason = selection.unusable(name)
     if reason is not None:
         pytest.skip(f"backend {name!r} is not usable here: {reason}")
-    if _backends.KERNEL_DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"backend {name!r} is built, but torch sees no GPU")
     return name
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sib_fast
 
@@ -84,8 +85,27 @@ def test_doctor(load):
     chosen = "cpu" if load == "1" else "reference"
     assert rows["auto on cpu"] == f"mask by {chosen}, statistics by {chosen}, objective by {chosen}"
     assert {"torch", "Python", "built with", "CUDA architectures", "CUDA library", "triton"} <= set(rows)
+    assert ("to do" in rows) == (load == "0")
 
 
+def test_doctor_says_what_to_type(monkeypatch):
+    from sib_fast import _extension, doctor
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "_version_of", lambda package: None)
+    monkeypatch.setitem(_extension.MISSING, "cpu", "it was not built")
+    rows = dict(doctor.report())
+    for row in ("compiler here", "cmake here", "triton", "lightning", "torchvision", "to do"):
+        assert re.search(r"(pip|apt-get) install", rows[row]), row
+    assert torch.version.cuda is None or "install the CUDA toolkit" in rows["nvcc here"]
+    monkeypatch.setitem(_extension.MISSING, "cpu", None)
+    monkeypatch.setitem(_extension.MISSING, "cuda", "it was not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_cuda_launch", lambda: "not usable")
+    assert "install nvcc (above), then: SIB_FAST_CUDA=1 pip install" in dict(doctor.report())["to do"]
+
+
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_ops_on_every_instruction_set(capability):
     """The whole suite of the ops again, on the kernels that an older CPU would run."""

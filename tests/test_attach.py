@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -75,16 +76,17 @@ def test_the_callers_tensor_is_untouched():
     assert torch.equal(x, before)
 
 
-def test_the_hook_copies_nothing():
-    x, _ = image_batch()
+def test_the_hook_copies_nothing_once_the_model_is_known_to_leave_its_input_alone():
+    x, target = image_batch()
     seen = []
     net = conv_net()
     net[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     criterion = SIBLoss().attach(net)
-    net(x)
+    for _ in range(3):
+        criterion(net(x), target)
     criterion.remove()
-    assert seen[0].data_ptr() == x.data_ptr()
-    assert seen[0].requires_grad
+    assert [tensor.data_ptr() == x.data_ptr() for tensor in seen] == [False, True, True]
+    assert all(tensor.requires_grad for tensor in seen)
 
 
 def test_an_input_that_requires_grad_is_used_as_it_is():
@@ -182,7 +184,8 @@ def test_inactive_is_the_base_loss_and_nothing_else(how):
     assert seen == [False]  # the forward is the one it would have been
     assert loss.requires_grad == (mode is torch.enable_grad)
     if loss.requires_grad:
-        loss.backward()
+        with pytest.warns(UserWarning, match="in eval mode") if how == "model.eval" else nullcontext():
+            loss.backward()
 
 
 def test_validation_between_steps_changes_nothing():
@@ -511,3 +514,201 @@ def test_the_graph_is_walked_once_per_attached_model():
     criterion.attach(bad)
     with pytest.raises(RuntimeError, match="SIBLoss: reentrant checkpointing must not be used"):
         criterion(bad(x), target)
+
+
+# ---- a model in eval mode -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [None, "2"])
+def test_training_the_base_loss_because_of_eval_mode_warns_once(layer):
+    x, target = image_batch()
+    net = conv_net().eval()
+    criterion = SIBLoss(**WEIGHTS).attach(net, layer)
+    exact = parameter_gradients(F.cross_entropy(net(x), target), net)
+    with torch.no_grad():
+        criterion(net(x), target)
+    criterion(net(x), target)  # a validation pass that forgot no_grad: there is no backward, and no word
+    words = r"SIBLoss: the attached model must be in training mode .*train_in_eval_mode=True.*criterion\.eval\(\)"
+    loss = criterion(net(x), target)
+    loss /= 4
+    with pytest.warns(UserWarning, match=words):
+        (4 * loss).backward()
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter.grad, exact[name]), name
+    criterion(net(x), target).backward()  # once is enough: a warning is an error here
+    other = SIBLoss(**WEIGHTS).attach(net, layer)
+    with pytest.warns(UserWarning, match=words):
+        torch.autograd.grad(other(net(x), target), list(net.parameters()))
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_it_warns_whatever_the_schedule(every):
+    x, target = image_batch()
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=every).attach(net)
+    criterion(net(x), target).backward()
+    net.eval()
+    with pytest.warns(UserWarning, match="in eval mode"):
+        criterion(net(x), target).backward()
+
+
+def test_what_is_meant_does_not_warn():
+    x, target = image_batch()
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    net.eval(), criterion.eval()
+    criterion(net(x), target).backward()
+    net.train()
+    criterion(net(x), target).backward()
+    criterion.train()
+    criterion(net(x), target).backward()
+    assert is_active(criterion)
+    lazy = SIBLoss(**WEIGHTS, every=2, train_in_eval_mode=True).attach(net.eval())
+    for _ in range(2):
+        lazy(net(x), target).backward()
+    assert not is_active(lazy)
+    explicit = SIBLoss(**WEIGHTS)
+    leaf = x.clone().requires_grad_()
+    explicit(net(leaf), target, leaf).backward()
+    assert is_active(explicit)
+
+
+def test_eval_of_a_model_that_holds_its_criterion_warns():
+    x, target = image_batch()
+    module = HoldsItsCriterion().eval()
+    with pytest.warns(
+        UserWarning, match=r"SIBLoss: the criterion must be in training mode .*together with the model that holds it"
+    ):
+        module.criterion(module(x), target).backward()
+    assert not is_active(module.criterion)
+    module.criterion.train()
+    module.criterion.train_in_eval_mode = True
+    module.criterion(module(x), target).backward()
+    assert is_active(module.criterion)
+
+
+def test_the_warning_keeps_no_criterion_alive():
+    x, target = image_batch()
+    net = conv_net().eval()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    loss = criterion(net(x), target)
+    alive = weakref.ref(criterion)
+    del criterion
+    assert alive() is None
+    loss.backward()  # nobody is left to warn for
+
+
+# ---- a model that changes its input -------------------------------------------------------------------------------------
+
+
+class Centres(nn.Module):
+    """conv_net behind a change of its input in place, where `changes` says so. Shapes: [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.changes = conv_net(norm="group"), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.sub_(0.5) if self.changes else x)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["no gradient asked", "requires_grad"])
+def test_a_change_in_place_is_not_seen_by_the_caller(asked):
+    x, target = image_batch()
+    before = x.clone()
+    net = Centres()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    x.requires_grad_(asked)
+    plain = conv_net(norm="group")
+    leaf = before.clone().requires_grad_()
+    exact = SIBLoss(**WEIGHTS)(plain(leaf.clone().sub_(0.5)), target, leaf)
+    wanted = parameter_gradients(exact, plain)
+    for _ in range(3):
+        loss = criterion(net(x), target)
+        assert torch.equal(loss, exact)
+        for name, got in parameter_gradients(loss, net.body).items():
+            assert torch.equal(got, wanted[name])
+        assert torch.equal(x, before)
+
+
+def test_a_change_under_no_grad_is_not_seen_by_the_caller():
+    class Quietly(Centres):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x.sub_(0.5)
+            return self.body(x)
+
+    x, target = image_batch()
+    before, net = x.clone(), Quietly()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    for _ in range(2):
+        criterion(net(x), target).backward()
+        assert torch.equal(x, before)
+
+
+def test_a_model_that_changes_its_input_later_is_told_by_pytorch():
+    x, target = image_batch()
+    net = Centres()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    net.changes = False
+    net(x)  # no loss: nothing is known yet
+    net.changes = True
+    criterion(net(x), target)
+    net.changes = False
+    criterion(net(x), target)
+    net.changes = True
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"):
+        net(x)
+
+
+# ---- hooks of criteria that are gone ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [None, "3"])
+def test_hooks_go_with_their_criterion(layer):
+    x, target = image_batch()
+    net = conv_net()
+    for _ in range(50):
+        criterion = SIBLoss(**WEIGHTS).attach(net, layer)
+        criterion(net(x), target)
+    hooks = (net._forward_pre_hooks, net[3]._forward_hooks)
+    assert [len(h) for h in hooks] == [1, int(layer is not None)]
+    cycle = [criterion]
+    cycle.append(cycle)
+    del criterion, cycle
+    gc.collect()
+    assert [len(h) for h in hooks] == [0, 0]
+    # A model that goes first, and a copy that outlives its model, trouble nobody.
+    other = conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(other, layer)
+    twin = copy.deepcopy(criterion)
+    del other
+    criterion.remove()
+    del criterion
+    gc.collect()
+    assert not twin.attached
+
+
+# ---- inputs that are no images ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)], "convert integer images to float"),
+        ([torch.zeros(2, 3, 5, 4, 4)], "the rank is another: .*fold the slices or frames"),
+        ([torch.zeros(3, 4, 4)], "the rank is another: give a single image a batch dimension"),
+        ([[torch.zeros(2, 3, 4, 4)]], "pass the image as an argument of its own"),
+    ],
+    ids=["integers", "5-D", "3-D", "list"],
+)
+def test_an_input_that_is_no_image_gets_the_advice_that_fits(arguments, advice):
+    class Takes(nn.Module):
+        def forward(self, x: object) -> None:
+            raise AssertionError("the hook comes first")
+
+    net = Takes()
+    criterion = SIBLoss().attach(net)
+    with pytest.raises(RuntimeError, match=rf"must be called with a floating-point \[N, C, H, W\] tensor, got .*: {advice}"):
+        net(*arguments)
+    criterion.remove()

@@ -521,6 +521,8 @@ def collected() -> list[str]:
         "-m",
         "pytest",
         "--collect-only",
+        "--every-backend",
+        "--long",
         "-q",
         "-p",
         "no:cacheprovider",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -211,3 +212,95 @@ def test_bad_counts(name, value):
 def test_bad_every_weight():
     with pytest.raises(ValueError, match="SIBLoss: every_weight must be one of"):
         SIBLoss(every_weight="max")
+
+
+# ---- steps of several calls ---------------------------------------------------------------------------------------------
+
+
+def steps_of(criterion: SIBLoss, net: nn.Module, calls: str) -> list[str]:
+    """A block for every digit, with so many training calls in it; what each call applied, as 1 or 0."""
+    steps = []
+    for count in calls:
+        with criterion.one_step():
+            steps.append("".join("1" if applied else "0" for applied in train_calls(criterion, net, int(count))))
+    return steps
+
+
+def test_all_calls_of_a_block_are_one_step():
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    assert steps_of(criterion, net, "3210312") == ["111", "00", "1", "", "000", "1", "00"]
+    assert int(criterion.state_dict()["calls"]) == 6  # a block without a call is no step
+    assert train_calls(criterion, net, 3) == [True, False, True]  # outside, a call is a step
+
+
+def test_without_a_schedule_a_block_changes_nothing():
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    assert steps_of(criterion, net, "12") == ["1", "11"]
+    assert criterion.state_dict() == {}
+
+
+def test_validation_in_a_block_does_not_count():
+    x, target = image_batch()
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    with criterion.one_step(), torch.no_grad():
+        criterion(net(x), target)
+    assert steps_of(criterion, net, "11") == ["1", "0"]
+
+
+def test_a_block_that_raised_is_no_step_and_leaves_none_open():
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    with suppress(ZeroDivisionError), criterion.one_step():
+        train_calls(criterion, net, 1)
+        raise ZeroDivisionError
+    assert steps_of(criterion, net, "211") == ["11", "0", "1"]
+
+
+def test_a_block_in_a_block_belongs_to_the_outer_one():
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    with criterion.one_step():
+        assert steps_of(criterion, net, "12") == ["1", "11"]
+    assert steps_of(criterion, net, "1") == ["0"]
+
+
+def test_a_step_may_be_told_its_number():
+    net = conv_net()
+    criterion = SIBLoss(**WEIGHTS, every=3).attach(net)
+    seen = []
+    for number in (0, 0, 1, 2, 3, 3, 7, 9):  # two micro-batches a number, and a jump, as of a run that goes on
+        with criterion.one_step(number):
+            seen += train_calls(criterion, net, 1)
+    assert seen == [True, True, False, False, True, True, False, True]
+
+
+def test_steps_and_counted_calls_do_not_mix():
+    criterion = SIBLoss(**WEIGHTS, every=2, accumulation_steps=4)
+    with (
+        pytest.raises(ValueError, match=r"SIBLoss.one_step: accumulation_steps must be 1, got 4: put all micro-batches"),
+        criterion.one_step(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("when", ["between", "inside"])
+def test_a_run_of_blocks_resumes(when):
+    """An old checkpoint, which counted calls, loads as ever; one that was written inside a block repeats that step."""
+    net = conv_net()
+    first = SIBLoss(**WEIGHTS, every=3).attach(net)
+    train_calls(first, net, 1)  # as an earlier version counted
+    steps_of(first, net, "22")
+    with first.one_step():
+        train_calls(first, net, 1)
+        inside, twin = first.state_dict(), copy.deepcopy(first)
+    state = inside if when == "inside" else first.state_dict()
+    first.remove()
+    second = SIBLoss(**WEIGHTS, every=3).attach(net)
+    second.load_state_dict(state)
+    assert steps_of(second, net, "21") == (["11", "0"] if when == "inside" else ["00", "0"])
+    second.remove()
+    twin.attach(net)
+    assert steps_of(twin, net, "21") == ["11", "0"]

@@ -94,9 +94,11 @@ def test_what_is_learned_before_a_prepared_stem_gets_its_gradient():
 def test_the_hidden_leaf_keeps_no_gradient(prepared):
     x, target = image_batch()
     net = prepare(conv_net()) if prepared else conv_net()
-    seen = captured_leaf(net)
     criterion = SIBLoss(**WEIGHTS).attach(net)
+    criterion(net(x), target)  # which sees that the model leaves its input alone: from here on it is given the leaf itself
+    seen = captured_leaf(net)
     criterion(net(x), target).backward()
+    assert seen[0].is_leaf
     assert seen[0].requires_grad
     assert seen[0].grad is None
 

@@ -61,16 +61,15 @@ def with_nvcc() -> dict[str, str]:
     }
 
 
-TOOLCHAINS = [
-    pytest.param(without_nvcc, id="without-nvcc"),
-    pytest.param(
-        with_nvcc,
-        id="with-nvcc",
-        marks=pytest.mark.skipif(
-            not NVCC.exists() or torch.version.cuda is None, reason="no nvcc on this machine, or torch without CUDA"
-        ),
-    ),
-]
+needs_nvcc = pytest.mark.skipif(
+    not NVCC.exists() or torch.version.cuda is None, reason="no nvcc on this machine, or torch without CUDA"
+)
+TOOLCHAINS = [pytest.param(without_nvcc, id="without-nvcc"), pytest.param(with_nvcc, id="with-nvcc", marks=needs_nvcc)]
+
+
+def cuda_forbidden() -> dict[str, str]:
+    """nvcc is there, where it is, and must not be used."""
+    return {**(with_nvcc() if NVCC.exists() else without_nvcc()), "SIB_FAST_CUDA": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,14 @@ def test_sdist_holds_the_sources(sdist):
     assert not [name for name in names if name.endswith(".so")]
 
 
-@pytest.mark.parametrize("toolchain", TOOLCHAINS)
+# One build on every commit, of the CPU library; where nvcc is, `make test` builds the CUDA library in place, by the same code.
+@pytest.mark.parametrize(
+    "toolchain",
+    [
+        pytest.param(cuda_forbidden, id="cuda-forbidden"),
+        pytest.param(with_nvcc, id="with-nvcc", marks=[needs_nvcc, pytest.mark.long]),
+    ],
+)
 def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
     environment = toolchain()
     succeed(
@@ -135,10 +141,11 @@ def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
         assert str(tmp_path / "site") in out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
 def test_isolated_install(toolchain, sdist, tmp_path):
     """`pip install .` as a user types it: the build environment is made from pyproject.toml alone."""
-    # torch is pinned to one at hand, since "torch>=2.11" would download the newest; the CPU-only one where it suffices.
+    # torch is pinned to one at hand, since "torch>=2.11" would download the newest; the oldest one where no CUDA is built.
     version = torch.__version__.split("+")[0]
     if toolchain is without_nvcc and (ROOT / ".venv-old").exists():
         version = succeed(
@@ -168,38 +175,47 @@ def test_editable_install_is_what_runs_here():
     assert (ROOT / "sib_fast/lib/libsib_fast_cpu.so").exists()
 
 
-@pytest.mark.skipif(not NVCC.exists() or torch.version.cuda is None, reason="no nvcc on this machine, or torch without CUDA")
-def test_every_default_architecture_is_in_the_library():
-    info = json.loads((ROOT / "sib_fast/lib/build_info.json").read_text())
-    assert info["cuda_architectures"].split() == [
-        "80-real", "86-real", "89-real", "90a-real", "100-real", "120-real", "120-virtual",
-    ]  # fmt: skip
-    library = ROOT / "sib_fast/lib/libsib_fast_cuda.so"
+def in_the_library(kind: str) -> set[str]:
+    """What cuobjdump lists in the CUDA library: "elf" for machine code, "ptx"."""
     tools = [NVCC.with_name("cuobjdump"), Path(torch.__file__).parents[1] / "triton/backends/nvidia/bin/cuobjdump"]
     cuobjdump = next((tool for tool in tools if tool.exists()), None)
     if cuobjdump is None:
         pytest.skip("no cuobjdump in this toolkit, nor Triton's")
-    elf = succeed(cuobjdump, "--list-elf", library, cwd=ROOT)
-    assert {f"sm_{arch}" for arch in ("80", "86", "89", "90a", "100", "120")} <= set(re.findall(r"sm_\d+a?", elf))
+    listed = succeed(cuobjdump, f"--list-{kind}", ROOT / "sib_fast/lib/libsib_fast_cuda.so", cwd=ROOT)
+    return set(re.findall(r"sm_(\d+a?)", listed))
 
 
-def test_cuda_can_be_forbidden_and_demanded(sdist, tmp_path):
+@needs_nvcc
+def test_the_library_holds_the_architectures_that_it_was_built_for_and_is_small():
+    built = json.loads((ROOT / "sib_fast/lib/build_info.json").read_text())["cuda_architectures"].split()
+    assert in_the_library("elf") == {one.removesuffix("-real") for one in built if one.endswith("-real")}
+    assert in_the_library("ptx") == {one.removesuffix("-virtual") for one in built if one.endswith("-virtual")}
+    assert (ROOT / "sib_fast/lib/libsib_fast_cuda.so").stat().st_size <= 20e6 * min(len(built), 3)
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_every_default_architecture_is_in_the_library():
+    """`make test-all` builds it for all of them."""
+    assert in_the_library("elf") >= {"80", "90a", "100", "120"}
+    assert in_the_library("ptx") >= {"80", "120"}
+
+
+def test_wishes_that_cannot_be_met_are_errors(sdist, tmp_path):
     command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
     result = run(*command, cwd=tmp_path, SIB_FAST_CUDA="1", **without_nvcc())
     assert result.returncode != 0
     assert "SIB_FAST_CUDA=1, but no nvcc (set CUDA_HOME to the CUDA toolkit's folder)" in result.stdout + result.stderr
     result = run(*command, cwd=tmp_path, SIB_FAST_CUDA="yes")
     assert "SIB_FAST_CUDA must be 0 or 1, got 'yes'" in result.stdout + result.stderr
-    if NVCC.exists():
-        succeed(*command, cwd=tmp_path, **{**with_nvcc(), "SIB_FAST_CUDA": "0"})
-        (wheel,) = tmp_path.glob("*.whl")
-        assert "sib_fast/lib/libsib_fast_cuda.so" not in zipfile.ZipFile(wheel).namelist()
 
 
 def test_without_a_compiler_the_reference_installs(sdist, tmp_path):
-    succeed(
-        sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
-        cwd=tmp_path, SIB_FAST_CPU="0", SIB_FAST_CUDA="0",
+    (tmp_path / "empty").mkdir()
+    said = succeed(
+        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
+        cwd=tmp_path, PATH=str(tmp_path / "empty"), CXX="", CUDA_HOME="", CUDA_PATH="",
     )  # fmt: skip
+    assert "not building the library of SIB_FAST_CPU: no C++ compiler on PATH (install g++ or clang++, or set CXX)" in said
     assert not (tmp_path / "site/sib_fast/lib").exists()
     assert_works_outside_the_tree(tmp_path / "site", "reference", tmp_path)

@@ -293,6 +293,43 @@ def test_validation_and_steps_between_run_the_plain_function():
     assert "foreground" in step(x, target).terms
 
 
+def test_eval_mode_and_blocks_are_the_criterions():
+    net = conv_net().double()
+    criterion = SIBLoss(**WEIGHTS, every=2).attach(net)
+    step = compile_step(net, criterion, backend="eager")
+    x, target = batch()
+    applied = []
+    for calls in (2, 1, 1):
+        with criterion.one_step():
+            applied += ["foreground" in step(x, target).terms for _ in range(calls)]
+    assert applied == [True, True, False, True]
+    net.eval()
+    loss = step(x, target).loss
+    with pytest.warns(UserWarning, match="SIBLoss: the attached model must be in training mode"):
+        loss.backward()
+    step(x, target).loss.backward()
+
+
+def test_a_model_may_change_its_input_in_place():
+    class Centres(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv_net(norm="group")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.sub_(0.4))
+
+    net, criterion = Centres().double(), SIBLoss(**WEIGHTS)
+    x, target = batch()
+    before = x.clone()
+    leaf = x.clone().requires_grad_()
+    exact = criterion(net.body(leaf - 0.4), target, leaf)
+    step = compile_step(net, criterion, backend="aot_eager")
+    for asked in (False, True):
+        torch.testing.assert_close(step(x.requires_grad_(asked), target).loss, exact, rtol=TOLERANCE, atol=0)
+        assert torch.equal(x, before)
+
+
 def test_each_of_the_two_functions_compiles_once():
     from torch._dynamo.utils import counters
 

@@ -15,6 +15,7 @@ from sib_fast.vjp import FLOAT16_SCALE, SCALARS, energy_cotangent
 # Σ over images of a scalar of the logits, as one would write it without this package.
 PLAIN = {
     "energy": lambda z, y: 0.5 * torch.softmax(z, 1).pow(2).sum(),
+    "multilabel_energy": lambda z, y: 0.5 * (torch.sigmoid(z).pow(2) + (1 - torch.sigmoid(z)).pow(2)).sum(),
     "logit_sum": lambda z, y: z.sum(),
     "label_logit": lambda z, y: z[torch.arange(len(y)), y].sum(),
     "label_log_probability": lambda z, y: torch.log_softmax(z, 1)[torch.arange(len(y)), y].sum(),
@@ -131,6 +132,17 @@ def test_second_derivative_of_the_energy_near_saturation(gap):
     logits = torch.cat([x, torch.zeros_like(x)], 1)
     (second,) = torch.autograd.grad(vjp_map(logits, x).sum(), x)
     assert math.isclose(second.item(), p * q * (2 * p * q - (p - q) ** 2), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [17.0, 40.0, 200.0])
+def test_the_log_probability_of_a_likely_label_does_not_cancel(gap):
+    # ∂log p_y/∂z_y = 1 − p_y, which is 0 in float64 from a gap of 37 on.
+    x = torch.tensor([[gap, 0.0]], dtype=torch.float64, requires_grad=True)
+    q = sigmoid_pair(gap)[1]
+    got = vjp_map(x * 1.0, x, "label_log_probability", torch.tensor([0]))
+    assert relative_error(got, torch.tensor([[q, -q]], dtype=torch.float64)) < 1e-13
+    (second,) = torch.autograd.grad(got[0, 0], x)
+    assert relative_error(second, torch.tensor([[-q * (1 - q), q * (1 - q)]], dtype=torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize("gap", [1e3, 1e4, 1e30])
@@ -292,6 +304,11 @@ def test_the_good_call_of_this_section_passes():
             ValueError,
             r"vjp_map: labels must have shape \[2\] to go with logits, got \[3\]",
             {"scalar": "label_logit", "labels": torch.ones(3).long()},
+        ),
+        (
+            RuntimeError,
+            r"vjp_map: labels must be on the device of logits \(cpu\), got meta",
+            {"scalar": "label_logit", "labels": torch.ones(2, device="meta").long()},
         ),
         (ValueError, "vjp_map: scale must be a power of two, .*, got 3.0", {"scale": 3.0}),
         (ValueError, "vjp_map: scale must be a power of two, .*, got 0", {"scale": 0}),

@@ -1,20 +1,49 @@
-"""Plants one fault at a time in the kernels and says which test goes red: `python tools/plant_faults.py /tmp/faults`,
-with a word as second argument only those whose name holds it.
+"""Plants one fault at a time and says which test goes red.
 
-Works on a copy of the tree, builds it there, and runs tests/ops and tests/cuda. A fault that no test notices is printed as SURVIVED, and
-the exit status is then 1. Minutes; not part of `make test`. A new kernel adds its faults to FAULTS.
+    python tools/plant_faults.py /tmp/faults [word]                            every fault, or those whose name holds the word
+    python tools/plant_faults.py /tmp/faults --sample 60 --seed 7 --out FILE   as many of them, from as many files as there are
+
+Works on a copy of the tree, builds it there, and runs the short suite: first the tests next to the faulty file, then, where those
+are green, everything that `make quick` runs. A fault that no test notices is printed as SURVIVED, and the exit status is then 1.
+Hours for all of them; not part of `make test`. A new kernel, layer or part of the lab adds its faults to FAULTS.
+
+--out gets JSON, rewritten after every fault: commit, machine, seed, and of each fault the file, the verdict and the first red test.
+A run that was cut short goes on where it was: verdicts of the same commit and seed are kept.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.provenance import provenance, write_json  # noqa: E402
+
+# Where the tests of a file stand; the first that fits.
+NEAR = [
+    (r".*/triton\.py", ["tests/ops", "tests/triton", "-k", "triton"]),
+    (r"csrc/.*|sib_fast/ops/.*", ["tests/ops", "tests/cuda"]),
+    (r"sib_fast/nn/.*|sib_fast/network_checks\.py", ["tests/nn"]),
+    (r"sib_fast/lab/.*", ["tests/lab"]),
+    (r"sib_fast/explain/.*", ["tests/explain"]),
+    (r"sib_fast/estimators/.*|sib_fast/masks/.*", ["tests/estimators", "tests/masks"]),
+    (
+        r"sib_fast/.*",
+        ["tests/test_loss.py", "tests/test_attach.py", "tests/test_vjp.py", "tests/test_lazy.py", "tests/test_step.py"],
+    ),
+]
+EVERYTHING = ["-m", "not packaging", "-n", "2", "--dist", "loadfile"]
 MASK, MASK_OP = "csrc/cpu/foreground_mask_kernels.cpp", "sib_fast/ops/foreground_mask/__init__.py"
 STATS, STATS_HOST = "csrc/cpu/region_statistics_kernels.cpp", "csrc/cpu/region_statistics_cpu.cpp"
 STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
@@ -145,6 +174,7 @@ FAULTS = [
     ('objective: expm1 by exp', OBJ_HEADER, 'lambda_bg * expm1(background)', 'lambda_bg * (exp(background) - 1.0)'),
     ('objective: variance not averaged', OBJ_HOST, 'total[1] = variance * scale.mean;', 'total[1] = variance;'),
     ('objective: cotangent of the foreground dropped', OBJ_HOST, '+ scalar("grad_foreground", grad_foreground)) * batch.hsic', ') * batch.hsic'),
+    ("grams: a ring of one stage", CUDA_STATS, "SIB_CHECK(kStatistics, fit >= 2,", "SIB_CHECK(kStatistics, fit >= 0,"),
     ('objective: last row of a block left out', CUDA_OBJ, 'const bool has_row = i < N;', 'const bool has_row = i < N && i % 33 != 32;'),
     ('objective: columns overwritten while read', CUDA_OBJ, '__syncthreads();  // the columns before these have been read', ''),
     ('objective: columns read before they are there', CUDA_OBJ, '    __syncthreads();\n    if (!has_row) continue;', '    if (!has_row) continue;'),
@@ -349,52 +379,199 @@ FAULTS = [
     ("cuda softmax: b·gy left out of to_y", CUDA_SOFT, "to[1] = v[0] * (v[1] - k[1]) - k[0] * v[1];", "to[1] = v[0] * (v[1] - k[1]);"),
     ("cuda softmax: b and c swapped", CUDA_SOFT, "k[0] = static_cast<T>(sums[0]);", "k[0] = static_cast<T>(sums[1]);"),
     ("cuda softmax: gy read for the other part", CUDA_SOFT, "a.in[1] = need_y ?", "a.in[1] = need_grad_y ?"),
+    # Kernel files whose faults above are their callers'
+    ("activation: only the first result where both are asked for", "csrc/cpu/activation_kernels.cpp", "      put(to_grad_y + i, first);\n      put(to_saved + i, second);", "      put(to_grad_y + i, first);\n      put(to_saved + i, first);"),
+    ("mask: every image by the ranks of the first", "csrc/cpu/foreground_mask_cpu.cpp", "rank_data + n * per_image, out + n * pixels, scratch);", "rank_data, out + n * pixels, scratch);"),
+    ("an instruction set that was not asked for", "csrc/cpu/capability.cpp", "return wanted < best ? wanted : best;", "return best;"),
+    ("cuda block: a warp's part of a scan lost", "csrc/cuda/block.cuh", "if (w < warp_of_thread()) before += shared[w];", "if (w + 1 < warp_of_thread()) before += shared[w];"),
+    ("cuda statistics: halves of a word swapped", "csrc/cuda/region_statistics_maps.cuh", "word[i / 2] >> (i % 2 * 16)", "word[i / 2] >> ((1 - i % 2) * 16)"),
+    ("triton objective: products of means counted once", "sib_fast/ops/hsic_objective/triton.py", "- 2.0 * n * tl.sum(mean_product, axis=0)", "- n * tl.sum(mean_product, axis=0)"),
+    ("triton statistics: variance about the first pixel", "sib_fast/ops/region_statistics/triton.py", "tl.sum(square_v, axis=1) - total_v * total_v / n", "tl.sum(square_v, axis=1)"),
+    ("triton mask: sigmoid without its bound", "sib_fast/ops/foreground_mask/triton.py", "    x = tl.where(x < -bound, -bound, x)\n", ""),
+    ("synchronised batch norm: means of processes not merged", "sib_fast/ops/batch_norm/synchronised.py", "(m2 + counts * (means - mean).square()).sum(0)", "m2.sum(0)"),
+    ("synchronised batch norm: one of two B·T", "sib_fast/ops/batch_norm/synchronised.py", "omega_hat - 2 * scale * B * T", "omega_hat - scale * B * T"),
+    ("convolution: phases for a dilated kernel", "sib_fast/ops/convolution/choice.py", "or min(stride) < 2 or max(dilation) > 1:", "or min(stride) < 2:"),
+    # The loss and what it is made of
+    ("loss: background term lowered", "sib_fast/loss.py", "return base + lambda_bg * torch.exp(background) + lambda_fg * torch.exp(-foreground)", "return base - lambda_bg * torch.exp(background) + lambda_fg * torch.exp(-foreground)"),
+    ("loss: every_weight=mean multiplies too", "sib_fast/loss.py", 'times = self.every if self.every_weight == "sum" else 1', "times = self.every"),
+    ("loss: images without annotation get zeros", "sib_fast/loss.py", "mask = torch.where(annotated[:, None, None, None], mask, maker(vjp))", "mask = torch.where(annotated[:, None, None, None], mask, 0 * maker(vjp))"),
+    ("attachment: a paused one captures", "sib_fast/attachment.py", "or attachment.is_paused or not criterion.active", "or not criterion.active"),
+    ("attachment: an input with a graph is cut off", "sib_fast/attachment.py", "        if value.requires_grad:\n            attachment.captured", "        if False:\n            attachment.captured"),
+    ("vjp: energy without its other half", "sib_fast/vjp.py", "of_other = p - (p * p).sum(1, keepdim=True)", "of_other = p - p.sum(1, keepdim=True)"),
+    ("vjp: not divided by its scale", "sib_fast/vjp.py", "return vjp if scale == 1.0 else vjp / scale", "return vjp"),
+    ("vjp: float16 without a scale", "sib_fast/vjp.py", "FLOAT16_SCALE = 1024.0", "FLOAT16_SCALE = 1.0"),
+    ("step: masks are not handed on", "sib_fast/step.py", "self.criterion.active_loss(logits, target, leaf, mask)", "self.criterion.active_loss(logits, target, leaf, None)"),
+    ("network checks: static graphs pass", "sib_fast/network_checks.py", "if isinstance(module, DistributedDataParallel) and module.static_graph:", "if isinstance(module, DistributedDataParallel) and False:"),
+    ("distributed: a rank's share one pixel short", "sib_fast/distributed.py", "share = max(2, -(-height * width // world))", "share = max(2, height * width // world)"),
+    ("estimators: norms not floored", "sib_fast/estimators/_gram.py", "alive = diagonal > NORM_FLOOR * NORM_FLOOR", "alive = diagonal > -1.0"),
+    ("estimators: not centred by the grand mean", "sib_fast/estimators/_gram.py", "- kernel.mean(1, keepdim=True) + kernel.mean()", "- kernel.mean(1, keepdim=True)"),
+    ("relative variance: of the sum", "sib_fast/estimators/background.py", "torch.where(alive, whole, 1.0), 0.0).mean()", "torch.where(alive, whole, 1.0), 0.0).sum()"),
+    ("cka: without its root", "sib_fast/estimators/cka.py", ".clamp_min(FLOOR).sqrt()", ".clamp_min(FLOOR)"),
+    ("biased HSIC of the Grams as they are", "sib_fast/estimators/hsic_biased.py", "hsic_of_kernels(normalised(gram_vjp), normalised(gram_x))", "hsic_of_kernels(normalised(gram_vjp), gram_x)"),
+    ("gaussian HSIC: sigma once", "sib_fast/estimators/hsic_gaussian.py", "(-2.0 * sigma * sigma)", "(-2.0 * sigma)"),
+    ("unbiased HSIC: diagonal kept", "sib_fast/estimators/hsic_unbiased.py", "k - k.diagonal().diag()", "k"),
+    ("mask: scaled window even", "sib_fast/masks/density.py", "round((self.window_size * factor - 1) / 2)) + 1)", "round((self.window_size * factor - 1) / 2)))"),
+    ("given mask: boxes of pixels' corners", "sib_fast/masks/given.py", "across = torch.arange(width, device=boxes.device) + 0.5", "across = torch.arange(width, device=boxes.device) - 0.5"),
+    # Layers
+    ("layers: hardswish by hardsigmoid", "sib_fast/nn/activation.py", 'activation(input, "hardswish", inplace=self.inplace)', 'activation(input, "hardsigmoid", inplace=self.inplace)'),
+    ("layers: attention without its scale", "sib_fast/nn/attention.py", "query * (1 / math.sqrt(query.shape[-1]))", "query"),
+    ("layers: heads of a batch-first input transposed", "sib_fast/nn/attention.py", "order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)", "order = (1, 2, 0, 3)"),
+    ("layers: running statistics where nothing is trained", "sib_fast/nn/batch_norm.py", "if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():", "if self.track_running_stats and self.running_mean is not None and not _recomputing():"),
+    ("layers: running statistics twice with checkpointing", "sib_fast/nn/batch_norm.py", "self.running_mean is not None and not _recomputing():", "self.running_mean is not None:"),
+    ("layers: padding of the other side", "sib_fast/nn/convolution.py", "return input, list(around[::-2])", "return input, list(around[::2])"),
+    ("layers: eps of group norm", "sib_fast/nn/layer_norm.py", "self.num_groups, self.weight, self.bias, eps=self.eps)", "self.num_groups, self.weight, self.bias, eps=2 * self.eps)"),
+    ("layers: ceil_mode of the mean", "sib_fast/nn/pooling.py", "*geometry, self.ceil_mode, self.count_include_pad", "*geometry, False, self.count_include_pad"),
+    ("prepare: recompute is not set", "sib_fast/nn/prepare.py", "            module.recompute = True\n", "            module.recompute = False\n"),
+    ("inspect: what the prepared network does is not tried", "sib_fast/nn/inspect.py", "prepared_outcome = _differentiate_twice(prepare(copy.deepcopy(model)), example_input)[0]", "prepared_outcome = _differentiate_twice(copy.deepcopy(model), example_input)[0]"),
+    # Explanations
+    ("controls: the least important pixels first", "sib_fast/explain/controls.py", "argsort(dim=1, descending=True, stable=True)", "argsort(dim=1, descending=False, stable=True)"),
+    ("controls: ties ranked by their first", "sib_fast/explain/controls.py", "ranks = (first + last).double() / 2", "ranks = first.double()"),
+    # The lab
+    ("lab: digits of the test set in training", "sib_fast/lab/data.py", 'first = 0 if split == "train" else 1', "first = 0"),
+    ("lab: a batch's share over the images", "sib_fast/lab/evaluate.py", "return (gradient * mask.flatten(1)).sum(dim=1) / gradient.sum(dim=1)", "return (gradient * mask.flatten(1)).sum(dim=1) / gradient.sum()"),
+    ("lab: residual without its shortcut", "sib_fast/lab/models.py", "+ self.shortcut(x))", "+ 0 * self.shortcut(x))"),
+    ("lab: naive variance biased", "sib_fast/lab/naive.py", "var(dim=1, unbiased=True)", "var(dim=1, unbiased=False)"),
+    ("lab: naive HSIC over N²", "sib_fast/lab/naive.py", "@ centring) / (n - 1) ** 2", "@ centring) / n**2"),
+    ("lab: images not brought back to [0, 1]", "sib_fast/lab/networks.py", "return (image * std + mean).clamp(0, 1)", "return image * std + mean"),
+    ("lab: the validation counts padding", "sib_fast/lab/recipe.py", "counted = place * self.trainer.world_size + self.global_rank < self.val_size", "counted = place >= 0"),
+    ("train: accumulation is not handed on", "sib_fast/lab/train.py", "base_loss=base_loss, accumulation_steps=accumulation_steps)", "base_loss=base_loss)"),
+    ("panel: window wider than the image", "sib_fast/lab/panel.py", "window = min(window, spec.image_size - 1 + spec.image_size % 2)", "window = window"),
+    ("cub: training and test images swapped", "sib_fast/lab/datasets/cub.py", 'if flag == (split == "train")', 'if flag != (split == "train")'),
+    ("digits: the test set is as long as asked for training", "sib_fast/lab/datasets/digits.py", "size or TEST_DIGITS", "size or digits - TEST_DIGITS"),
+    ("dogs: boxes not scaled down", "sib_fast/lab/datasets/dogs.py", "across, down = width / size[0], height / size[1]", "across, down = height / size[1], width / size[0]"),
+    ("pets: lists swapped", "sib_fast/lab/datasets/pets.py", 'entries["train" if split == "train" else "test"]', 'entries["test" if split == "train" else "train"]'),
+    ("voc: unlabelled pixels are background", "sib_fast/lab/datasets/voc.py", "(values == sample.label + 1) | (values == _VOID)", "(values == sample.label + 1)"),
+    ("folder: classes of the test set not looked at", "sib_fast/lab/datasets/folder.py", "    if images.classes != classes:", "    if False:"),
+    ("study: shifted images are not shifted", "sib_fast/lab/study/network.py", "correlation=0.0, **common)", 'correlation=settings["correlation"], **common)'),
+    ("study: mean of six by the wrong count", "sib_fast/lab/study/records.py", "math.fsum(six) / len(six)", "math.fsum(six) / max(1, len(six) - 1)"),
+    ("study: sd of the differences biased", "sib_fast/lab/study/statistics.py", "pairs.std(ddof=1)", "pairs.std(ddof=0)"),
+    ("study: interval of one side", "sib_fast/lab/study/statistics.py", "t.ppf((1 + LEVEL) / 2, freedom)", "t.ppf(LEVEL, freedom)"),
+    ("study: worse shown as better", "sib_fast/lab/study/statistics.py", 'return "better" if self.mean * direction > 0 else "worse"', 'return "better" if self.mean > 0 else "worse"'),
+    ("study: explained images more than there are", "sib_fast/lab/study/run.py", "if self.explained > self.test_size:", "if False:"),
+    ("study: warm-up steps are timed", "sib_fast/lab/study/timing.py", "if i >= _WARM_UP:", "if i >= 0:"),
+    ("study: the variant's mask is the density", "sib_fast/lab/study/variants.py", "mask=_MASKS[self.mask]).attach(model)", 'mask="density").attach(model)'),
 ]  # fmt: skip
 
 
-def run(command: list[str], tree: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "SIB_FAST_CUDA": "0", "SIB_FAST_BLOCKS": "1"}
+def run(command: list[str], tree: Path, **more: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "SIB_FAST_CUDA": "0", "SIB_FAST_BLOCKS": "1", **more}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
-def build_and_test(tree: Path) -> tuple[bool, str]:
-    """(green, the first test that failed or the compiler's complaint)."""
+def pytest(tree: Path, *arguments: str, **more: str) -> tuple[bool, str]:
+    """(green, the first test that failed)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    tested = run(command, tree, OMP_NUM_THREADS="1", **more)
+    red = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
+    # Exit status 5: nothing was selected, which is no proof of anything.
+    return tested.returncode in (0, 5), red.group(1) if red else tested.stdout[-300:] + tested.stderr[-300:]
+
+
+def near(file: str) -> tuple[list[str], dict[str, str]]:
+    """pytest's arguments and environment for the tests next to a file: of an op its own, where they can be told by name."""
+    arguments = next(arguments for pattern, arguments in NEAR if re.fullmatch(pattern, file))
+    if file.endswith("triton.py"):
+        return arguments, {"TRITON_INTERPRET": "1"}
+    ops = sorted((path.name for path in (ROOT / "sib_fast/ops").iterdir() if path.is_dir()), key=len, reverse=True)
+    if arguments[0] == "tests/ops" and (op := next((op for op in ops if op in file), None)):
+        arguments = [
+            str(path.relative_to(ROOT)) for where in ("ops", "cuda") for path in ROOT.glob(f"tests/{where}/test_*{op}*.py")
+        ]
+    return arguments, {}
+
+
+def build(tree: Path) -> str | None:
+    """The compiler's complaint, or None."""
     built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree)
-    if built.returncode != 0:
-        return False, "DOES NOT COMPILE: " + built.stderr[-300:]
-    tested = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "tests/cuda"], tree)
-    red = re.search(r"^FAILED tests/(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
-    return tested.returncode == 0, red.group(1) if red else tested.stdout[-300:]
+    return None if built.returncode == 0 else f"DOES NOT COMPILE: {(built.stdout + built.stderr)[-300:]}"
 
 
-def main(tree: Path) -> int:
-    shutil.rmtree(tree, ignore_errors=True)
+def verdict(file: str, tree: Path, seed: int, red_anyway: list[str]) -> tuple[str, str]:
+    """("caught" | "SURVIVED" | "STALE", why), with the fault in place."""
+    # Of a Python fault too: the fault before it may have been one of the kernels.
+    if (complaint := build(tree)) is not None:
+        return "STALE", complaint
+    arguments, more = near(file)
+    selection = f"--sample-seed={seed}"
+    green, detail = pytest(tree, *arguments, selection, *(f"--deselect={test}" for test in red_anyway), **more)
+    if green:
+        green, detail = pytest(tree, *EVERYTHING, selection, *(f"--deselect={test}" for test in red_anyway))
+    return ("SURVIVED", "") if green else ("caught", detail)
+
+
+def drawn(count: int, seed: int) -> list[tuple[str, str, str, str]]:
+    """Round by round one fault of every file, until there are enough."""
+    draw, by_file = random.Random(seed), defaultdict(list)
+    for fault in FAULTS:
+        by_file[fault[1]].append(fault)
+    for faults in by_file.values():
+        draw.shuffle(faults)
+    rounds = max(len(faults) for faults in by_file.values())
+    order = [faults[r] for r in range(rounds) for faults in by_file.values() if r < len(faults)]
+    return order[: max(count, len(by_file))]
+
+
+def copy(tree: Path) -> None:
     ignore = shutil.ignore_patterns(".git", ".hypothesis", ".venv*", "build", "*.so", "lib", "__pycache__", ".*_cache", "runs")
+    shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT, tree, ignore=ignore)
-    green, detail = build_and_test(tree)
-    if not green:
-        print(f"without a fault the tests are already red: {detail}")
-        return 1
-    survived = 0
-    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
-    for what, file, text, replacement in FAULTS:
-        if wanted not in what:
-            continue
-        path = tree / file
-        source = path.read_text()
-        if source.count(text) != 1:
-            print(f"STALE     {what}: the text occurs {source.count(text)} times in {file}")
-            survived += 1
-            continue
-        path.write_text(source.replace(text, replacement))
-        green, detail = build_and_test(tree)
+
+
+def plant(fault: tuple[str, str, str, str], tree: Path, seed: int, red_anyway: list[str]) -> tuple[str, str]:
+    _, file, text, replacement = fault
+    path = tree / file
+    source = path.read_text()
+    if source.count(text) != 1:
+        return "STALE", f"the text occurs {source.count(text)} times in {file}"
+    path.write_text(source.replace(text, replacement))
+    try:
+        return verdict(file, tree, seed, red_anyway)
+    finally:
         path.write_text(source)
-        survived += green or detail.startswith("DOES NOT COMPILE")
-        print(f"{'SURVIVED' if green else 'caught  '}  {what}: {detail}", flush=True)
-    print(f"{survived} faults not caught")
-    return 1 if survived else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tree", type=Path, help="folder for the copy; what is there is deleted")
+    parser.add_argument("word", nargs="?", default="", help="only faults whose name holds it")
+    parser.add_argument("--sample", type=int, help="how many, at least one of every file")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample, and of the tests' own (--sample-seed)")
+    parser.add_argument("--out", type=Path, help="JSON")
+    args = parser.parse_args()
+    tree = args.tree.resolve()
+    chosen = [fault for fault in (drawn(args.sample, args.seed) if args.sample else FAULTS) if args.word in fault[0]]
+    record = {**provenance(), "seed": args.seed, "of": len(FAULTS), "files": len({fault[1] for fault in chosen}), "faults": []}
+    if args.out and args.out.is_file():
+        before = json.loads(args.out.read_text())
+        if (before["commit"], before["seed"]) == (record["commit"], args.seed):
+            record["faults"] = before["faults"]
+    copy(tree)
+    if (complaint := build(tree)) is not None:
+        print(complaint)
+        return 1
+    # What is red without a fault proves nothing: a few tests want the git folder, or libraries that are not built here.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *EVERYTHING, f"--sample-seed={args.seed}"]
+    whole = run(command, tree, OMP_NUM_THREADS="1").stdout
+    record["red_anyway"] = red_anyway = re.findall(r"^(?:FAILED|ERROR) (\S+)", whole, re.MULTILINE)
+    print(f"without a fault: {whole.strip().splitlines()[-1]} {' '.join(red_anyway)}", flush=True)
+    if len(red_anyway) > 10 or not re.search(r"\d+ passed", whole):
+        return 1
+    known = {one["fault"] for one in record["faults"]}
+    for fault in chosen:
+        if fault[0] in known:
+            continue
+        began = time.monotonic()
+        found, detail = plant(fault, tree, args.seed, red_anyway)
+        one = {"fault": fault[0], "file": fault[1], "verdict": found, "by": detail, "seconds": round(time.monotonic() - began)}
+        record["faults"].append(one)
+        print(f"{found:<8}  {fault[0]}: {detail}", flush=True)
+        if args.out:
+            write_json(args.out, record)
+    missed = [one["fault"] for one in record["faults"] if one["verdict"] != "caught"]
+    print(f"{len(missed)} of {len(record['faults'])} faults not caught")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    sys.exit(main())

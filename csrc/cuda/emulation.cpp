@@ -15,5 +15,9 @@
 STABLE_TORCH_LIBRARY(sib_fast_emulated, m) {
   sib_fast::define_schemas(m);
   m.def("_probe(Tensor x, int number) -> Tensor");
+  m.def("_record(Tensor x, bool on) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m) { m.impl("_probe", TORCH_BOX(&sib_fast::cuda::probes::probe)); }
+STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m) {
+  m.impl("_probe", TORCH_BOX(&sib_fast::cuda::probes::probe));
+  m.impl("_record", TORCH_BOX(&sib_fast::cuda::probes::record));
+}

@@ -4,9 +4,10 @@
 // A block's threads are fibres on one OS thread. A fibre runs until a collective (barrier, warp operation), and the
 // next one is drawn at random: the order differs from launch to launch, so that a missing barrier or a race between
 // blocks shows as a result that changes with SIB_FAST_EMULATION_SEED. Blocks run one after another in random order.
-// Shared memory is filled with NaN bits before every block; asynchronous copies land only in copy_async_wait; a
-// collective that not all its threads reach is an error, not a hang. What it cannot show: rounding of the tensor cores,
-// memory faults, speed.
+// Shared memory is filled with NaN bits before every block, and so are the red zones on both sides of it: what is read
+// there is NaN, what is written there is an error. Asynchronous copies land only in copy_async_wait; a collective that
+// not all its threads reach is an error, not a hang. What it cannot show: rounding of the tensor cores, faults of
+// global memory, speed. The compiler contracts a·b + c here as nvcc does there (CMakeLists.txt).
 #pragma once
 
 #include <setjmp.h>
@@ -72,6 +73,7 @@ namespace sib_fast::emulation {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 96 * 1024;
+constexpr size_t kRedZone = 4096, kAlignment = 128;
 
 enum class State { ready, block_barrier, warp_barrier, done };
 
@@ -94,12 +96,26 @@ struct Fibre {
 struct Block {
   Fibre* fibres;
   size_t count;
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> memory;  // red zone, shared memory on its alignment, red zone
+  size_t shared_bytes = 0;
   std::vector<uint64_t> slots;  // one 16-word slot per thread for warp exchanges
   std::function<void()> body;
   jmp_buf scheduler;
   size_t running = 0;
   std::string failure;
+
+  unsigned char* shared() {
+    const auto begin = reinterpret_cast<uintptr_t>(memory.data()) + kRedZone;
+    return reinterpret_cast<unsigned char*>((begin + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  void poison() { std::memset(memory.data(), 0xff, memory.size()); }
+  void check_red_zones() {
+    const auto untouched = [](const unsigned char* begin, const unsigned char* end) {
+      return *begin == 0xff && std::memcmp(begin, begin + 1, end - begin - 1) == 0;
+    };
+    if (!untouched(memory.data(), shared()) || !untouched(shared() + shared_bytes, memory.data() + memory.size()))
+      throw std::runtime_error("emulation: a write outside the block's shared memory");
+  }
 };
 
 // Plain globals under a mutex: thread-local ones cost a tenth of the time of every test.
@@ -235,7 +251,8 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
   here.fibres = pool().fibres.data();
   here.count = count;
   here.body = body;
-  here.shared.resize(shared_bytes + 128);
+  here.shared_bytes = static_cast<size_t>(shared_bytes);
+  here.memory.resize(here.shared_bytes + kAlignment + 2 * kRedZone);
   here.slots.resize(count * 16);
   block = &here;
   block_dim = threads;
@@ -247,7 +264,7 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
     for (uint64_t b : order) {
       block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                      static_cast<unsigned>(b / grid.x / grid.y)};
-      std::memset(here.shared.data(), 0xff, here.shared.size());
+      here.poison();
       for (size_t i = 0; i < count; ++i) {
         Fibre& f = here.fibres[i];
         f.state = State::ready;
@@ -256,6 +273,7 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
         if (f.groups.size() != 1 || !f.groups[0].empty()) f.groups.assign(1, {});
       }
       run_block();
+      here.check_red_zones();
     }
   } catch (...) {
     for (size_t i = 0; i < count; ++i) here.fibres[i].started = false;  // some stand in the middle of their bodies
@@ -264,6 +282,14 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
   }
   block = nullptr;
 }
+
+// What launches ask for, instead of running them: for shapes too large to be run.
+struct Recorder {
+  static constexpr int64_t kFields = 5;  // grid x, y, z, threads, bytes of shared memory
+  bool on = false;
+  std::vector<int64_t> launches;
+};
+inline Recorder recorder;
 
 // Every lane of `mask` brings `value`; each gets the values of all lanes (garbage for lanes outside the mask).
 template <class T>
@@ -469,8 +495,7 @@ inline const Device& device_of(const Tensor&) {
 
 template <class T>
 T* dynamic_shared() {
-  const auto address = reinterpret_cast<uintptr_t>(emulation::block->shared.data());
-  return reinterpret_cast<T*>((address + 127) / 128 * 128);
+  return reinterpret_cast<T*>(emulation::block->shared());
 }
 
 template <class... Parameters, class... Arguments>
@@ -479,6 +504,13 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   SIB_CHECK(op, shared_bytes <= block_shared(), "a block may not have ", shared_bytes, " bytes of shared memory here");
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("emulation: grid.y and grid.z go up to 65535");
+  if (grid.x > 0x7fffffffu) throw std::runtime_error("emulation: grid.x goes up to 2^31 - 1");
+  if (emulation::recorder.on) {
+    for (int64_t field :
+         {int64_t{grid.x}, int64_t{grid.y}, int64_t{grid.z}, int64_t{block.x} * block.y * block.z, shared_bytes})
+      emulation::recorder.launches.push_back(field);
+    return;
+  }
   emulation::run_grid(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 

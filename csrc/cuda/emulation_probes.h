@@ -1,5 +1,6 @@
 // Small kernels with a known answer or a planted mistake: tests/cuda/test_emulation.py checks the emulation with them.
 // torch.ops.sib_fast_emulated._probe(float32 [32·k], number) -> float32 of the same shape.
+// torch.ops.sib_fast_emulated._record(any tensor, on) -> int64 [launches, 5].
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -71,6 +72,20 @@ __global__ void half_warp_kernel(const float* x, float* y) {
   y[threadIdx.x] = __shfl_xor_sync(0xffffu, x[threadIdx.x], 1);
 }
 
+// One element before or behind its shared memory.
+__global__ void outside_shared_kernel(const float* x, float* y, int64_t at) {
+  float* shared = dynamic_shared<float>();
+  shared[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x == 0) shared[at] = x[0];
+  y[threadIdx.x] = shared[threadIdx.x];
+}
+
+// a·b - 1 whose product needs more digits than a float has: -2^-46 where one rounding is made, 0 where two are.
+__global__ void contraction_kernel(float* y) {
+  const float a = 1.0f + y[threadIdx.x] * 0.0f + 0x1p-23f, b = 2.0f - a;
+  y[threadIdx.x] = a * b - 1.0f;
+}
+
 inline Tensor probe(Tensor x, int64_t number) {
   SIB_CHECK(kOp, x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x must be float32 and contiguous");
   Tensor result = torch::stable::new_empty(x, {x.numel()}, ScalarType::Float);
@@ -116,9 +131,29 @@ inline Tensor probe(Tensor x, int64_t number) {
     case 11:
       launch(kOp, mirror_kernel<true>, dim3(1), threads, 100 * 1024, Stream(), in, out);
       break;
+    case 12:
+      launch(kOp, outside_shared_kernel, dim3(1), threads, bytes, Stream(), in, out, int64_t{-1});
+      break;
+    case 13:
+      launch(kOp, outside_shared_kernel, dim3(1), threads, bytes, Stream(), in, out, x.numel());
+      break;
+    case 14:
+      launch(kOp, contraction_kernel, dim3(1), threads, 0, Stream(), out);
+      break;
     default:
-      SIB_CHECK(kOp, false, "number must be 0 … 11, got ", number);
+      SIB_CHECK(kOp, false, "number must be 0 … 14, got ", number);
   }
+  return result;
+}
+
+// What was recorded until now, int64 [launches, 5]; from now on launches are recorded and not run, or run again.
+inline Tensor record(Tensor x, bool on) {
+  emulation::Recorder& recorder = emulation::recorder;
+  const int64_t count = static_cast<int64_t>(recorder.launches.size());
+  const Tensor result = torch::stable::new_empty(x, {count / recorder.kFields, recorder.kFields}, ScalarType::Long);
+  std::copy(recorder.launches.begin(), recorder.launches.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  recorder.launches.clear();
+  recorder.on = on;
   return result;
 }
 

@@ -309,7 +309,9 @@ __device__ __forceinline__ PixelRange<Compound<Key>> narrow(const Items& items, 
     __syncthreads();
     const uint32_t bin = shared->found[0];
     range.low = low + (static_cast<C>(bin) << shift);
-    range.high = range.low + ((C(1) << shift) - 1);
+    // As a distance from low: the bin of the largest keys may end beyond the largest integer.
+    const C rest = high - range.low, reach = (C(1) << shift) - 1;
+    range.high = range.low + (rest < reach ? rest : reach);
     range.base += shared->found[1];
     range.size = shared->bins[bin];
     __syncthreads();

@@ -20,6 +20,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define SIB_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sib_fast, CUDA, m)
 
 namespace sib_fast::cuda {
@@ -40,20 +45,40 @@ struct Device {
 };
 
 // Asked of the driver once a process and device: the attributes never change.
-inline const Device& device_of(const Tensor& tensor) {
-  static Device known[64] = {};
-  const int index = tensor.get_device_index();
-  Device& device = known[index];
-  if (device.capability == 0) {
-    int major = 0, minor = 0, shared = 0;
-    cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    device.block_shared = shared;
-    device.capability = 10 * major + minor;
-  }
-  return device;
+inline const Device& device_at(int index) {
+  static std::mutex one_at_a_time;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  const auto ask = [&](cudaDeviceAttr what) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, what, index);
+    SIB_CHECK("cuda", error == cudaSuccess, "device ", index, " does not answer: ", cudaGetErrorString(error));
+    return value;
+  };
+  const int capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  const Device device{ask(cudaDevAttrMultiProcessorCount), capability, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  return known.emplace(index, device).first->second;
+}
+inline const Device& device_of(const Tensor& tensor) { return device_at(tensor.get_device_index()); }
+
+// Lets the blocks of `kernel` have as much shared memory as the device offers, once a kernel and device. Not as much as
+// a launch asks for: another host thread could lower that between the setting and the launch.
+inline void allow_shared(const char* op, const void* kernel, int64_t bytes) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  SIB_CHECK(op, error == cudaSuccess, "no current device: ", cudaGetErrorString(error));
+  const int64_t limit = device_at(index).block_shared;
+  SIB_CHECK(op, bytes <= limit, "a block may not have ", bytes, " bytes of shared memory here, at most ", limit);
+  static std::mutex one_at_a_time;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (allowed.count({kernel, index}) != 0) return;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
+  SIB_CHECK(op, error == cudaSuccess, "a block may not have ", limit,
+            " bytes of shared memory here: ", cudaGetErrorString(error));
+  allowed.insert({kernel, index});
 }
 
 template <class T>
@@ -67,11 +92,7 @@ template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    SIB_CHECK(op, error == cudaSuccess, "a block may not have ", shared_bytes,
-              " bytes of shared memory here: ", cudaGetErrorString(error));
-  }
+  if (shared_bytes > 48 * 1024) allow_shared(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   const cudaError_t error = cudaGetLastError();
   SIB_CHECK(op, error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));

@@ -150,12 +150,15 @@ int64_t gram_stage_bytes(int64_t images) {
   const int64_t rows = images <= Tiles::kTile ? Tiles::kTile : 2 * Tiles::kTile;
   return 2 * rows * Tiles::kDepth * static_cast<int64_t>(sizeof(typename Tiles::T));
 }
-// Stages that fit kBlocks blocks where the device has room for that, and at least two.
+// Stages that fit kBlocks blocks where the device has room for that, and at least two: with one, a block would wait for
+// the copies of a stage that it has not started.
 template <class Tiles>
 int stages_of(int64_t stage_bytes, int64_t fixed_bytes, int64_t block_shared) {
   const int64_t share = (block_shared - 1024 * (Tiles::kBlocks - 1)) / Tiles::kBlocks;
   const int64_t fit =
       std::max((share - fixed_bytes) / stage_bytes, std::min<int64_t>(2, (block_shared - fixed_bytes) / stage_bytes));
+  SIB_CHECK(kStatistics, fit >= 2, "a block needs ", 2 * stage_bytes + fixed_bytes,
+            " bytes of shared memory, and may have ", block_shared, " here");
   return static_cast<int>(std::min<int64_t>(fit, kMaxStages));
 }
 

@@ -112,14 +112,14 @@ __device__ __forceinline__ void widen_quad(const T* slot, Element element, T (&t
 // Waits until at most `pending` of this thread's committed groups are under way.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   switch (pending) {
-    case 0:
-      return copy_async_wait<0>();
     case 1:
       return copy_async_wait<1>();
     case 2:
       return copy_async_wait<2>();
-    default:
+    case 3:
       return copy_async_wait<3>();
+    default:
+      return copy_async_wait<0>();
   }
 }
 constexpr int kMaxStages = 5;

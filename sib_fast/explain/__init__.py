@@ -4,6 +4,6 @@
 `controls` asks whether maps are faithful or merely prettier.
 """
 
-from sib_fast.explain.methods import METHODS, REPORTED, explain, find_layer
+from sib_fast.explain.methods import METHODS, REPORTED, UndefinedMethodError, explain, find_layer
 
-__all__ = ["METHODS", "REPORTED", "explain", "find_layer"]
+__all__ = ["METHODS", "REPORTED", "UndefinedMethodError", "explain", "find_layer"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_fast import _checks
-from sib_fast.explain.methods import explain
+from sib_fast.explain.methods import _plain_copy, explain
+from sib_fast.vjp import two_classes
 
 # Far from the seeds that people initialise with: a network that was made from seed 0 must not be drawn again.
 _FIRST_SEED = 0x51B_FA57
@@ -23,7 +23,8 @@ def insertion_deletion(
 
     A faithful map inserts high and deletes low. Pixels go in `steps` equal groups by relevance, ties by position.
 
-    Shapes:  x [N, C, H, W]; target int64 [N]; maps [N, 1, H, W] -> insertion [N], deletion [N], float64.
+    Shapes:  x [N, C, H, W]; target int64 [N]; maps [N, 1, H, W] -> insertion [N], deletion [N], float64. One logit z is the
+             classes (0, z).
     Scale:   trapezoidal rule over the share of pixels, in [0, 1].
     Args:    baseline: the value of a blank pixel, a number or a tensor that broadcasts to x; 0 is the mean of normalised images.
     Errors:  TypeError, ValueError for bad arguments.
@@ -36,13 +37,13 @@ def insertion_deletion(
     pixels = x.shape[2] * x.shape[3]
     if not 1 <= steps <= pixels:
         raise ValueError(f"{op}: steps must lie in [1, {pixels}], got {steps!r}")
-    was_training = model.training
-    model.eval()
     blank = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(pixels, device=x.device).expand_as(order))
     rank = rank.view(x.shape[0], 1, *x.shape[2:])
     curves = []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         with torch.no_grad():
             for first, second in ((x, blank), (blank, x)):  # shown so far, not yet
@@ -50,10 +51,12 @@ def insertion_deletion(
                 for step in range(steps + 1):
                     shown = rank < round(step * pixels / steps)
                     logits = model(torch.where(shown, first, second))
-                    curve.append(logits.double().softmax(dim=1).gather(1, target[:, None])[:, 0])
+                    probabilities = _checks.to_float64(two_classes(logits)).softmax(dim=1)
+                    curve.append(probabilities.gather(1, target[:, None].to(probabilities.device))[:, 0])
                 curves.append(torch.trapezoid(torch.stack(curve, dim=1), dx=1 / steps, dim=1))
     finally:
-        model.train(was_training)
+        for module, training in modes.items():  # of each: model.train() would thaw what was frozen
+            module.training = training
     return curves[0], curves[1]
 
 
@@ -67,7 +70,7 @@ def randomisation(
     Shapes:  x [N, C, H, W] -> Spearman correlations [N], float64; NaN where a map is constant.
     Source:  Adebayo et al. 2018, model parameter randomisation.
     """
-    random = copy.deepcopy(model)
+    random = _plain_copy(model)
     generator_devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=generator_devices):
         torch.manual_seed(_FIRST_SEED + seed)
@@ -88,5 +91,5 @@ def _centred_ranks(values: Tensor) -> Tensor:
     # Ties share the mean of their ranks.
     first = torch.searchsorted(ascending, values.contiguous(), right=False)
     last = torch.searchsorted(ascending, values.contiguous(), right=True) - 1
-    ranks = (first + last).double() / 2
+    ranks = _checks.to_float64(first + last) / 2
     return ranks - ranks.mean(dim=1, keepdim=True)

@@ -15,12 +15,14 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from sib_fast import _checks
+from sib_fast.masks.given import require_mask_values
 
 
 class _Localisation(Metric):
     """Mean over images of a score of (map, mask), where it is defined.
 
-    Shapes:  update(maps [N, 1, H, W] floating point, mask [N, 1, H, W] bool or in [0, 1], where >= 0.5 is the object).
+    Shapes:  update(maps [N, 1, H, W] floating point, mask [N, 1, H, W] bool, in [0, 1] or integers that are all 0 and 1
+             or all 0 and 255, where >= 0.5 is the object).
              Maps enter by their positive part: negative evidence is not evidence of the object.
     Errors:  TypeError, ValueError for other shapes and dtypes, and for maps that are not finite.
     """
@@ -28,16 +30,19 @@ class _Localisation(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *parameters: float, **options: object) -> None:
         super().__init__(**options)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # A MetricCollection lets metrics share one state once theirs have the same names and values, as after a batch on which
+        # nothing is defined. So the name says what is summed: the score and its parameters.
+        self._sum = f"sum of {type(self).__qualname__}{parameters}"
+        self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("defined", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, maps: Tensor, mask: Tensor) -> None:
         scores = self.scores(maps, mask)
         defined = ~scores.isnan()
-        self.total += scores[defined].sum()
+        setattr(self, self._sum, self.total + scores[defined].sum())
         self.defined += defined.sum()
         self.images += len(scores)
 
@@ -50,11 +55,18 @@ class _Localisation(Metric):
         _checks.require_same_shape(name, "mask", mask, "maps", maps.shape)
         if not torch.isfinite(maps).all():
             raise ValueError(f"{name}: maps must be finite, got NaN or Inf")
+        require_mask_values(name, "mask", mask)
         inside = (mask if mask.dtype == torch.bool else mask >= 0.5).flatten(1)
-        return self._scores(maps.detach().to(torch.float64).clamp_min(0).flatten(1), inside.to(maps.device))
+        maps = _checks.to_float64(maps.detach())
+        return self._scores(maps.clamp_min(0).flatten(1), inside.to(maps.device))
 
     def _scores(self, maps: Tensor, inside: Tensor) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the defined scores."""
+        return getattr(self, self._sum)
 
     def compute(self) -> Tensor:
         """The mean, NaN if it was defined on no image."""
@@ -124,7 +136,7 @@ class IoU(_Localisation):
     """Intersection over union of the object and the map above `threshold` of its range. Undefined as the pointing game."""
 
     def __init__(self, threshold: float = 0.5, **options: object) -> None:
-        super().__init__(**options)
+        super().__init__(threshold, **options)
         if not 0 < threshold < 1:
             raise ValueError(f"IoU: threshold must lie in (0, 1), got {threshold!r}")
         self.threshold = threshold
@@ -146,7 +158,7 @@ class BackgroundSuppression(_Localisation):
     higher_is_better = False
 
     def __init__(self, floor: float = 1e-6, **options: object) -> None:
-        super().__init__(**options)
+        super().__init__(floor, **options)
         if not floor > 0:
             raise ValueError(f"BackgroundSuppression: floor must be positive, got {floor!r}")
         self.floor = floor
@@ -183,6 +195,5 @@ def localisation() -> MetricCollection:
             "iou": IoU(),
             "log_background": BackgroundSuppression(),
             "background_variance": BackgroundVariance(),
-        },
-        compute_groups=False,
+        }
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,12 +20,17 @@ class SIBTrainerMixin:
 
     The model's own loss is not used: labels are kept from it, its logits go to the criterion. The loss is a per-batch mean,
     and the Trainer is told so, so that gradient accumulation divides it. Evaluation, which runs without gradients, sees the
-    base loss. Terms are averaged between log lines and logged as "sib/<term>".
+    base loss. Terms are averaged between log lines and logged as "sib/<term>". With `every` > 1 a step is the Trainer's
+    `state.global_step`, whatever the gradient accumulation and after a restart too, unless the criterion was given
+    accumulation_steps > 1.
 
-    Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N] or probabilities [N, K].
-    Args:    criterion: a SIBLoss, default SIBLoss(). fast: give the network the package's layers (`sib_fast.prepare`).
+    Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N], probabilities [N, K], or for a
+             multi-label model multi-hot [N, K].
+    Args:    criterion: a SIBLoss, default SIBLoss(), or with the multi-label energy and binary cross-entropy if the model's
+             problem_type is "multi_label_classification". fast: give the network the package's layers (`sib_fast.prepare`).
     Errors:  TypeError if criterion is no SIBLoss; ValueError for a model that was loaded with fused attention, for
-             compute_loss_func, label_smoothing_factor (put it into the criterion's base loss) and torch_compile.
+             compute_loss_func, label_smoothing_factor (put it into the criterion's base loss), torch_compile, and a
+             cross-entropy criterion for several labels.
     """
 
     # The loss is a mean over the batch: without this the Trainer may take it for one that is summed over the accumulation.
@@ -31,9 +38,16 @@ class SIBTrainerMixin:
 
     def __init__(self, *args: Any, criterion: SIBLoss | None = None, fast: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        criterion = SIBLoss() if criterion is None else criterion
+        several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
+        if criterion is None:
+            criterion = SIBLoss(scalar="multilabel_energy", base_loss=nn.BCEWithLogitsLoss()) if several else SIBLoss()
         if not isinstance(criterion, SIBLoss):
             raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
+        if several and isinstance(criterion.base_loss, nn.CrossEntropyLoss):
+            raise ValueError(
+                f"{_OP}: the criterion's base_loss must not be cross-entropy for problem_type "
+                "'multi_label_classification', got one: SIBLoss(scalar='multilabel_energy', base_loss=nn.BCEWithLogitsLoss())"
+            )
         if self.compute_loss_func is not None:
             raise ValueError(f"{_OP}: compute_loss_func must be None, got a function: the criterion computes the loss")
         if self.args.label_smoothing_factor:
@@ -66,10 +80,12 @@ class SIBTrainerMixin:
                 f"{_OP}: inputs must hold 'labels', got {sorted(inputs)}: rename the column, or set remove_unused_columns=False"
             )
         labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        loss = self.criterion(logits, labels)
-        if model.training:
+        counted = self.criterion.accumulation_steps == 1
+        with self.criterion.one_step(self.state.global_step) if counted else nullcontext():
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            loss = self.criterion(logits, labels)
+        if torch.is_grad_enabled():  # a training step, whatever the model's mode
             self._terms.update(self.criterion)
         return (loss, outputs) if return_outputs else loss
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning
@@ -17,7 +19,9 @@ _OP = "SIBCallback"
 class SIBCallback(Callback):
     """Attaches a SIBLoss of a LightningModule to its network for `fit`, and logs the terms by the module's own logger.
 
-    The module's `training_step` stays `loss = self.criterion(self.model(x), target)`.
+    The module's `training_step` stays `loss = self.criterion(self.model(x), target)`. With `every` > 1 a step is one of
+    `trainer.global_step`: all micro-batches of `accumulate_grad_batches` and all calls of an LBFGS closure, unless the criterion
+    was given accumulation_steps > 1. Warns when training starts in eval mode, which Lightning keeps (2.2 and later).
 
     Args:    criterion, model: names of the two attributes on the LightningModule. prefix: of the logged names. fast: give
              the network the package's layers (`sib_fast.prepare`).
@@ -29,6 +33,8 @@ class SIBCallback(Callback):
         self._names = (criterion, model)
         self.prefix = prefix
         self.fast = fast
+        self._step: AbstractContextManager | None = None  # the criterion's `one_step`, while a step is under way
+        self._begun_at = 0
 
     def _parts(self, module: lightning.LightningModule) -> tuple[SIBLoss, nn.Module]:
         criterion, model = (getattr(module, name, None) for name in self._names)
@@ -57,10 +63,41 @@ class SIBCallback(Callback):
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._end_step()
             self._parts(pl_module)[0].remove()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        criterion, model = self._parts(pl_module)
+        off = [name for name, part in zip(self._names, (criterion, model), strict=True) if not part.training]
+        if self._names[0] in off or (off and not criterion.train_in_eval_mode):
+            criterion._warned_of_eval_mode = True  # once is enough
+            warnings.warn(
+                f"{_OP}: criterion and model must be in training mode for the S-IB terms, got {' and '.join(off)} in eval mode, "
+                "which Lightning keeps: the base loss alone will be trained. Call train() of both before fit; or, to fine-tune "
+                "with frozen batch norm, give SIBLoss(train_in_eval_mode=True) and leave the criterion in training mode",
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        criterion = self._parts(pl_module)[0]
+        if self._step is None and criterion.accumulation_steps == 1:
+            self._step, self._begun_at = criterion.one_step(), trainer.global_step
+            self._step.__enter__()
+
+    def _end_step(self, error: BaseException | None = None) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.__exit__(None if error is None else type(error), error, None)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        self._end_step(exception)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         terms = {f"{self.prefix}{name}": value for name, value in self._parts(pl_module)[0].terms.items()}
         pl_module.log_dict(terms, batch_size=1)
+        if trainer.global_step != self._begun_at:
+            self._end_step()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast import _checks, foreground_mask
-from sib_fast.explain import METHODS, REPORTED, explain, find_layer
+from sib_fast.explain import METHODS, REPORTED, UndefinedMethodError, explain
 from sib_fast.lab.evaluate import gradient_map, inside_share
 from sib_fast.lab.networks import NetworkSpec, load_network
 from sib_fast.lab.results import write_atomically
@@ -214,22 +214,13 @@ def _explain_row(
     window = min(window, spec.image_size - 1 + spec.image_size % 2)  # the largest odd one within the image
     # The mask looks at |mean over channels| only, which is what gradient_map returns.
     maps: dict[str, Tensor | str] = {MASK: foreground_mask(vjp, window_size=window)[0], VJP: vjp[0]}
-    why_not = _why_no_cam(network.model, x) if layer is None and set(methods) & set(_CAMS) else None
     for method in methods:
-        if method in _CAMS and why_not is not None:
-            maps[method] = why_not
-        else:
-            at = layer if method in _CAMS else None
+        at = layer if method in _CAMS else None
+        try:
             maps[method] = explain(network.model, x, best if target is None else target, method, layer=at)[0]
+        except UndefinedMethodError as error:
+            maps[method] = str(error).split(": ")[1]  # the rule and what was found, without the op and the advice
     return _Row(network.label, image, mask, maps), said
-
-
-def _why_no_cam(model: nn.Module, x: Tensor) -> str | None:
-    try:
-        find_layer(model, x)
-    except ValueError as error:
-        return str(error).split(": ")[1]  # the rule and what was found, without the op and the advice
-    return None
 
 
 def _load(checkpoints: Sequence[Path | str], layer: str | None) -> list[_Network]:

@@ -7,8 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sib_fast import _checks
+from sib_fast.nn._torchs_own import Layer, fx_call, torchs_own_runs
 from sib_fast.ops.softmax import softmax
 
 
@@ -27,7 +29,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
         return torch.bmm(F.dropout(weights, dropout) if dropout else weights, value).to(dtype)
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Layer, nn.MultiheadAttention):
     """torch.nn.MultiheadAttention that can be differentiated twice, for self-attention as in a ViT: one [N, L, E] (or [L, N, E])
     tensor for query, key and value, need_weights=False, no masks. Every other call, and any call without gradients, is
     PyTorch's own, whose fused kernels have no second derivative."""
@@ -43,14 +45,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        masked = key_padding_mask is not None or attn_mask is not None or is_causal
-        extended = self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None
-        one_batch = query is key and key is value and query.ndim == 3 and not query.is_nested
-        if need_weights or masked or extended or not one_batch or not torch.is_grad_enabled():
-            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        return self._self_attention(query), None
+        if torch.jit.is_scripting():
+            return self._torchs_own(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        else:  # noqa: RET505  as in Layer
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            if isinstance(query, Proxy):
+                return fx_call(self, query, query, key, value, *options)
+            if torchs_own_runs() or not self._is_plain_self_attention(query, key, value, *options):
+                return self._torchs_own(query, key, value, *options)
+            return self._fast(query), None
 
-    def _self_attention(self, x: Tensor) -> Tensor:
+    def _is_plain_self_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        _: bool,
+        is_causal: bool,
+    ) -> bool:
+        masked = key_padding_mask is not None or attn_mask is not None or is_causal
+        extended = self.bias_k is not None or self.add_zero_attn or not self._qkv_same_embed_dim
+        one_batch = query is key and key is value and query.ndim == 3 and not query.is_nested
+        return not (need_weights or masked or extended) and one_batch and torch.is_grad_enabled()
+
+    def _fast(self, x: Tensor) -> Tensor:
         # Unbound before it is transposed: the gradients of q, k and v are then stacked where the projection's backward wants
         # them, without zeros and without a copy.
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast._backends import REFERENCE, automatic
+from sib_fast.nn._torchs_own import Layer
 from sib_fast.ops.batch_norm import KERNELS, batch_norm
 from sib_fast.ops.batch_norm.running import running_batch_norm
 from sib_fast.ops.batch_norm.synchronised import synchronised_batch_norm
@@ -17,22 +18,22 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _FusedDoubleBackward:
+class _FusedDoubleBackward(Layer):
     """forward of torch.nn's batch norms, by `sib_fast.ops.batch_norm`; in eval mode with running statistics by its `running`.
 
     PyTorch's it is where nothing is gained: in eval mode without gradients, or compiled, where the compiler fuses what PyTorch
-    composes; and where `batch_norm` has no kernel, as its reference is composed of plain operations and slower than PyTorch's.
+    composes; for no images; and where `batch_norm` has no kernel, as its reference is composed of plain operations and slower.
     Running statistics move once a step: a forward that checkpointing repeats in backward leaves them alone.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _fast(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return super().forward(input)
+                return self._torchs_own(input)
             return running_batch_norm(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        if not self._synchronises() and automatic(input.device, KERNELS) == REFERENCE:
-            return super().forward(input)
+        if not self._synchronises() and (input.numel() == 0 or automatic(input.device, KERNELS) == REFERENCE):
+            return self._torchs_own(input)
         y, mean, variance, count = self._normalise(input)
         if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():
             self._track(mean.detach(), variance.detach(), count)

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sib_fast.nn._autocast import lowered
+from sib_fast.nn._torchs_own import Layer
 from sib_fast.ops.convolution import convolution
 from sib_fast.ops.convolution.choice import rules_of
 
 
-class _RoutedDoubleBackward:
-    """_conv_forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where its rules say so (choice.py).
+class _RoutedDoubleBackward(Layer):
+    """forward of torch.nn's convolutions, by `sib_fast.ops.convolution` where its rules say so (choice.py).
 
     recompute: as of that op; `prepare(model, recompute=True)` sets it.
     """
 
     recompute = False
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        device = input.device.type
-        ours = input.ndim == weight.ndim and not input.is_complex()
-        if not (ours and rules_of(input.device).second(input, weight, self.groups)):
-            return super()._conv_forward(input, weight, bias)
+    def _fast(self, input: Tensor) -> Tensor:
+        if input.ndim != len(self.kernel_size) + 2 or input.is_complex():
+            return self._torchs_own(input)
+        weight, bias = self.weight, self.bias  # once: a parametrisation calculates it, and may count
+        if not rules_of(input.device).second(input, weight, self.groups):
+            return self._conv_forward(input, weight, bias)
         input, padding = self._padded(input)
-        if torch.is_autocast_enabled(device):  # autocast knows PyTorch's convolution, not our op
-            low = torch.get_autocast_dtype(device)
-            wide = (None, torch.float64)  # autocast leaves float64 alone
-            input, weight, bias = (t if getattr(t, "dtype", None) in wide else t.to(low) for t in (input, weight, bias))
-        return convolution(input, weight, bias, list(self.stride), padding, list(self.dilation), self.groups, self.recompute)
+        tensors = lowered(input, weight, bias)  # autocast knows PyTorch's convolution, not our op
+        return convolution(*tensors, list(self.stride), padding, list(self.dilation), self.groups, self.recompute)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, list[int]]:
         """The input, padded here where the convolution cannot do it, and what is left for the convolution."""

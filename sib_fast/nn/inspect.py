@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sib_fast import network_checks
+from sib_fast._copy import copy_of
 from sib_fast.nn.prepare import SWAPS, fast_class, plain_class, prepare
 
 _OP = "inspect"
@@ -103,7 +104,7 @@ def inspect(model: nn.Module, example_input: Tensor | None = None) -> Report:
         found += in_graph
         prepared_outcome = outcome
         if outcome is False:
-            prepared_outcome = _differentiate_twice(prepare(copy.deepcopy(model)), example_input)[0]
+            prepared_outcome = _differentiate_twice(prepare(copy_of(model)), example_input)[0]
     merged: dict[tuple, list[str]] = {}
     for entry in found:
         key = (entry.status, entry.kind, entry.becomes, entry.why, entry.fix)
@@ -120,7 +121,7 @@ def _name_of(kind: type) -> str:
 
 def _in_modules(model: nn.Module) -> Iterator[Entry]:
     for name, module in model.named_modules():
-        kind = type(module)
+        kind = type_before_parametrizations(module)
         obstacle = network_checks.obstacle_in(module)
         fast = fast_class(kind)
         if fast is not None:
@@ -128,9 +129,6 @@ def _in_modules(model: nn.Module) -> Iterator[Entry]:
             yield Entry("swap", _name_of(kind), (name,), _name_of(fast), why)
         elif plain_class(kind) is not None:
             yield Entry("prepared", _name_of(kind), (name,), None, "swapped already")
-        elif kind is nn.Hardsigmoid:
-            fix = "compose it: relu6(x + 3) / 6"
-            yield Entry("obstacle", _name_of(kind), (name,), None, "PyTorch's has no second derivative", fix)
         elif obstacle is not None:
             why, _, fix = obstacle.partition(". ")
             yield Entry("obstacle", _name_of(kind), (name,), None, why, fix)
@@ -157,7 +155,7 @@ def _differentiate_twice(model: nn.Module, example: Tensor) -> tuple[bool | None
     except Exception as error:
         return None, f"the model does not run on fake tensors: {type(error).__name__}: {str(error)[:300]}", []
     in_graph = []
-    for name, message in network_checks.obstacles_in_graph(output.grad_fn):
+    for name, message in network_checks.obstacles_in_graph(output.grad_fn, leaf):
         why, _, fix = message.partition(". ")
         in_graph.append(Entry("obstacle", name, (), None, why, fix))
     for name in network_checks.custom_functions(output.grad_fn):

@@ -8,6 +8,8 @@ import importlib
 from torch import Tensor, nn
 
 from sib_fast._backends import REFERENCE, automatic
+from sib_fast.nn._autocast import widened
+from sib_fast.nn._torchs_own import Layer
 from sib_fast.ops.layer_norm import KERNELS, group_norm, layer_norm
 
 
@@ -16,25 +18,25 @@ def _has_kernel(input: Tensor) -> bool:
     return automatic(input.device, KERNELS) != REFERENCE
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Layer, nn.LayerNorm):
     """torch.nn.LayerNorm with a fused double backward; PyTorch's own where there is no kernel. Source: SPEC 10.
 
     Shapes: [*, *normalized_shape].
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._normalised(input) if _has_kernel(input) else super().forward(input)
+    def _fast(self, input: Tensor) -> Tensor:
+        return self._normalised(input) if _has_kernel(input) else self._torchs_own(input)
 
     def _normalised(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, eps=self.eps)
+        return layer_norm(widened(input), self.normalized_shape, self.weight, self.bias, eps=self.eps)
 
 
 class _OtherLayerNorm(LayerNorm):
     """Before another package's subclass of torch.nn.LayerNorm: the same numbers by the fused op. timm's own fast path stays."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _fast(self, input: Tensor) -> Tensor:
         if not _has_kernel(input) or getattr(self, "_fast_norm", False):
-            return super(LayerNorm, self).forward(input)
+            return self._torchs_own(input)
         return self._normalised(input)
 
 
@@ -71,13 +73,13 @@ def __getattr__(name: str) -> type[nn.Module]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Layer, nn.GroupNorm):
     """torch.nn.GroupNorm with a fused double backward; PyTorch's own where there is no kernel, and for one value per group.
 
     Shapes: [N, C, *]. Source: SPEC 10.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _fast(self, input: Tensor) -> Tensor:
         if not _has_kernel(input) or input.numel() <= input.shape[0] * self.num_groups:
-            return super().forward(input)
-        return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps)
+            return self._torchs_own(input)
+        return group_norm(widened(input), self.num_groups, self.weight, self.bias, eps=self.eps)

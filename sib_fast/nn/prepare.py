@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sib_fast.nn import activation
 from sib_fast.nn.attention import MultiheadAttention
@@ -56,6 +57,12 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _PLAIN.get(kind) or vars(kind).get("plain")
 
 
+def _parametrised(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """A class that torch.nn.utils.parametrize made, on another base: `kind` itself may serve a deep copy too."""
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), members)
+
+
 def _swap(
     op: str, model: _Model, other_class: Callable[[type[nn.Module]], type[nn.Module] | None], recompute: bool = False
 ) -> _Model:
@@ -64,7 +71,10 @@ def _swap(
     for module in model.modules():
         if isinstance(module, _CONVOLUTIONS):
             vars(module).pop("recompute", None)
-        module.__class__ = other_class(type(module)) or type(module)
+        kind = type_before_parametrizations(module)
+        other = other_class(kind)
+        if other is not None:
+            module.__class__ = other if kind is type(module) else _parametrised(type(module), other)
         if recompute and isinstance(module, _CONVOLUTIONS):
             module.recompute = True
     return model
@@ -74,9 +84,10 @@ def prepare(model: _Model, *, recompute: bool = False, only: Iterable[type[nn.Mo
     """Swaps every torch.nn layer that `sib_fast.nn` has under the same name, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
-    before or after DDP and `SIBLoss.attach`. Pays for any loss on an input gradient, not only S-IB; without a second
-    derivative it gains nothing. Subclasses are left alone, but for torchvision's LayerNorm2d and timm's LayerNorm and
-    LayerNorm2d, and so are calls of torch.nn.functional.
+    before or after DDP, `SIBLoss.attach` and torch.nn.utils.parametrize. Pays for any loss on an input gradient, not only S-IB;
+    without a second derivative it gains nothing. Under torch.func and forward-mode AD, and while the model is traced, scripted
+    or exported, the layers run PyTorch's own forward. Subclasses are left alone, but for torchvision's LayerNorm2d and timm's
+    LayerNorm and LayerNorm2d, and so are calls of torch.nn.functional.
 
     Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
              it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(_backends.MISSING["emulated"] is not None, reaso
 
 MIRROR, NO_BARRIER, RACE, UNWRITTEN, DIVERGENT, OUTSIDE_MASK = range(6)
 ALL_LANDED, ONE_PENDING, BOTH_PENDING, COLLECTIVES, HALF_WARP, MUCH_SHARED = range(6, 12)
+BEFORE_SHARED, BEHIND_SHARED, CONTRACTION = range(12, 15)
 
 
 def probe(number: int, threads: int = 128) -> torch.Tensor:
@@ -83,6 +84,18 @@ def test_half_a_warp_may_leave():
     got = probe(HALF_WARP, 32)
     assert torch.equal(got[:16], torch.arange(16.0)[torch.arange(16) ^ 1])
     assert (got[16:] == -1).all()
+
+
+@pytest.mark.parametrize("number", [BEFORE_SHARED, BEHIND_SHARED], ids=["before", "behind"])
+def test_a_write_outside_of_shared_memory_is_an_error(number):
+    with pytest.raises(RuntimeError, match="a write outside the block's shared memory"):
+        probe(number)
+    assert torch.equal(probe(MIRROR), torch.arange(128.0).flip(0))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="this processor has no FMA")
+def test_a_product_and_a_sum_are_rounded_once():
+    assert (probe(CONTRACTION) == -(2.0**-46)).all()
 
 
 def test_shared_memory_has_the_device_s_limit(monkeypatch):

@@ -76,6 +76,25 @@ def test_every_size_of_shared_memory(images, kib, kernel, monkeypatch):
     against_float32_autograd(kernel, problem((images, 2, 2, 9)))
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_shared_memory_for_less_than_two_stages_is_an_error(direction, registered, kernel, monkeypatch):
+    """A block that waits for copies of a stage that it has not started would read what is not there."""
+    if kernel == "cuda":
+        pytest.skip("every GPU has more")
+    monkeypatch.setenv("SIB_FAST_EMULATION_SHARED", "30")
+    vjp, x, mask = problem((20, 2, 2, 9))
+    gram, vector = torch.ones(20, 20, dtype=torch.float64), torch.ones(20, dtype=torch.float64)
+    op, arguments = {
+        "forward": (registered._region_statistics, (vjp, x, mask, False)),
+        "backward": (
+            registered._region_statistics_backward,
+            (gram, gram, vector, vector, None, None, vjp, x, mask, vector, vector, True, True, True),
+        ),
+    }[direction]
+    with pytest.raises(RuntimeError, match=r"a block needs \d+ bytes of shared memory, and may have 30720 here"):
+        op(*arguments, "ieee")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_many_chunks(layout, precision, kernel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from datetime import timedelta
 
 import torch
@@ -49,6 +50,30 @@ def _ddp(rank: int, world: int, *, accumulate: int = 1, criterion: SIBLoss | Non
 
 def ddp(rank, world):
     return _ddp(rank, world)
+
+
+def _frozen(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """The gradients of a step in eval mode, as fine-tuning with frozen statistics has it."""
+    criterion = SIBLoss(**WEIGHTS, train_in_eval_mode=True).attach(model.eval())
+    x, target = batch_of(rank)
+    criterion(model(x), target).backward()
+    return gradients(model)
+
+
+def ddp_frozen_batch_norm(rank, world):
+    # In eval mode batch norm uses stored statistics, so that even it equals one process.
+    return _frozen(DistributedDataParallel(conv_net().double()), rank)
+
+
+def ddp_eval_mode_warns(rank, world):
+    model = DistributedDataParallel(network())
+    criterion = SIBLoss(**WEIGHTS).attach(model.eval())
+    x, target = batch_of(rank)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            criterion(model(x), target).backward()
+    return {"warned": torch.tensor(sum("in eval mode" in str(w.message) for w in seen))}
 
 
 def ddp_find_unused(rank, world):
@@ -154,7 +179,7 @@ CASES = {
     for f in (
         ddp, ddp_find_unused, ddp_bucket_view, ddp_no_sync, ddp_static_graph, ddp_static_graph_explicit, ddp_gather,
         ddp_gather_background_hsic, gather_terms, global_statistics, fsdp, three_steps_by_ddp,
-        fsdp_without_the_helper, unequal_batches,
+        fsdp_without_the_helper, unequal_batches, ddp_frozen_batch_norm, ddp_eval_mode_warns,
     )
 }  # fmt: skip
 
@@ -162,6 +187,7 @@ CASES = {
 def run_all(rank: int, world: int, folder: str, names: tuple[str, ...], device: str) -> None:
     """Runs the cases; what each returned or raised goes to <folder>/<rank>.pt. A store each: a case may break its group."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*torch.distributed.*deprecated")
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")

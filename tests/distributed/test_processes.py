@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sib_fast import SIBLoss, region_statistics
+from sib_fast.testing.networks import conv_net
 from tests.distributed.cases import CASES, WEIGHTS, batch_of, gradients, network, run_all
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -67,6 +68,20 @@ def mean_of(parts):
 def test_ddp_averages_the_explicit_gradients(ranks, name):
     wanted = mean_of([explicit([batch_of(rank)], SIBLoss(**WEIGHTS))[0] for rank in range(len(ranks))])
     assert_equal_on_all_ranks(results(ranks, name), wanted)
+
+
+def test_ddp_with_frozen_batch_norm(ranks):
+    parts = []
+    for rank in range(len(ranks)):
+        net, (x, target) = conv_net().double().eval(), batch_of(rank)
+        x.requires_grad_()
+        SIBLoss(**WEIGHTS)(net(x), target, x).backward()
+        parts.append(gradients(net))
+    assert_equal_on_all_ranks(results(ranks, "ddp_frozen_batch_norm"), mean_of(parts))
+
+
+def test_eval_mode_warns_once_on_every_rank(ranks):
+    assert [int(rank["warned"]) for rank in results(ranks, "ddp_eval_mode_warns")] == [1] * len(ranks)
 
 
 def test_accumulation_under_no_sync(ranks):

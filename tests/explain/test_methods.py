@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+import warnings
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ pytest.importorskip("captum", reason="extra [explain]", exc_type=ImportError)
 pytest.importorskip("pytorch_grad_cam", reason="extra [explain]", exc_type=ImportError)
 
 import sib_fast
-from sib_fast.explain import METHODS, REPORTED, explain, find_layer
+from sib_fast.explain import METHODS, REPORTED, UndefinedMethodError, explain, find_layer
 from sib_fast.testing.networks import image_batch
 
 
@@ -172,15 +175,247 @@ class Shared(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("layer", [None, "relu"])
 @pytest.mark.parametrize("method", CAMS)
-def test_a_layer_that_runs_several_times_counts_by_its_last_output(method, layer):
+def test_a_layer_that_runs_several_times_counts_by_its_last_output(method):
     _, x, target = problem()
     net = Shared()
-    assert find_layer(net, x[:1]) is net.relu
-    got, want = explain(net, x, target, method, layer=layer), by_formula(method, net, x, target)
+    got, want = explain(net, x, target, method, layer="relu"), by_formula(method, net, x, target)
     assert want.abs().max() > 0
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5 * want.abs().max().item())
+
+
+def test_the_layer_that_is_found_runs_once():
+    _, x, target = problem()
+    net = Shared()
+    assert find_layer(net, x[:1]) is net.second
+    assert torch.equal(explain(net, x, target, "grad_cam"), explain(net, x, target, "grad_cam", layer="second"))
+    with pytest.raises(UndefinedMethodError, match=r"got None and no module that runs once returns \[N, C, H, W\]"):
+        find_layer(nn.Sequential(net.relu, net.relu, nn.Flatten()), x[:1])
+
+
+def test_the_layer_of_timms_efficientnet_lite():
+    """Its activations are one module, which finishes last before the pooling."""
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    net = timm.create_model("efficientnet_lite0", num_classes=5).train()
+    state = copy.deepcopy(net.state_dict())
+    runs = []
+    layer = find_layer(net, torch.randn(1, 3, 64, 64))
+    assert net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())  # no statistics were updated
+    handle = layer.register_forward_hook(lambda *_: runs.append(1))
+    net(torch.randn(2, 3, 64, 64))
+    handle.remove()
+    assert len(runs) == 1
+    assert next(name for name, module in net.named_modules() if module is layer).startswith(("bn2", "conv_head"))
+
+
+# ---- models as they stand in a process ----------------------------------------------------------------------------------
+
+
+class Keeps(Net):
+    """Keeps a feature map of its last forward pass."""
+
+    def forward(self, x):
+        self.map = self.features(x)
+        return self.head(self.map.mean(dim=(2, 3)))
+
+
+class Stores:
+    """A forward hook that stores an output."""
+
+    def __call__(self, module, inputs, output):
+        self.output = output
+
+
+def old_weight_norm():
+    net = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.body[0])
+    return net
+
+
+def old_spectral_norm():
+    net = Net()
+    nn.utils.spectral_norm(net.stem[0])
+    return net
+
+
+def with_a_hook():
+    net = Net()
+    net.body.register_forward_hook(Stores())
+    return net
+
+
+def with_a_lock():
+    net = Net()
+    net.lock, net.stem[1].process_group = threading.Lock(), threading.Lock()
+    net.body.register_forward_hook(Stores())
+    net.stem.register_forward_pre_hook(functools.partial(lambda lock, module, inputs: None, threading.Lock()))
+    return net
+
+
+AS_THEY_STAND = (Keeps, old_weight_norm, old_spectral_norm, with_a_hook, with_a_lock)
+
+
+def snapshot(net):
+    hooks = [
+        [list(vars(m)[name].values()) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        for m in net.modules()
+    ]
+    own = [(type(m), m.training, {k: id(v) for k, v in vars(m).items()}) for m in net.modules()]
+    tensors = {name: (t.detach().clone(), t.requires_grad, t.grad) for name, t in (*net.named_parameters(), *net.named_buffers())}
+    return hooks, own, tensors
+
+
+def assert_untouched(net, before):
+    hooks, own, tensors = snapshot(net)
+    assert hooks == before[0]
+    assert own == before[1]
+    for name, (value, requires_grad, grad) in tensors.items():
+        assert torch.equal(value, before[2][name][0])
+        assert (requires_grad, id(grad)) == (before[2][name][1], id(before[2][name][2]))
+
+
+@pytest.mark.parametrize("method", ["saliency", "guided_backprop", "grad_cam"])
+@pytest.mark.parametrize("make", AS_THEY_STAND)
+def test_whatever_a_model_keeps_of_its_last_forward(make, method):
+    _, x, target = problem()
+    net = make().eval()
+    want = explain(net, x, target, method)
+    assert want.max() > 0
+    torch.testing.assert_close(
+        want, by_formula(method, net if make is old_spectral_norm else Net(), x, target), rtol=2e-4, atol=1e-5
+    )
+    net.train()
+    net.stem[0].requires_grad_(False)
+    net(x).sum().backward()
+    net.load_state_dict(make().state_dict())  # the statistics that batch norm has just updated
+    before = snapshot(net)
+    for _ in range(2):
+        torch.testing.assert_close(explain(net, x, target, method), want, rtol=1e-4, atol=1e-6)
+        assert_untouched(net, before)
+    if isinstance(net, Keeps):
+        assert net.map.requires_grad
+
+
+def test_the_model_is_left_alone_by_an_exception():
+    net, x, target = problem()
+    net.train()
+    net(x).sum().backward()
+    fails = torch.zeros(1, 4, 16, 14)
+    before = snapshot(net)
+    for method in METHODS:
+        with pytest.raises(RuntimeError, match="channels"):
+            explain(net, fails, 0, method)
+        assert_untouched(net, before)
+    for options in ({"n_steps": "many"}, {"nothing": 1}):
+        with pytest.raises(TypeError):
+            explain(net, x, target, "integrated_gradients", **options)
+        assert_untouched(net, before)
+
+
+def compiled(net):
+    return torch.compile(net, backend="eager")
+
+
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def compiled_inside(net):
+    net.body = torch.compile(net.body, backend="eager")
+    net.stem[0].compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("method", ["saliency", "guided_backprop", "grad_cam"])
+@pytest.mark.parametrize(
+    "wrap", [compiled, compiled_in_place, compiled_inside, nn.DataParallel, lambda n: compiled(nn.DataParallel(n))]
+)
+def test_a_compiled_or_wrapped_model_is_explained_as_the_module_in_it(wrap, method):
+    net, x, target = problem()
+    want = explain(net, x, target, method)
+    wrapped = wrap(net)
+    assert torch.equal(explain(wrapped, x, target, method), want)
+    if method == "grad_cam":
+        assert find_layer(wrapped, x[:1]) in (net.body, getattr(net.body, "_orig_mod", None))
+        names = [name for name, module in wrapped.named_modules() if name.endswith("body")]
+        inner = "body" if wrap in (compiled_in_place, compiled_inside) else names[0]
+        for layer in ("body", net.body) if inner == "body" else ("body",):
+            assert torch.equal(explain(wrapped, x, target, method, layer=layer), want)
+    if wrap is compiled_inside:
+        assert torch.equal(
+            explain(wrapped, x, target, "grad_cam", layer="body._orig_mod.2"),
+            explain(Net(), x, target, "grad_cam", layer="body.2"),
+        )
+
+
+# ---- guided backpropagation ---------------------------------------------------------------------------------------------
+
+
+class Activated(nn.Module):
+    """Two layers with an activation between them. [N, 3, H, W] -> [N, 5]."""
+
+    def __init__(self, activation):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.head(self.activation(self.second(self.activation(3 * self.first(x)))).mean(dim=(2, 3)))
+
+
+class Guided(torch.autograd.Function):
+    """The activation, and of its gradient what its derivative lets pass of the positive part."""
+
+    @staticmethod
+    def forward(ctx, x, activation):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            ctx.leaf, ctx.y = leaf, activation(leaf)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.y, ctx.leaf, grad.relu())[0], None
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(), nn.Threshold(0.1, 0.0), F.relu, F.relu6, torch.relu_],
+    ids=lambda a: getattr(a, "__name__", repr(a)),
+)
+def test_guided_backprop_of_every_rectifier(activation, prepared):
+    _, x, target = problem()
+    net = Activated(activation)
+    if prepared:
+        sib_fast.prepare(net)
+    leaf = x.clone().requires_grad_()
+    out_of_place = (
+        type(activation)() if isinstance(activation, nn.ReLU) else torch.relu if activation is torch.relu_ else activation
+    )
+    oracle = Activated(lambda v: Guided.apply(v, out_of_place))
+    (gradient,) = torch.autograd.grad(oracle(leaf).gather(1, target[:, None]).sum(), leaf)
+    got = explain(net, x, target, "guided_backprop")
+    torch.testing.assert_close(got, gradient.abs().amax(1, keepdim=True), rtol=1e-5, atol=1e-7)
+    assert (got - explain(net, x, target, "saliency")).abs().max() > 0.05 * got.max()
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.LeakyReLU(), nn.PReLU(), nn.GELU(), nn.ELU(), torch.tanh])
+def test_guided_backprop_without_a_rectifier_is_an_error(activation):
+    _, x, target = problem()
+    with pytest.raises(UndefinedMethodError, match=r"explain: model must run ReLU, ReLU6, Hardtanh or Threshold .*'saliency'"):
+        explain(Activated(activation), x, target, "guided_backprop")
+
+
+def test_guided_backprop_names_the_activations_that_it_leaves():
+    _, x, target = problem()
+    with pytest.warns(UserWarning, match="guided_backprop is defined for rectifiers only: Silu pass the plain gradient"):
+        explain(Activated(lambda v: F.silu(F.relu(v))), x, target, "guided_backprop")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -231,6 +466,46 @@ def test_targets():
     assert torch.equal(predicted, explain(net, x, logits.argmax(1)))
     assert torch.equal(explain(net, x, 3), explain(net, x, torch.full((4,), 3)))
     assert not torch.equal(explain(net, x, 3), explain(net, x, 2))
+
+
+def one_logit_problem():
+    """A network with one logit z, and the same network with the logits −z and z of its two classes."""
+    net, x, _ = problem()
+    net.head = nn.Linear(12, 1)
+    with torch.no_grad():
+        net.head.bias -= net.eval()(x).median()
+    twin = copy.deepcopy(net)
+    twin.head = nn.Linear(12, 2)
+    with torch.no_grad():
+        for mine, theirs in zip(twin.head.parameters(), net.head.parameters(), strict=True):
+            mine.copy_(torch.cat([-theirs, theirs]))
+    return net, twin, x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_logit_is_explained_as_two_classes(method):
+    net, twin, x = one_logit_problem()
+    predicted = (net(x)[:, 0] > 0).long()
+    assert 0 < predicted.sum() < 4
+    for target in (0, 1, predicted, None):
+        wanted = explain(twin, x, predicted if target is None else target, method)
+        got = explain(net, x, target, method)
+        assert wanted.any()
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6 * wanted.max())
+    with pytest.raises(ValueError, match=r"explain: target must lie in \[0, 2\), got 2"):
+        explain(net, x, 2, method)
+
+
+def test_the_controls_of_one_logit_are_those_of_two_classes():
+    from sib_fast.explain.controls import insertion_deletion
+
+    net, twin, x = one_logit_problem()
+    twin.head.weight.data[0], twin.head.bias.data[0] = 0, 0  # (0, z): softmax is the sigmoid
+    target = torch.tensor([0, 1, 1, 0])
+    maps = torch.rand(4, 1, 16, 14)
+    for got, wanted in zip(*(insertion_deletion(n, x, target, maps) for n in (net, twin)), strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-6)
+        assert 0.1 < got.min() <= got.max() < 0.9
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("torchmetrics", reason="extra [explain]", exc_type=ImportError)
+
+from torchmetrics import MetricCollection
 
 from sib_fast.explain import metrics
 from sib_fast.explain.metrics import localisation
@@ -114,6 +117,69 @@ def test_nothing_defined_is_nan_and_not_zero():
     assert all(value.isnan() for value in collection.compute().values())
 
 
+ALIKE = {
+    **{name: type(metric) for name, metric in localisation().items()},
+    "iou_half": metrics.IoU,
+    "iou_third": lambda **options: metrics.IoU(1 / 3, **options),
+    "higher_floor": lambda **options: metrics.BackgroundSuppression(1e-2, **options),
+    "close_floor": lambda **options: metrics.BackgroundSuppression(1e-2 + 1e-12, **options),
+}
+
+
+@pytest.mark.parametrize("first", ["nothing defined", "all scores equal"])
+def test_a_users_collection_keeps_the_scores_apart(first):
+    """torchmetrics merges metrics whose states look alike after the first update; every score is one of its own."""
+    maps, mask = problem()
+    start = (torch.zeros_like(maps), mask) if first == "nothing defined" else (mask.float(), mask)
+    batches = [start, (maps[:3], mask[:3]), (maps[3:], mask[3:])]
+
+    def alone(batches):
+        metrics = {name: make() for name, make in ALIKE.items()}
+        for metric in metrics.values():
+            for batch in batches:
+                metric.update(*batch)
+        return {name: metric.compute() for name, metric in metrics.items()}
+
+    together = MetricCollection({name: make() for name, make in ALIKE.items()})
+    for count, batch in enumerate(batches, 1):
+        together.update(*batch)
+        torch.testing.assert_close(together.compute(), alone(batches[:count]), rtol=0, atol=0, equal_nan=True)
+    assert len(set(map(float, together.compute().values()))) >= len(localisation())
+    for same in (together.clone(), pickle.loads(pickle.dumps(together))):
+        torch.testing.assert_close(same.compute(), together.compute(), rtol=0, atol=0)
+        same.update(*batches[1])
+        torch.testing.assert_close(same.compute(), alone([*batches, batches[1]]), rtol=0, atol=0)
+    together.reset()
+    assert all(metric.images == 0 for metric in together.values())
+    for batch in batches[1:]:
+        together.update(*batch)
+    torch.testing.assert_close(together.compute(), alone(batches[1:]), rtol=0, atol=0)
+
+
+def test_state_names_belong_to_one_score_with_its_parameters():
+    names = [tuple(make()._defaults) for make in ALIKE.values()]
+    assert len(set(names)) == len(names) - 1  # "iou" and "iou_half" are one score
+    assert names[list(ALIKE).index("iou")] == names[list(ALIKE).index("iou_half")]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_states_are_summed_over_processes_and_stored(name):
+    maps, mask = problem()
+    metric, alone = ALIKE[name](), ALIKE[name]()
+    for one in (metric, alone):
+        one.update(maps, mask)
+    metric.sync(lambda state, group: [state, state], process_group="two", distributed_available=lambda: True)
+    assert (metric.images, metric.defined) == (14, 2 * alone.defined)
+    torch.testing.assert_close(metric.total, 2 * alone.total)
+    metric.unsync()
+    torch.testing.assert_close(metric.compute(), alone.compute())
+    alone.persistent(True)
+    loaded = ALIKE[name]()
+    loaded.persistent(True)
+    loaded.load_state_dict(alone.state_dict())
+    torch.testing.assert_close(loaded.total, alone.total, rtol=0, atol=0)
+
+
 def test_soft_masks_and_bad_input():
     maps, mask = problem()
     metric = metrics.EnergyPointingGame()
@@ -189,3 +255,16 @@ def test_rank_correlation_is_scipys():
     a, b = (torch.randn(5, 30, generator=torch.Generator().manual_seed(s)).mul(3).round() for s in (0, 1))
     want = [stats.spearmanr(p.numpy(), q.numpy()).statistic for p, q in zip(a, b, strict=True)]
     torch.testing.assert_close(_spearman(a, b), torch.tensor(want))
+
+
+def test_masks_are_read_and_refused_as_the_loss_does():
+    maps, mask = torch.rand(2, 1, 6, 5), torch.rand(2, 1, 6, 5) > 0.5
+    wanted = localisation()
+    wanted.update(maps, mask)
+    for same in (mask.byte(), mask.int() * 255, mask.float()):
+        metrics = localisation()
+        metrics.update(maps, same)
+        assert metrics.compute() == wanted.compute()
+    for other, words in ((mask * 15 + 240, "must hold 0 and 1 or 0 and 255 alone"), (mask * 255.0, r"must lie in \[0, 1\]")):
+        with pytest.raises(ValueError, match=f"mask {words}"):
+            localisation().update(maps, other)

@@ -12,13 +12,16 @@ WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
 
 
 def explicit_steps(
-    batches: list[tuple[Tensor, Tensor]], lr: float, *, every: int = 1, fast: bool = True, **weights: float
+    batches: list[tuple[Tensor, Tensor]], lr: float, *, every: int = 1, fast: bool = True, training: bool = True, **weights: float
 ) -> nn.Module:
-    """Plain SGD with the explicit criterion; an optimiser step after each `every` batches, whose losses are averaged."""
+    """Plain SGD with the explicit criterion; an optimiser step after each `every` batches, whose losses are averaged.
+
+    training: the network's mode.
+    """
     net = prepare(conv_net()) if fast else conv_net()
     criterion = SIBLoss(**{**WEIGHTS, **weights})
     optimiser = torch.optim.SGD(net.parameters(), lr=lr)
-    net.train()
+    net.train(training)
     for i, (x, target) in enumerate(batches):
         leaf = x.clone().requires_grad_()
         (criterion(net(leaf), target, leaf) / every).backward()

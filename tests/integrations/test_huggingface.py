@@ -73,6 +73,41 @@ def test_the_trainer_trains_as_the_explicit_form_does(accumulate, tmp_path):
         assert line["loss"] == pytest.approx(line["sib/loss"], abs=1e-3)
 
 
+def test_a_model_that_comes_in_eval_mode_is_trained_with_the_terms(tmp_path):
+    """As from_pretrained returns it: the Trainer sets its own mode at every step."""
+    model, batches = Classifier(transformers.PretrainedConfig()).eval(), batches_of(2)
+    trainer_of(tmp_path, model, rows_of(batches)).train()
+    assert_same_parameters(model.body, explicit_steps(batches, lr=0.1))
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_the_terms_apply_at_every_kth_step_of_the_trainers(accumulation_steps, tmp_path):
+    """Whatever the accumulation, with accumulation_steps and without, and after a restart at an odd step."""
+    applied = []
+
+    class Watched(InOrder):
+        def compute_loss(self, *args, **kwargs):
+            out = super().compute_loss(*args, **kwargs)
+            applied.append((self.state.global_step, "foreground" in self.criterion.terms))
+            return out
+
+    def fit(criterion, **options):
+        model = Classifier(transformers.PretrainedConfig())
+        arguments = trainer_of(
+            tmp_path, model, [], gradient_accumulation_steps=2, max_steps=4, save_strategy="steps", save_steps=3
+        ).args
+        trainer = Watched(model, arguments, train_dataset=rows_of(batches_of(8)), criterion=criterion)
+        trainer.train(**options)
+
+    fit(SIBLoss(**WEIGHTS, every=2, accumulation_steps=accumulation_steps))
+    assert [step for step, _ in applied] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(on == (step % 2 == 0) for step, on in applied)
+    if accumulation_steps == 1:
+        applied.clear()
+        fit(SIBLoss(**WEIGHTS, every=2), resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert applied == [(3, False), (3, False)]
+
+
 def test_evaluation_between_steps_leaves_the_logged_terms_alone(tmp_path):
     def lines(**options):
         trainer = trainer_of(tmp_path, Classifier(transformers.PretrainedConfig()), rows_of(batches_of(2)), **options)
@@ -117,6 +152,22 @@ def test_what_would_fail_is_refused_in_words(tmp_path):
         trainer_of(tmp_path, model, rows, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="SIBTrainer: inputs must hold 'labels'"):
         trainer_of(tmp_path, model, rows).compute_loss(model, {"pixel_values": torch.zeros(1, 3, 8, 8)})
+
+
+def test_several_labels(tmp_path):
+    config = transformers.PretrainedConfig(problem_type="multi_label_classification")
+    multi_hot = (torch.arange(30).view(6, 5) % 3 == 0).float()
+    images = batches_of(1)[0][0]
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(images, multi_hot, strict=True)]
+    with pytest.raises(ValueError, match="SIBTrainer: the criterion's base_loss must not be cross-entropy for problem_type"):
+        trainer_of(tmp_path, Classifier(config), rows, SIBLoss(**WEIGHTS))
+    arguments = trainer_of(tmp_path, Classifier(transformers.PretrainedConfig()), rows).args
+    trainer = InOrder(Classifier(config), arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.criterion.scalar == "multilabel_energy"
+    net = conv_net()
+    wanted = nn.functional.binary_cross_entropy_with_logits(net(images), multi_hot).item()
+    assert trainer.state.log_history[0]["sib/base"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_accelerate():

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),  # Lightning's own, of any part
 ]
 
 
@@ -91,6 +92,86 @@ def test_a_checkpoint_of_the_module_loads_without_the_callback(tmp_path):
     other = Module(SIBLoss(**WEIGHTS))
     other.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
     assert_same_parameters(other.model, module.model)
+
+
+# ---- a model in eval mode, which Lightning keeps -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["model", "criterion", "both"])
+def test_fit_in_eval_mode_warns_and_trains_the_base_loss(part, tmp_path):
+    module, plain = Module(SIBLoss(**WEIGHTS)), Module(nn.CrossEntropyLoss())
+    {"model": module.model, "criterion": module.criterion, "both": module}[part].eval()
+    plain.model.train(part == "criterion")
+    with pytest.warns(UserWarning, match="SIBCallback: criterion and model must be in training mode .*eval mode") as seen:
+        trainer_of(tmp_path, callbacks=[SIBCallback(fast=False)]).fit(module, loader(batches_of(2)))
+    assert sum("base loss alone" in str(w.message) for w in seen) == 1
+    trainer_of(tmp_path).fit(plain, loader(batches_of(2)))
+    assert_same_parameters(module.model, plain.model)
+
+
+def test_fit_with_frozen_batch_norm(tmp_path):
+    module, batches = Module(SIBLoss(**WEIGHTS, train_in_eval_mode=True)), batches_of(3)
+    module.model.eval()
+    trainer_of(tmp_path, callbacks=[SIBCallback()]).fit(module, loader(batches), loader(batches[:1]))
+    assert_same_parameters(module.model, explicit_steps(batches, lr=0.1, training=False))
+    assert all(loss == base for loss, base in module.validated)
+
+
+# ---- what a step is -----------------------------------------------------------------------------------------------------
+
+
+class Watched(Module):
+    """Keeps what every training call applied, with the step that Lightning was in. optimiser: "sgd", "lbfgs" or "by hand"."""
+
+    def __init__(self, criterion: nn.Module, optimiser: str = "sgd") -> None:
+        super().__init__(criterion)
+        self.applied, self.optimiser = [], optimiser
+        self.automatic_optimization = optimiser != "by hand"
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.applied.append((self.trainer.global_step, "foreground" in self.criterion.terms))
+        if self.automatic_optimization:
+            return loss
+        super().training_step(batch, batch_idx)
+        self.applied.append((self.trainer.global_step, "foreground" in self.criterion.terms))
+        self.optimizers().step()
+        return None
+
+    def configure_optimizers(self):
+        if self.optimiser == "lbfgs":
+            return torch.optim.LBFGS(self.model.parameters(), lr=0.01, max_iter=3)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize(("optimiser", "accumulate"), [("sgd", 2), ("lbfgs", 1), ("by hand", 1)])
+def test_the_terms_apply_at_every_kth_step_of_lightnings(optimiser, accumulate, tmp_path):
+    module = Watched(SIBLoss(**WEIGHTS, every=2), optimiser)
+    trainer = trainer_of(tmp_path, callbacks=[SIBCallback()], accumulate_grad_batches=accumulate)
+    trainer.fit(module, loader(batches_of(3 * accumulate)), loader(batches_of(1)))
+    assert {step for step, _ in module.applied} == {0, 1, 2}
+    assert all(applied == (step % 2 == 0) for step, applied in module.applied)
+    assert len(module.applied) >= 6  # several calls a step
+    assert int(module.criterion.state_dict()["calls"]) == 3
+
+
+def test_accumulation_steps_of_the_criterion_are_left_alone(tmp_path):
+    module = Watched(SIBLoss(**WEIGHTS, every=2, accumulation_steps=2))
+    trainer_of(tmp_path, callbacks=[SIBCallback()], accumulate_grad_batches=2).fit(module, loader(batches_of(6)))
+    assert [applied for _, applied in module.applied] == [True, True, False, False, True, True]
+
+
+def test_a_step_that_raised_is_not_counted(tmp_path):
+    class Fails(Watched):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError
+
+    module, callback = Fails(SIBLoss(**WEIGHTS, every=2)), SIBCallback()
+    callback.on_train_batch_end = lambda *_: None  # the module's own hook fails before the step is over
+    with pytest.raises(ZeroDivisionError):
+        trainer_of(tmp_path, callbacks=[callback]).fit(module, loader(batches_of(1)))
+    assert module.criterion.state_dict()["calls"] == 0
+    assert module.criterion._open_step is None
 
 
 def test_what_would_fail_is_refused_in_words(tmp_path):

@@ -56,6 +56,19 @@ def test_validation_sees_the_base_loss():
     assert result.keys() == {"loss", "output", "base"}
 
 
+def test_a_network_in_eval_mode():
+    """timm's loop calls task.train(), which reaches the network; a loop that does not is warned."""
+    (x, target), *_ = batches_of(1)
+    net = conv_net().eval()
+    train(SIBTask(net, SIBLoss(**WEIGHTS), verbose=False), batches_of(2))
+    assert_same_parameters(net, explicit_steps(batches_of(2), lr=0.1))
+    task = SIBTask(conv_net().eval(), SIBLoss(**WEIGHTS), verbose=False)
+    with pytest.warns(UserWarning, match="SIBLoss: the attached model must be in training mode"):
+        task(x, target)["loss"].backward()
+    task = SIBTask(conv_net().eval(), SIBLoss(**WEIGHTS, train_in_eval_mode=True), verbose=False)
+    assert task(x, target)["foreground"] > 0
+
+
 def test_soft_targets_of_mixup():
     x, target = batches_of(1)[0]
     mixup = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5)

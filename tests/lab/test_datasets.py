@@ -261,6 +261,7 @@ def test_a_relative_root_and_a_string_do(tree, name, monkeypatch):
     assert len(open_dataset(name, ".", "train", image_size=SIZE)) >= 2
 
 
+@pytest.mark.long
 def test_spawned_workers_read_the_same_items(tree):
     data = open_dataset("dogs", tree("dogs"), "train", image_size=SIZE)
     assert len(pickle.dumps(data)) < 10_000  # paths, not pixels
@@ -386,6 +387,59 @@ def test_folder(tree):
         save_jpeg(root / "test" / label / "f.jpg", 150)
     assert greys(open_dataset("folder", root, "test", image_size=SIZE)) == [150, 150]
     assert greys(open_dataset("folder", root, "val", image_size=SIZE)) == [70, 90]
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_what_file_managers_leave_is_no_image(tree, part):
+    root = tree("folder")
+    clean = {split: open_dataset("folder", root, split, image_size=SIZE).samples for split in ("train", "val")}
+    for path in (
+        "ant/._a.jpg",
+        "._b.jpg",
+        ".DS_Store",
+        "bee/.DS_Store",
+        "bee/Thumbs.db",
+        "bee/desktop.ini",
+        "ant/.thumbnails/a.jpg",
+    ):
+        (root / part / path).parent.mkdir(exist_ok=True)
+        (root / part / path).write_bytes(b"\x00\x05\x16\x07 a resource fork")
+    for path in (".ipynb_checkpoints/a.jpg", "__MACOSX/ant/._a.jpg", "__MACOSX/c.jpg"):
+        save_jpeg(root / part / path, 200)
+    for split, samples in clean.items():
+        data = open_dataset("folder", root, split, image_size=SIZE)
+        assert data.classes == ("ant", "bee")
+        assert data.samples == samples
+        assert all(image.isfinite().all() for image, _, _ in data)
+    shutil.rmtree(root / part / "ant")
+    shutil.rmtree(root / part / "bee")
+    with pytest.raises(FileNotFoundError, match=rf"folder: .*{part} must hold images in every class folder, got no class folder"):
+        open_dataset("folder", root, part, image_size=SIZE)
+
+
+def test_a_folder_within_a_hidden_one_is_not_hidden(tree, tmp_path):
+    root = tmp_path / ".cache" / "set"
+    shutil.copytree(tree("folder"), root)
+    assert len(open_dataset("folder", root, "train", image_size=SIZE)) == 3
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_empty_image_is_named_when_the_set_is_opened(tree, name):
+    root = tree(name)
+    path = open_dataset(name, root, "train", image_size=SIZE).samples[-1].image
+    open(path, "wb").close()
+    with pytest.raises(ValueError, match=rf"{name}: {re.escape(path)} must not be empty, got 0 bytes \(1 of \d+ files are\)"):
+        open_dataset(name, root, "train", image_size=SIZE)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_image_that_is_cut_short_is_named(tree, name):
+    data = open_dataset(name, tree(name), "train", image_size=SIZE)
+    path = data.samples[0].image
+    with open(path, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(ValueError, match=rf"dataset: {re.escape(path)} must be a readable image"):
+        data[0]
 
 
 def test_folder_whose_parts_have_different_classes(tree):

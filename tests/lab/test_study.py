@@ -101,6 +101,7 @@ def test_scores_can_be_computed_again_from_the_files(finished):
         assert spec.denormalise(spec.normalise(torch.full((3, 1, 1), 0.3))).flatten().tolist() == pytest.approx([0.3] * 3)
 
 
+@pytest.mark.long
 def test_two_processes_compute_the_bits_of_one(finished, tmp_path):
     study(tmp_path, jobs=2, seeds=(1,))
     ours, alone = without_clock(records(tmp_path)), without_clock(records(finished[0]))
@@ -137,6 +138,7 @@ def test_other_settings_do_not_mix_with_an_earlier_run(finished):
     assert records(out) == before
 
 
+@pytest.mark.long
 def test_a_later_run_may_add_seeds(finished, tmp_path):
     study(tmp_path, seeds=(0,), variants=("plain",))
     study(tmp_path, seeds=(1,), variants=("plain",))

@@ -175,6 +175,7 @@ def test_a_prepared_vit_trains_without_being_told_of_the_math_kernel():
         assert (a - b).norm() <= 1e-10 * scale
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace autograd.grad")
 @pytest.mark.parametrize("low", [False, True], ids=["float64", "autocast"])
 def test_a_compiled_step_of_a_prepared_vit_is_the_eager_one(low):

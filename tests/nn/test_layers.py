@@ -105,6 +105,7 @@ def test_pytorchs_hardsigmoid_cannot():
         gradients(network(nn.Hardsigmoid()))
 
 
+@pytest.mark.sampled(5)
 @trace_autograd_ops
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def test_a_compiled_step_is_exact(name, pool):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 @trace_autograd_ops
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["ReLU-in-place", "ReLU6-in-place", "SiLU-in-place"])

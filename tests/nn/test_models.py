@@ -33,6 +33,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, active: bool = True) -> tu
     return grads, {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_prepared_models_have_the_plain_models_gradients(name):
     torch.manual_seed(0)

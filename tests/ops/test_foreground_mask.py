@@ -256,6 +256,29 @@ def test_non_finite_values_are_not_hidden(bad, kernel):
         assert mask[1].isnan().any()
 
 
+# 65·65 pixels: beyond 4,096 the Triton kernels narrow the bins of g's histogram further.
+@pytest.mark.parametrize("share", [1.0, 0.3], ids=["all", "a third"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's word on Inf - Inf, in Triton's interpreter
+def test_ranks_of_what_is_not_finite_are_pixels(dtype, bad, share, kernel, poisoned_memory):
+    """A rank window that holds NaN or Inf: its pixels are written all the same, as the sort that puts NaN last orders them."""
+    vjp = torch.randn(1, 3, 65, 65, dtype=dtype)
+    vjp[:, :, torch.rand(65, 65) < share] = bad
+    options = MaskOptions(5, 0.1, 10.0, (0.05, 0.95, 0.8, 0.8), 1e-8)
+    mean_map, _, ranks = selected_ranks(vjp, options, kernel)
+    order = mean_map.flatten(1).abs().argsort(dim=1, stable=True)
+    want = rank_pixels_of((order, order), options, dtype)
+    assert torch.equal(ranks[:, :3], want[:, :3])
+    area = ranks[:, 3]
+    assert torch.equal(area >= 0, want[:, 3] >= 0)
+    assert area[area >= 0].unique().numel() == (area >= 0).sum()
+    assert area.max() < 65 * 65
+    mask, grad = mask_and_grad(lambda v: foreground_mask(v, window_size=5, backend=kernel), vjp, torch.ones(1, 1, 65, 65))
+    assert mask.isnan().any()
+    assert grad.isnan().any()
+
+
 def test_opcheck(kernel, registered):
     op = registered
     for dtype in DTYPES:

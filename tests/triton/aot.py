@@ -101,6 +101,10 @@ def _launch(kernel, grid, arguments: tuple, keywords: dict[str, Any]) -> Launch:
     return Launch(kernel, grid, signature, constants, attributes, options)
 
 
+def name_of(launch: Launch) -> str:
+    return launch.kernel.__name__
+
+
 def record(function: Callable[[], Any]) -> list[Launch]:
     """The launches of `function()`, none of them run: buffers that a kernel would fill stay as they were allocated."""
     from triton.runtime.jit import JITFunction
@@ -117,6 +121,14 @@ def record(function: Callable[[], Any]) -> list[Launch]:
     finally:
         JITFunction.run = real
     return launches
+
+
+def assert_grids_fit(launches: Iterable[Launch]) -> None:
+    """Every launch within CUDA's limits of a grid."""
+    for launch in launches:
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        assert x < 2**31, launch
+        assert max(y, z) <= 65535, launch
 
 
 def _tool(name: str) -> str:

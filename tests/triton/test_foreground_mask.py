@@ -43,8 +43,10 @@ def launches_of(shape=(2, 3, 224, 224), dtype=torch.float32, layout="contiguous"
 # ---- compilation ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1, always="90")
 @compiled_only
-def test_default_configurations_compile_for_every_architecture_without_stack_or_spills():
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
     """Every launch of a 3×224×224 map, in every dtype, contiguous and channels_last; the table is kept in build/reports."""
     launches = [
         launch
@@ -53,12 +55,21 @@ def test_default_configurations_compile_for_every_architecture_without_stack_or_
         for launch in launches_of(dtype=dtype, layout=layout)
     ]
     assert len({launch.kernel.__name__ for launch in launches}) == 10
-    rows = aot.report(launches)
-    report = ROOT / "build/reports/triton_foreground_mask.txt"
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
+    report = ROOT / f"build/reports/triton_foreground_mask_sm{capability}.txt"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(aot.table(rows) + "\n")
-    assert {row.capability for row in rows} == set(aot.CAPABILITIES)
     assert aot.table(row for row in rows if not row.clean) == aot.table([])
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str)
+def test_tiles_of_a_large_window_fit_the_smallest_shared_memory(dtype):
+    """A tile is at least twice as long as its window; what it gathers must fit 99 KiB all the same."""
+    launches = launches_of((1, 3, 600, 600), dtype, options=OPTIONS._replace(window_size=301))
+    rows = aot.report([one for one in launches if "_columns_" in one.kernel.__name__], [86])
+    assert len(rows) == 2
+    assert all(row.shared <= 99 * 1024 for row in rows), aot.table(rows)
 
 
 @compiled_only
@@ -127,6 +138,18 @@ def test_launches_do_not_depend_on_the_batch():
     one, many = launches_of((1, 3, 224, 224)), launches_of((64, 3, 224, 224))
     assert [launch.key for launch in one] == [launch.key for launch in many]
     assert all(64 * a.grid[0] == b.grid[0] for a, b in zip(one, many, strict=True))
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "shape", [(64, 3, 1536, 1536), (4096, 3, 224, 224), (100_000, 3, 32, 32), (1, 3, 40_000, 40_000)], ids=str
+)
+def test_every_grid_is_one_that_a_device_takes(shape):
+    with torch.device("meta"):
+        for dtype in (torch.float64, torch.float32):
+            launches = launches_of(shape, dtype)
+            assert max(launch.grid[0] for launch in launches) > 65535
+            aot.assert_grids_fit(launches)
 
 
 @compiled_only
@@ -218,6 +241,19 @@ def test_any_scale_is_ranked(scale, passes, kernel, monkeypatch):
     mean_map, _, ranks = selected_ranks(vjp, OPTIONS, kernel)
     order = mean_map.flatten(1).abs().argsort(dim=1, stable=True)
     assert torch.equal(ranks[:, :3], rank_pixels_of((order, order), OPTIONS, vjp.dtype)[:, :3])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's word on Inf - Inf, in the interpreter
+def test_what_is_not_finite_is_ranked(dtype, bad, kernel, monkeypatch, poisoned_memory):
+    """The bin of NaN reaches to the largest key, through every histogram: its end may not wrap around to below 0."""
+    monkeypatch.setattr(kernels, "_passes", lambda plan, of_floats: 2)
+    vjp = torch.randn(1, 1, 40, 40, dtype=dtype)
+    vjp[:, :, torch.rand(40, 40) < 0.3] = bad
+    mean_map, _, ranks = selected_ranks(vjp, OPTIONS, kernel)
+    order = mean_map.flatten(1).abs().argsort(dim=1, stable=True)
+    assert torch.equal(ranks[:, :3], rank_pixels_of((order, order), OPTIONS, dtype)[:, :3])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 40.0])

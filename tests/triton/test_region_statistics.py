@@ -6,6 +6,7 @@ Numbers run under TRITON_INTERPRET=1 or on a GPU; compilation needs neither.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_error_grows_with_the_chain_and_ours_are_short():
 
 
 def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, layout="contiguous"):
-    dtype, precision = KINDS[kind]
+    dtype, precision = KINDS.get(kind, (torch.float32, kind))
     images = shape[0]
     maps = layouts(torch.zeros(shape, dtype=dtype))[layout]
     mask = torch.zeros((images, 1, *shape[2:]), dtype=dtype)
@@ -235,30 +236,75 @@ def test_launch_count_and_scratch_at_the_size_of_the_ledger():
         *("_symmetrised_kernel", "_gradient_kernel", "_gradient_kernel"),
     ]
     programs = [
-        launch.grid[0] * launch.grid[1]
-        for launch in launches
-        if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
+        math.prod(launch.grid) for launch in launches if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
     ]
     assert all(2 * 132 - 8 <= count <= 2 * 132 for count in programs), programs
 
 
 @compiled_only
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((64, 3, 1536, 1536), "contiguous"),
+        ((160, 64, 256, 256), "channels_last"),
+        ((160, 512, 256, 256), "channels_last"),
+        ((40_000, 3, 32, 32), "contiguous"),
+    ],
+    ids=str,
+)
+def test_every_grid_is_one_that_a_device_takes(shape, layout, table):
+    """Maps without data: many pixels, many channels, many pairs of tiles."""
+    with torch.device("meta"):
+        launches = [one for kind in KINDS for one in launches_of(shape, table, kind, layout=layout, background=True, need_x=True)]
+    assert max(launch.grid[0] for launch in launches) > 65535  # a later axis could not be as long
+    aot.assert_grids_fit(launches)
+
+
+@compiled_only
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_small_maps_of_every_size_share_their_kernels(layout):
+    """Rows that run together have the length of a map or of its channels: compiling for each takes seconds."""
+    shapes = [(3, 5, 7, 7), (3, 7, 9, 5), (3, 9, 11, 13)]
+    launches = [one for shape in shapes for one in launches_of(shape, "90", layout=layout)]
+    keys = {one.key for one in launches if one.kernel is kernels._gram_partials_kernel}
+    assert len(keys) == 2  # of R, with its moments, and of x
+
+
+@pytest.mark.sampled(1, always="90")
+@compiled_only
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_default_configurations_have_no_stack_and_no_spills(capability):
+def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
     table = TABLE_OF[capability]
     launches = [launch for images in (16, 32, 64, 128, 200, 384) for launch in launches_of((images, 3, 64, 64), table)]
-    rows = aot.report(launches, [capability])
+    # Both Grams' S beside each other, and every gradient: what asks for the most.
+    launches += launches_of((100, 3, 64, 64), table, background=True, need_x=True)
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     assert all(row.clean for row in rows), aot.table(rows)
     assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
 
 
 @compiled_only
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*KINDS, "tf32"])
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_every_configuration_fits_the_shared_memory(capability, kind, drawn):
+    launches = [
+        launch
+        for images, background, need_x in itertools.product((16, 32, 64, 128, 200, 384), (False, True), (False, True))
+        for launch in launches_of((images, 3, 64, 64), TABLE_OF[capability], kind, background=background, need_x=need_x)
+    ]
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
+    assert all(row.shared <= LIMIT[capability] * 1024 for row in rows), aot.table(rows)
+
+
+@pytest.mark.sampled(1, always="90")
+@compiled_only
 @pytest.mark.parametrize("kind", ["ieee", "float64"])
-def test_other_arithmetic_has_no_stack_and_no_spills(kind):
-    rows = []
-    for capability in (80, 86, 90, 120):
-        launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
-        rows += aot.report(launches, [capability])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_other_arithmetic_has_no_stack_and_no_spills(capability, kind, drawn):
+    launches = [one for n in (16, 200) for one in launches_of((n, 3, 64, 64), TABLE_OF[capability], kind)]
+    rows = aot.report(drawn(launches, aot.name_of), [capability])
     assert all(row.clean for row in rows), aot.table(rows)
 
 

@@ -59,13 +59,27 @@ class ImageFiles(LabelledImages):
 
 
 def require(op: str, source: str, paths: Iterable[str | Path]) -> None:
-    """FileNotFoundError for the first of the paths that does not exist. Every folder is listed once: sets have 10^4 files."""
+    """FileNotFoundError for the first of the paths that does not exist, ValueError for the first file without content.
+
+    Every folder is listed once: sets have 10^4 files.
+    """
     wanted = [os.path.split(os.path.abspath(path)) for path in paths]
-    present = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in {f for f, _ in wanted}}
+    present = {
+        folder: {e.name: e for e in os.scandir(folder)} if os.path.isdir(folder) else {} for folder in {f for f, _ in wanted}
+    }
     missing = [os.path.join(folder, name) for folder, name in wanted if name not in present[folder]]
     if missing:
         count = f" ({len(missing)} of {len(wanted)} are missing)" if len(wanted) > 1 else ""
         raise FileNotFoundError(f"{op}: root must hold {missing[0]}, got no such file or folder{count}; {source}")
+    found = [present[folder][name] for folder, name in wanted]
+    empty = [entry.path for entry in found if entry.is_file() and entry.stat().st_size == 0]
+    if empty:
+        raise ValueError(f"{op}: {empty[0]} must not be empty, got 0 bytes ({len(empty)} of {len(wanted)} files are); {source}")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what a file manager or an archiver of macOS left: ``._x.jpg``, ``.DS_Store``, ``__MACOSX``."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def class_names(op: str, path: Path, names: Mapping[int, str]) -> tuple[str, ...]:

@@ -211,7 +211,7 @@ def load_study(out: Path) -> Study:
         _require(good and _is_int(entry[2]), path, "planned must hold [arch, variant, seed] of the study", entry)
         planned.append(tuple(entry))
 
-    found = [_network(file) for file in sorted((out / "results").glob("*.json"))]
+    found = [_network(file) for file in sorted((out / "results").glob("[!.]*.json"))]
     known = [n for n in found if (n.key in planned if planned else n.arch in architectures and n.variant in variants)]
     rows, columns = list(architectures), list(variants)
     return Study(

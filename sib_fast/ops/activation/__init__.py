@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, automatic, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops.activation import reference
 
 _OP = "activation"
@@ -192,10 +193,11 @@ def activation(x: Tensor, kind: str, *parameters: float, inplace: bool = False, 
     if kind == "leaky_relu" and not parameters[0] >= 0:
         raise ValueError(f"{_OP}: the slope must be at least 0, so that y tells the sign of x, got {parameters[0]!r}")
     if backend == REFERENCE:
-        y = reference.activation(x, kind, *parameters)
+        y = reference.activation(x.clone() if inplace else x, kind, *parameters)
         return x.copy_(y) if inplace else y
     if backend != "auto":
         resolve(_OP, backend, x.device, KERNELS)
+    refuse_transforms(_OP)
     given = [float(p) for p in parameters]
     if inplace:
         _OPS.forward_(x, kind, given)
@@ -411,7 +413,6 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, before, kind, parameters, order):
-        ctx.result = before is None
         with torch._C._AutoDispatchBelowAutograd():
             if order is None:
                 _OPS.forward_(x, kind, parameters)
@@ -424,17 +425,30 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        grad = _first_derivative(ctx, grad_y)
-        return (grad, None, None, None, None) if ctx.result else (None, grad, None, None, None)
+        # Through x, whose place in the graph a view's base shares; `before` is a tensor to save, and gets what f'' has for it.
+        return _first_derivative(ctx, grad_y), None, None, None, None
+
+
+def _refused(x: Tensor) -> bool:
+    """Whether autograd refuses a write into x: a leaf, a view of one, one of several views that an op returned."""
+    if not x._is_view():
+        return x.is_leaf
+    return x._base.is_leaf or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
 
 
 def _forward_with_graph(x, kind, parameters):
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS.forward_(x, kind, parameters)
+    rule = KINDS[kind]
+    if _refused(x) or (x._is_view() and rule.saves_result and rule.second is not None):
+        # By autograd's own write. It refuses before it writes; and a Function that saves what a view has become, and is asked for
+        # its derivative, is run twice: by the view's base and by itself.
+        x.copy_(_OPS.forward(x, kind, parameters))
+        return None
     # A view with gaps has no bits in its memory's order: it is kept itself.
     order = _memory_order(x) if _keeps_bits(x, kind) else None
-    _InPlace.apply(x, None if KINDS[kind].saves_result else x.clone(), kind, parameters, order)
+    _InPlace.apply(x, None if rule.saves_result else x.clone(), kind, parameters, order)
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._again import offer
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._handover import register_autograd_with_handover
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import reference
@@ -53,6 +54,7 @@ def batch_norm(
     if chosen == REFERENCE:
         y, mean, variance = reference.batch_norm(x.to(acc), weight, bias, eps)
         return y.to(x.dtype), mean, variance
+    refuse_transforms(_OP)
     # Never a view of x: an in-place ReLU on a view of the result would copy it, forward and backward.
     y, mean, variance, _ = _FORWARD[chosen](_dense(x), weight, bias, eps)
     return y, mean, variance

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._needs import needed
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import _as_laid_out, _dense
 
@@ -37,6 +38,7 @@ def running_batch_norm(
     Errors:  PyTorch's own.
     Source:  Ioffe and Szegedy 2015; SPEC 10.
     """
+    refuse_transforms("running_batch_norm")
     acc = _checks.accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
     return _OPS.forward(x, weight, bias, mean.to(acc), variance.to(acc), eps)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sib_fast import _checks
+from sib_fast._transforms import refuse_transforms
 
 _LIBRARY = torch.library.Library("sib_fast_batch_norm", "DEF")
 _LIBRARY.define(
@@ -41,6 +42,7 @@ def synchronised_batch_norm(
     Errors:  torch.distributed's own.
     Source:  SPEC 10, its means taken over the group.
     """
+    refuse_transforms("SyncBatchNorm")
     acc = _checks.accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
     y, mean, variance, _, count = _OPS.forward(x, weight, bias, eps, group.group_name)

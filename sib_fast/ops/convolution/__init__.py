@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sib_fast._again import calculation_of
 from sib_fast._needs import needed
+from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._flops import register_flops
 from sib_fast.ops.convolution import reference
 from sib_fast.ops.convolution.choice import rules_of
 
@@ -52,6 +54,7 @@ def convolution(
     Errors:  PyTorch's own.
     Source:  SPEC 10.
     """
+    refuse_transforms(_OP)
     return _OPS.forward(x, weight, bias, stride, padding, dilation, groups, recompute)
 
 
@@ -205,3 +208,24 @@ torch.library.register_autograd("sib_fast_convolution::forward", _autograd_of_fo
 torch.library.register_autograd(
     "sib_fast_convolution::backward", _autograd_of_backward, setup_context=_setup_backward, lib=_LIBRARY
 )
+
+
+# ---- flops: what PyTorch counts for the op that ours stands for, whichever way it goes ---------------------------------------
+
+
+def _flops_of_forward(x, weight, bias, stride, padding, dilation, groups, recompute, *, out_val):
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry[torch.ops.aten.convolution]
+    return count(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups, out_val=out_val)
+
+
+def _flops_of_backward(grad_y, x, weight, stride, padding, dilation, groups, recompute, *needs, out_val):
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry[torch.ops.aten.convolution_backward]
+    return count(grad_y, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, needs, out_val=out_val)
+
+
+register_flops(_OPS.forward, _flops_of_forward)
+register_flops(_OPS.backward, _flops_of_backward)

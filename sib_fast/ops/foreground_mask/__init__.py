@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.foreground_mask import reference
 
@@ -67,6 +68,7 @@ def foreground_mask(
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.foreground_mask(vjp, **options._asdict())
+    refuse_transforms(_OP)
     return _ForegroundMask.apply(vjp, None, options, chosen)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sib_fast import _checks
+
 
 def soft_quantile(values: Tensor, level: float, temperature: float, order: Tensor | None = None) -> Tensor:
     """Q_q(v) = Σ_k w_k v_(k) with w_k = softmax_k(-|k - q(P-1)|/τ), over rows.
@@ -20,8 +22,8 @@ def soft_quantile(values: Tensor, level: float, temperature: float, order: Tenso
     """
     pixels = values.shape[1]
     position = level * (pixels - 1)
-    ranks = torch.arange(pixels, dtype=torch.float64, device=values.device)
-    weights = torch.softmax(-(ranks - position).abs() / temperature, dim=0).to(values.dtype)
+    ranks = torch.arange(pixels, dtype=torch.float64, device=_checks.float64_device(values.device))
+    weights = torch.softmax(-(ranks - position).abs() / temperature, dim=0).to(values.dtype).to(values.device)
     if order is None:
         order = values.argsort(dim=1, stable=True)
     ascending = values.gather(1, order)

@@ -141,6 +141,13 @@ def _bits_above(span, BITS: tl.constexpr):
 
 
 @triton.jit
+def _end_of_bin(low, high, which, shift):
+    """The last key of a bin of [low, high]. As a distance from low: a NaN's bin may end beyond the largest integer."""
+    one = tl.full((), 1, low.dtype)
+    return low + tl.minimum(high - low, (which.to(low.dtype) << shift) + ((one << shift) - 1))
+
+
+@triton.jit
 def _interval(histogram, window, start, stop, PASSES: tl.constexpr, WINDOWS: tl.constexpr, ORIGIN: tl.constexpr,
               SHIFT: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Keys [low, high] that hold the ranks start … stop, as PASSES further histograms narrowed them.
@@ -168,7 +175,7 @@ def _interval(histogram, window, start, stop, PASSES: tl.constexpr, WINDOWS: tl.
         last = tl.sum((seen <= stop).to(tl.int32), 0)
         base += tl.sum(tl.where(subbins < first, counts, 0), 0)
         size = tl.sum(tl.where((subbins >= first) & (subbins <= last), counts, 0), 0)
-        high = tl.minimum(high, low + (((last + 1).to(key) << shift) - 1))
+        high = _end_of_bin(low, high, last, shift)
         low += first.to(key) << shift
     return low, high, base, size
 
@@ -322,7 +329,7 @@ def _order_statistic(plane, pixels, rank, low, high, base, KEYED: tl.constexpr, 
             counts += tl.histogram(((key - low) >> shift).to(tl.int32), _BINS, mask=inside)
         found = tl.sum((base + tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
         base += tl.sum(tl.where(bins < found, counts, 0), 0)
-        high = tl.minimum(high, low + (((found + 1).to(low.dtype) << shift) - 1))
+        high = _end_of_bin(low, high, found, shift)
         low += found.to(low.dtype) << shift
     return low, base
 
@@ -705,7 +712,13 @@ def _gate_ranks_kernel(grad_plane, mean_map, levels, rank_pixels, sums_of_gate, 
 _OF_FLOATS = {False: {"ORIGIN": 4 * (127 - 56), "SHIFT": 21}, True: {"ORIGIN": 4 * (1023 - 56), "SHIFT": 50}}
 _OF_INTEGERS = {False: {"ORIGIN": 0, "SHIFT": 23}, True: {"ORIGIN": 0, "SHIFT": 54}}
 _ROWS = 8  # of a box tile along the rows: 2,048 entries at TILE = 256, 16 a thread
-_COLUMNS = {False: 32, True: 16}  # of a box tile along the columns: whole sectors, and 32 KiB for the gather at TILE = 256
+_COLUMNS = {False: 32, True: 16}  # of a box tile along the columns: whole sectors
+_GATHER = 64 * 1024  # bytes of shared memory that the gather of a box tile may take; the smallest limit is 99 KiB
+
+
+def _lines(most: int, tile: int, size: int) -> int:
+    """Rows or columns of a box tile of `tile` entries each, `size` bytes an entry."""
+    return max(1, min(most, _GATHER // (tile * size)))
 
 
 def _warps(entries: int, per_thread: int) -> int:
@@ -806,12 +819,13 @@ def forward(
         if rank_pixels is None and not select:
             ranks[:, :3] = _sorted_ranks(g_rows, plan, plan.positions[:3])
         _rank(plan, g_rows, scratch, candidates, ranks, levels, temperature, of_d=False, select=select)
-        row_blocks, chunks = triton.cdiv(height, _ROWS), triton.cdiv(width, plan.tile_x - 2 * plan.reach_x - 1)
+        rows = _lines(_ROWS, plan.tile_x, plan.key.itemsize)
+        row_blocks, chunks = triton.cdiv(height, rows), triton.cdiv(width, plan.tile_x - 2 * plan.reach_x - 1)
         _gate_rows_kernel[images * row_blocks * chunks,](
             mean_map, levels, scratch, sums, height, width, row_blocks, chunks, plan.reach_x, slope, eps, float(2**plan.bits),
-            WIDE=plan.wide, TILE=plan.tile_x, ROWS=_ROWS, num_warps=_warps(_ROWS * plan.tile_x, 16),
+            WIDE=plan.wide, TILE=plan.tile_x, ROWS=rows, num_warps=_warps(rows * plan.tile_x, 16),
         )  # fmt: skip
-        columns = _COLUMNS[plan.wide]
+        columns = _lines(_COLUMNS[plan.wide], plan.tile_y, plan.key.itemsize)
         column_blocks, chunks = triton.cdiv(width, columns), triton.cdiv(height, plan.tile_y - 2 * plan.reach_y - 1)
         _box_columns_kernel[images * column_blocks * chunks,](
             sums, box, scratch, _HISTOGRAM_D.value, height, width, column_blocks, chunks, plan.reach_y,
@@ -850,8 +864,10 @@ def backward(
     plan = _plan(height, width, mask.dtype, window_size, temperature, quantiles)
     grad_mask, mask, mean_map = grad_mask.contiguous(), mask.contiguous(), mean_map.contiguous()
     rank_pixels, levels = rank_pixels.contiguous(), levels.contiguous()
-    row_blocks, row_chunks = triton.cdiv(height, _ROWS), triton.cdiv(width, plan.tile_x - 2 * plan.reach_x - 1)
-    columns = 16
+    # Sums are float64 here, whatever the planes are.
+    lines = _lines(_ROWS, plan.tile_x, torch.float64.itemsize)
+    row_blocks, row_chunks = triton.cdiv(height, lines), triton.cdiv(width, plan.tile_x - 2 * plan.reach_x - 1)
+    columns = _lines(16, plan.tile_y, torch.float64.itemsize)
     column_blocks, column_chunks = triton.cdiv(width, columns), triton.cdiv(height, plan.tile_y - 2 * plan.reach_y - 1)
     row_parts, column_parts = row_blocks * row_chunks, column_blocks * column_chunks
     spikes = plan.length <= _MOST_SPIKES
@@ -860,7 +876,7 @@ def backward(
     grad_plane = torch.empty_like(mask)
     area_sums = mask.new_empty((images, row_parts), dtype=torch.float64)
     gate_sums = mask.new_empty((images, column_parts, 2), dtype=torch.float64)
-    rows = {"WIDE": plan.wide, "TILE": plan.tile_x, "ROWS": _ROWS, "num_warps": _warps(_ROWS * plan.tile_x, 16)}
+    rows = {"WIDE": plan.wide, "TILE": plan.tile_x, "ROWS": lines, "num_warps": _warps(lines * plan.tile_x, 16)}
 
     def along_rows(source, origin):
         _area_rows_kernel[images * row_parts,](

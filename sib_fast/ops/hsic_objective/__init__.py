@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.hsic_objective import reference
 
@@ -39,6 +40,7 @@ def hsic_objective(
 
     Shapes:  base 0-d float32 or float64; gram_vjp, gram_x [N, N] and background_variance [N] float64, as from
              `region_statistics` -> three 0-d tensors of base's dtype. N >= 2. All arithmetic is float64.
+             Where base's device has no float64, the Grams and variances are on the CPU, and the work is done there.
              The Grams must be symmetric, which is not checked: of a Gram's row and column the kernels read the row.
     Scale:   foreground 1/(N-1)²; background the mean over images; base as it comes.
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or tensors on several
@@ -63,13 +65,15 @@ def hsic_objective(
     for name, tensor in (("gram_vjp", gram_vjp), ("gram_x", gram_x), ("background_variance", background_variance)):
         if tensor.dtype != torch.float64:
             raise TypeError(f"{_OP}: {name} must be float64, got {tensor.dtype}")
-        _checks.require_same_device(_OP, name, tensor, "base", base)
+        if tensor.device != _checks.float64_device(base.device):
+            _checks.require_same_device(_OP, name, tensor, "base", base)
     _checks.require_choice(_OP, "objective", objective, tuple(OBJECTIVES))
     chosen = resolve(_OP, backend, base.device, KERNELS)
     if chosen == REFERENCE:
         return reference.hsic_objective(
             base, gram_vjp, gram_x, background_variance, lambda_fg=lambda_fg, lambda_bg=lambda_bg, objective=objective
         )
+    refuse_transforms(_OP)
     return _HSICObjective.apply(
         base,
         gram_vjp.contiguous(),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sib_fast import _checks
+
 NORM_FLOOR = 1e-12  # of a row's norm, as in torch.nn.functional.normalize
 
 
@@ -28,14 +30,14 @@ def hsic_objective(
     kernel_vjp, kernel_x = normalised(gram_vjp), normalised(gram_x)
     foreground = (kernel_vjp * centred(kernel_x)).sum() / (gram_vjp.shape[0] - 1) ** 2
     background = background_variance.mean()
-    wide = base.to(torch.float64)
+    wide = _checks.to_float64(base)
     if objective == "exp":
         loss = wide + lambda_bg * torch.exp(background) + lambda_fg * torch.exp(-foreground)
     elif objective == "expm1":
         loss = wide + lambda_bg * torch.expm1(background) + lambda_fg * torch.expm1(-foreground)
     else:
         loss = wide + lambda_bg * background - lambda_fg * foreground
-    return loss.to(base.dtype), foreground.to(base.dtype), background.to(base.dtype)
+    return tuple(term.to(base.dtype).to(base.device) for term in (loss, foreground, background))
 
 
 def normalised(gram: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast._needs import needed
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.layer_norm import reference
 
@@ -51,6 +52,7 @@ def layer_norm(
         acc = _checks.accumulation_dtype(x.dtype)
         weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
         return reference.layer_norm(x.to(acc), normalized, weight, bias, eps).to(x.dtype)
+    refuse_transforms(_OP)
     return _by_kernel(chosen, x.contiguous(), weight, bias, math.prod(normalized), 1, 1, eps)
 
 
@@ -85,6 +87,7 @@ def group_norm(
         acc = _checks.accumulation_dtype(x.dtype)
         weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
         return reference.group_norm(x.to(acc), num_groups, weight, bias, eps).to(x.dtype)
+    refuse_transforms(op)
     spatial = math.prod(x.shape[2:])
     length = channels // num_groups * spatial
     y = _by_kernel(chosen, x.contiguous(), weight, bias, length, num_groups, spatial, eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops.pooling import reference  # noqa: F401  the oracle of the tests
 
 _aten = torch.ops.aten
@@ -33,6 +34,7 @@ def max_pool2d(
     Errors:  PyTorch's own.
     Source:  torch.nn.functional.max_pool2d.
     """
+    refuse_transforms("max_pool2d")
     return _OPS.max(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
 
 
@@ -52,6 +54,7 @@ def avg_pool2d(
     Errors:  PyTorch's own.
     Source:  torch.nn.functional.avg_pool2d.
     """
+    refuse_transforms("avg_pool2d")
     return _OPS.average(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 

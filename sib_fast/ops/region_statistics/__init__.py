@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._flops import register_flops
 from sib_fast.ops._registration import register_head_op
 from sib_fast.ops.region_statistics import reference
 from sib_fast.types import RegionStatistics
@@ -39,7 +41,8 @@ def region_statistics(
     torch.get_float32_matmul_precision(), "highest" as tf32x3 and the others as tf32. float64 and the CPU are always IEEE.
 
     Shapes:  vjp, x [N, C, H, W] float64 (both) or any of float32, bfloat16, float16 (each), any strides;
-             mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N]. Any N >= 1; C·H·W >= 2.
+             mask [N, 1, H, W] floating point -> Grams float64 [N, N], variances float64 [N], on the device of vjp, or on the
+             CPU where it has no float64 (Apple's MPS). Any N >= 1; C·H·W >= 2.
     Scale:   Grams are plain sums over D; variances unbiased, 1/(D-1). Normalisation is the estimator's.
     Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable or tensors on several
              devices; NotImplementedError when a kernel's gradient is differentiated again.
@@ -65,6 +68,7 @@ def region_statistics(
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.region_statistics(vjp, x, mask, background_grams=background_grams)
+    refuse_transforms(_OP)
     mask = mask.to(_checks.accumulation_dtype(vjp.dtype)).contiguous()
     mode = _precision_of(precision, chosen, vjp.dtype)
     return RegionStatistics(*_RegionStatistics.apply(vjp, x, mask, bool(background_grams), chosen, mode))
@@ -150,6 +154,24 @@ def add_kernels(backend: str, namespace: str) -> None:
     """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
     ops = getattr(torch.ops, namespace)
     _FORWARD[backend], _BACKWARD[backend] = ops._region_statistics.default, ops._region_statistics_backward.default
+    register_flops(ops._region_statistics, _flops_of_forward)
+    register_flops(ops._region_statistics_backward, _flops_of_backward)
+
+
+def _gram_flops(rows: Tensor) -> int:
+    """One product of N rows of D elements at its full 2N²D, symmetric or not (SPEC 8)."""
+    return 2 * rows.shape[0] * rows.numel()
+
+
+def _flops_of_forward(vjp, x, mask, background_grams, precision, *, out_val):
+    return (2 if background_grams else 1) * (_gram_flops(vjp) + _gram_flops(x))
+
+
+def _flops_of_backward(*arguments, out_val):
+    """A Gram's gradient times its rows, where the map or the mask asks for it."""
+    of_background, vjp, x, need_vjp, need_x, need_mask = (arguments[i] for i in (4, 6, 7, 11, 12, 13))
+    products = (need_vjp or need_mask) * _gram_flops(vjp) + (need_x or need_mask) * _gram_flops(x)
+    return products * (1 if of_background is None else 2)
 
 
 def _fake_forward(vjp, x, mask, background_grams, precision):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sib_fast import _checks
 from sib_fast.types import RegionStatistics
 
 
@@ -15,20 +16,20 @@ def region_statistics(vjp: Tensor, x: Tensor, mask: Tensor, *, background_grams:
     """G_R = a aᵀ, G_x = b bᵀ with a = R·M, b = x·M; unbiased variance of v = R·(1-M) and of R, per image.
 
     Shapes:  vjp, x [N, C, H, W]; mask [N, 1, H, W]. Computed in float64 for float64 and float32 otherwise; the results
-             are float64 [N, N] and [N].
+             are float64 [N, N] and [N], on the CPU where the device has no float64.
     """
     compute = torch.float64 if vjp.dtype == torch.float64 else torch.float32
     vjp, x, mask = vjp.to(compute), x.to(compute), mask.to(compute)
     a, b, v = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
 
     def gram(rows: Tensor) -> Tensor:
-        return (rows @ rows.T).to(torch.float64)
+        return _checks.to_float64(rows @ rows.T)
 
     return RegionStatistics(
         gram_vjp=gram(a),
         gram_x=gram(b),
-        background_variance=v.var(dim=1, unbiased=True).to(torch.float64),
-        vjp_variance=vjp.flatten(1).var(dim=1, unbiased=True).to(torch.float64),
+        background_variance=_checks.to_float64(v.var(dim=1, unbiased=True)),
+        vjp_variance=_checks.to_float64(vjp.flatten(1).var(dim=1, unbiased=True)),
         background_gram_vjp=gram(v) if background_grams else None,
         background_gram_x=gram((x * (1 - mask)).flatten(1)) if background_grams else None,
     )

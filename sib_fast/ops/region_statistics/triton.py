@@ -23,6 +23,7 @@ PLANES, CHANNELS, FLAT_PIXELS, FLAT_CHANNELS = (tl.constexpr(order) for order in
 PARTIAL = tl.constexpr(1024)  # products per float32 partial sum, then float64 (SPEC 7)
 CHAIN = tl.constexpr(512)  # products per uninterrupted tensor-core sum: its error grows with its length
 _PROGRAMS = 264  # programs that share a launch's work: two for each SM of an H200. By constant: the split sets the bits
+_MOST_RESIDENT_PAIRS = 64  # images whose S and background S a program holds: with 128 they would take 320 KiB of 227
 _LEAST_PRODUCTS = (
     4096 if INTERPRETING else 256
 )  # per split: below this the partial Gram costs more bytes than the rows it is made of
@@ -54,7 +55,7 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
     elif PRECISION == "tf32":
         acc = tl.dot(_tf32(a), _tf32(b), acc, input_precision="tf32")
     else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
@@ -71,7 +72,7 @@ def _square(a, acc, PRECISION: tl.constexpr):
         big = _tf32(a)
         acc = tl.dot(big, tl.trans(big), acc, input_precision="tf32")
     else:
-        acc = tl.dot(a, tl.trans(a), acc, input_precision="ieee")
+        acc = tl.dot(a, tl.trans(a), acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
@@ -85,7 +86,7 @@ def _at_pixel(pixel, width, stride_h, stride_w, LINEAR: tl.constexpr):
 @triton.jit
 def _unit(
     unit, channels, pixels, width, stride_c, stride_h, stride_w,
-    BLOCK_D: tl.constexpr, ORDER: tl.constexpr, INNER: tl.constexpr, LINEAR: tl.constexpr,
+    inner, BLOCK_D: tl.constexpr, ORDER: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     """The unit-th block of BLOCK_D elements of a row: offsets in the map, pixels, and which of them exist."""
     column = tl.arange(0, BLOCK_D)
@@ -102,9 +103,9 @@ def _unit(
         element = unit * BLOCK_D + column
         inside = element < channels * pixels
         if ORDER == FLAT_PIXELS:
-            channel, pixel = element // INNER, element % INNER
+            channel, pixel = element // inner, element % inner
         else:
-            channel, pixel = element % INNER, element // INNER
+            channel, pixel = element % inner, element // inner
     at = channel.to(tl.int64) * stride_c + _at_pixel(pixel, width, stride_h, stride_w, LINEAR)
     return at, pixel, inside
 
@@ -112,11 +113,11 @@ def _unit(
 # ---- forward ----------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["units", "units_per_split", "splits"])
+@triton.jit(do_not_specialize=["inner", "units", "units_per_split", "splits"])
 def _gram_partials_kernel(
     map_ptr, mask_ptr, partials_ptr, moments_ptr, images, channels, pixels, width,
-    stride_n, stride_c, stride_h, stride_w, units, units_per_split, splits,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDER: tl.constexpr, INNER: tl.constexpr, LINEAR: tl.constexpr,
+    stride_n, stride_c, stride_h, stride_w, inner, units, units_per_split, splits,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDER: tl.constexpr, LINEAR: tl.constexpr,
     DIAGONAL: tl.constexpr, MOMENTS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of one Gram over one split of D; on the VJP's diagonal tiles also the moments of R and of R(1-M).
@@ -126,24 +127,26 @@ def _gram_partials_kernel(
     Shapes    map [N, C, H, W] any strides, mask [N, P] -> partials [regions, tiles, splits, BLOCK_N, BLOCK_N] float32, or
               float64 where a split holds more than one partial sum (FOLD); moments [5, N, splits] float64 (count, mean and M2
               of R, mean and M2 of R(1-M)).
-    Launch    grid (splits, tiles, regions). Only tiles i <= j; a diagonal tile loads its rows once. The other map is
-              another launch: one program with both Grams needs 255 registers and spills.
+    Launch    grid (splits × tiles, regions): the first of a grid's axes alone may be longer than 65,535. Only tiles i <= j;
+              a diagonal tile loads its rows once. The other map is another launch: one program with both Grams needs 255
+              registers and spills.
     Sums      chains of at most CHAIN products (tf32x3: BLOCK_D), float32 up to PARTIAL, then float64. Moments: float64
               sums of differences from the split's first element, so that neither a large mean nor R² = 1e-42 loses digits.
     Traffic   map and mask once a row tile and column tile; writes BLOCK_N² words a split.
     Twins     csrc/cpu/region_statistics_kernels.cpp; truth: reference.py.
     """
-    split = tl.program_id(0)
-    region = tl.program_id(2)
+    split = tl.program_id(0) % splits
+    program = tl.program_id(0) // splits
+    region = tl.program_id(1)
+    side = (images + BLOCK_N - 1) // BLOCK_N
     if DIAGONAL:
-        tile_i = tl.program_id(1)
-        tile_j = tile_i
-        tile = tile_i
-        tiles = tl.num_programs(1)
+        tile_i = program
+        tile_j = program
+        tile = program
+        tiles = side
     else:
-        side = (images + BLOCK_N - 1) // BLOCK_N
-        tile_i = tl.program_id(1) // side
-        tile_j = tl.program_id(1) % side
+        tile_i = program // side
+        tile_j = program % side
         if tile_i >= tile_j:
             return
         tile = tile_j * (tile_j - 1) // 2 + tile_i
@@ -167,7 +170,7 @@ def _gram_partials_kernel(
     if MOMENTS:
         GROUP: tl.constexpr = 4  # neighbours of a row that one thread holds: their sum needs no exchange
         at, pixel, inside = _unit(
-            begin, channels, pixels, width, stride_c, stride_h, stride_w, BLOCK_D, ORDER, INNER, LINEAR
+            begin, channels, pixels, width, stride_c, stride_h, stride_w, inner, BLOCK_D, ORDER, LINEAR
         )  # fmt: skip
         first = in_i & (tl.arange(0, BLOCK_D) == 0)[None, :]
         r = tl.load(map_i + at[None, :], mask=first, other=0.0).to(acc_type)
@@ -186,7 +189,7 @@ def _gram_partials_kernel(
             part = total if STEP == UNITS else tl.zeros([BLOCK_N, BLOCK_N], acc_type)
             for unit in range(chain, tl.minimum(chain + STEP, end)):
                 at, pixel, inside = _unit(
-                    unit, channels, pixels, width, stride_c, stride_h, stride_w, BLOCK_D, ORDER, INNER, LINEAR
+                    unit, channels, pixels, width, stride_c, stride_h, stride_w, inner, BLOCK_D, ORDER, LINEAR
                 )  # fmt: skip
                 r = tl.load(map_i + at[None, :], mask=in_i & inside[None, :], other=0.0).to(acc_type)
                 m = tl.load(mask_i + pixel[None, :], mask=in_i & inside[None, :], other=0.0)
@@ -357,7 +360,7 @@ def _sym_product(big, small, b, acc, PRECISION: tl.constexpr):
     elif PRECISION == "tf32":
         acc = tl.dot(big, _tf32(b), acc, input_precision="tf32")
     else:
-        acc = tl.dot(big, b, acc, input_precision="ieee")
+        acc = tl.dot(big, b, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
@@ -378,7 +381,7 @@ def _gradient_kernel(
         grad_map = M·p + (1-M)·q + ṙ·2/(D-1)·(map - mean)      grad_mask (+)= Σ_c map·(p - q)
 
     Shapes    map, grad_map [N, C, H, W] any strides, mask [N, P], S [padded, padded]; grad_mask [splits, N, P], all written.
-    Launch    grid (row tiles, programs). A program takes `items_per_program` items in turn; an item is a block of pixels
+    Launch    grid row tiles × programs. A program takes `items_per_program` items in turn; an item is a block of pixels
               (PLANES) or one pixel (CHANNELS) with one split of the channels, one step a channel or block of channels.
               RESIDENT: one row tile holds all images and S stays in shared memory; otherwise S streams past in BLOCK_K.
     Traffic   reads map and mask once (a row tile each, from L2 but the first time), writes grad_map and grad_mask once. The
@@ -386,8 +389,9 @@ def _gradient_kernel(
     Sums      over images: chains of at most CHAIN products, then float32.
     Twins     csrc/cpu/region_statistics_kernels.cpp; truth: reference.py under autograd.
     """
-    tile_n = tl.program_id(0)
-    first_item = tl.program_id(1) * items_per_program
+    row_tiles = 1 if RESIDENT else (images + BLOCK_N - 1) // BLOCK_N
+    tile_n = tl.program_id(0) % row_tiles
+    first_item = tl.program_id(0) // row_tiles * items_per_program
     last_item = tl.minimum(first_item + items_per_program, items)
     acc_type: tl.constexpr = mask_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_D)
@@ -518,7 +522,7 @@ class Tile(NamedTuple):
 # tf32 has 8 to 16 bytes of stack in Gram tiles of 64 on 8.x.
 # What else was compiled (registers/stack bytes, tf32x3, triton 3.8): Gram 128×128 with 32 columns 255/24 on sm_90 (with 16:
 # 240/0) and with 16 columns 255/56 on sm_80, 254/16 on sm_120; resident S 128×64 255/168 on sm_90 (128×32: 176/0), 128×32
-# 32/4488 on sm_80; S 64×64 32/5424 on sm_80.
+# 32/4488 on sm_80; S 64×64 32/5424 on sm_80. Triton 3.6: streamed 128×64 255/368 on sm_90, with the variances (64×64: 236/0).
 SMALLEST = "86"
 SHARED_MEMORY = {"80": 163 * 1024, "86": 99 * 1024, "120": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 # The interpreter has no registers, and takes as long for an operation on a large block as on a small one.
@@ -552,7 +556,7 @@ _RESIDENT_90 = _with_fallbacks(
 # float64 with 32 images: 254/160 on sm_120, 255/32 on sm_86
 _STREAMED_80 = _with_fallbacks((Tile(64, 32, 8, 3, 32), Tile(128, 32, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64[:1])
 _STREAMED_120 = _STREAMED_80
-_STREAMED_90 = _with_fallbacks((Tile(64, 64, 8, 3, 16), Tile(128, 64, 8, 3, 16)), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
+_STREAMED_90 = _with_fallbacks((Tile(64, 64, 8, 3, 16),), _GRADIENT_IEEE, _GRADIENT_FLOAT64)
 GRAM = {
     "interpreter": _INTERPRETER, "80": _GRAM_80, "86": _GRAM_80, "120": _GRAM_120, "90": _GRAM_90, "100": _GRAM_90
 }  # fmt: skip
@@ -603,10 +607,10 @@ def _gram_tile(images: int, tiles: tuple[Tile, ...]) -> Tile:
     return min(tiles[-2:], key=cost)
 
 
-def _gradient_tile(images: int, resident: tuple[Tile, ...], streamed: tuple[Tile, ...]) -> Tile:
+def _gradient_tile(images: int, background: bool, resident: tuple[Tile, ...], streamed: tuple[Tile, ...]) -> Tile:
     """The smallest tile that holds all images beside S; otherwise the one that wastes fewer rows, by a quarter at least."""
     for tile in resident:
-        if images <= tile.block_n:
+        if images <= tile.block_n and not (background and tile.block_n > _MOST_RESIDENT_PAIRS):
             return tile
     return min(streamed, key=lambda t: _ceil(images, t.block_n) * t.block_n * (1.0 if t is streamed[-1] else 1.25))
 
@@ -634,7 +638,7 @@ def _walk(map_: Tensor) -> _Walk:
 
 
 def _order(map_: Tensor, walk: _Walk, block_d: int) -> tuple[int, int, int]:
-    """Order, length of the inner axis where it must be a constant, and the number of blocks of the forward."""
+    """Order, length of the inner axis where rows run together, and the number of blocks of the forward."""
     channels, pixels = map_.shape[1], map_.shape[2] * map_.shape[3]
     flat = channels * pixels < 2**31 - block_d
     if walk.channels_fastest or pixels == 1:
@@ -675,10 +679,10 @@ def _partials(map_: Tensor, mask: Tensor, tile: Tile, regions: int, moments: boo
     moment_slots = mask.new_empty((5, images, launches[0][4]), dtype=torch.float64) if moments else None
     for diagonal, programs, tiles, per, splits in launches:
         out = mask.new_empty((regions, tiles, splits, tile.block_n, tile.block_n), dtype=dtype)
-        _gram_partials_kernel[(splits, programs, regions)](
+        _gram_partials_kernel[(splits * programs, regions)](
             map_, mask, out, moment_slots if diagonal else None, images, channels, pixels, walk.width,
-            walk.stride_n, walk.stride_c, walk.stride_h, walk.stride_w, units, per, splits,
-            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, ORDER=order, INNER=inner, LINEAR=walk.linear,
+            walk.stride_n, walk.stride_c, walk.stride_h, walk.stride_w, inner, units, per, splits,
+            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, ORDER=order, LINEAR=walk.linear,
             DIAGONAL=diagonal, MOMENTS=moments and diagonal, FOLD=fold, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -724,9 +728,9 @@ def backward(
     pixels = height * width
     kind = _kind(mask.dtype, precision)
     tables = _architecture(vjp.device)
-    tile = _gradient_tile(images, RESIDENT_GRADIENT[tables][kind], STREAMED_GRADIENT[tables][kind])
-    resident = tile.block_k == tile.block_n >= images
     background = grad_background_gram_vjp is not None
+    tile = _gradient_tile(images, background, RESIDENT_GRADIENT[tables][kind], STREAMED_GRADIENT[tables][kind])
+    resident = tile.block_k == tile.block_n >= images
     row_tiles = _ceil(images, tile.block_n)
     unit = max(tile.block_n, tile.block_k)
     padded = _ceil(images, unit) * unit
@@ -764,7 +768,7 @@ def backward(
             items = blocks * splits
             in_turn = _ceil(items, max(1, _PROGRAMS // row_tiles)) if resident else 1
             variance = which == 0
-            _gradient_kernel[(row_tiles, _ceil(items, in_turn))](
+            _gradient_kernel[(row_tiles * _ceil(items, in_turn),)](
                 map_, mask, sym[which, 0], sym[which, 1], *(sym[2 + which] if background else (None, None)),
                 grad if need else None, shares[first:] if need_mask and shared else grad_mask if need_mask else None,
                 *((grad_background_variance, background_mean, grad_vjp_variance, vjp_mean) if variance else (None,) * 4),

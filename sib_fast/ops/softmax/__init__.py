@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
+from sib_fast._transforms import refuse_transforms
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.softmax import reference
 
@@ -47,6 +48,7 @@ def softmax(x: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.softmax(x)
     if backend != "auto":
         resolve(_OP, backend, x.device, KERNELS)
+    refuse_transforms(_OP)
     return _OPS.forward(x)
 
 

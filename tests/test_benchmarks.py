@@ -528,6 +528,7 @@ def collected() -> list[str]:
         "no:cacheprovider",
         "tests/gpu",
         "tests/ops",
+        "tests/triton",
         "tests/distributed",
     ]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
@@ -535,9 +536,10 @@ def collected() -> list[str]:
 
 
 def selects(evidence: str, collected: list[str]) -> bool:
-    """`<files> -k <word>` selects a test in each of its files."""
-    files, _, word = evidence.partition(" -k ")
-    return not word or all(any(test.startswith(file) and word in test for test in collected) for file in files.split())
+    """`<files> -k <word>`, or -k "<word> or <word>", selects a test in each of its files, by each of its words."""
+    files, _, words = evidence.partition(" -k ")
+    pairs = [(file, word) for file in files.split() for word in words.strip('"').split(" or ") if word]
+    return all(any(test.startswith(file) and word in test for test in collected) for file, word in pairs)
 
 
 def exists(evidence: str) -> bool:

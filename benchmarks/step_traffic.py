@@ -48,7 +48,7 @@ MARKS = ("<!-- step_traffic -->", "<!-- /step_traffic -->")
 VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared")
 PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared")
 PRECISIONS = ("float32", "bf16")
-GOAL = ("resnet50", 128, 224)  # in bf16: what issue 4 asks of a GPU, counted
+GOAL = ("resnet50", 128, 224)  # in bf16: the goal for a GPU, counted
 # The page that shows a variant's rows.
 DOCS = {
     ROOT / "docs/step.md": ("plain", "naive", "ours", "ours_prepared", "ours_recompute"),

@@ -14,7 +14,7 @@ _OP = "vjp_map"
 SCALARS = ("energy", "multilabel_energy", "logit_sum", "label_logit", "label_log_probability", "predicted_logit")
 LABEL_SCALARS = ("label_logit", "label_log_probability")
 # Under fp16 autocast the VJP of a network underflows layer by layer. The cosine of R to float32 was 0.78 without a scale
-# and 0.99 with 2^10 (issue 2; a power of two, so that dividing it out again is exact).
+# and 0.99 with 2^10 (a power of two, so that dividing it out again is exact).
 FLOAT16_SCALE = 1024.0
 # A cotangent below this is zero to every dtype that a network runs in; dividing by it could overflow in the derivative.
 _NO_COTANGENT = 1e-200

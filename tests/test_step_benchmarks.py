@@ -301,7 +301,7 @@ def test_resnet18s_traffic_does_not_grow():
     from benchmarks.step_traffic import measure
 
     variants = measure("resnet18", images=16, size=224)["variants"]
-    # The counting itself: what issue 4 counted with another counter (ResNet-50: 7.4×, 408 and 5,468 ops).
+    # The counting itself: what another counter counted (ResNet-50: 7.4×, 408 and 5,468 ops).
     assert variants["plain"]["ops"] == 163
     assert 7.5 < variants["naive"]["to_plain"]["bytes"] < 8.0
     ours = variants["ours_prepared"]["to_plain"]

@@ -27,7 +27,7 @@ from sib_fast.lab.study.records import (
 
 LEVEL = 0.95
 MET, NOT_MET, NOT_DECIDABLE = "met", "not met", "not decidable"
-ENERGY_MARK, METHODS_NEEDED, ACCURACY_MARK = 0.10, 5, 0.02  # the expectations, as issue 5 words them
+ENERGY_MARK, METHODS_NEEDED, ACCURACY_MARK = 0.10, 5, 0.02  # the expectations, as the protocol words them
 _ROUNDING = 1e-9  # 0.65 − 0.55 is below 0.10 in float64
 
 DEFINITIONS = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sib_fast import doctor
 from sib_fast._version import __version__
 from sib_fast.lab import panel, train
+from sib_fast.lab.results import report_interrupt
 from sib_fast.lab.study import run as study
 from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
 from sib_fast.nn.inspect import main as inspect_main
@@ -40,4 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return args.main(args)
+    try:
+        return args.main(args)
+    except KeyboardInterrupt as error:
+        return report_interrupt(args.command, error)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sib_fast import SIBLoss, vjp_map
+import sib_fast
+from sib_fast import SIBLoss, _backends, vjp_map
+from sib_fast.nn.prepare import SWAPS
 from sib_fast.testing.networks import conv_net, image_batch, plain_step, relative_error
 
 WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
@@ -168,3 +173,63 @@ def test_a_network_all_in_bfloat16(backend):
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+# ---- what autocast says of each layer, on the CPU and on CUDA, where a tensor without data has a dtype too ----------
+
+WIDE_ON_CUDA = (nn.LayerNorm, nn.GroupNorm, nn.Softplus)
+
+
+def layers_of_every_kind() -> dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+    given = {
+        nn.BatchNorm1d: (lambda: nn.BatchNorm1d(4), (3, 4, 5)),
+        nn.BatchNorm2d: (lambda: nn.BatchNorm2d(4), (3, 4, 5, 5)),
+        nn.BatchNorm3d: (lambda: nn.BatchNorm3d(4), (3, 4, 2, 3, 3)),
+        nn.SyncBatchNorm: (lambda: nn.SyncBatchNorm(4), (3, 4, 5)),
+        nn.LayerNorm: (lambda: nn.LayerNorm(6), (3, 4, 6)),
+        nn.GroupNorm: (lambda: nn.GroupNorm(2, 4), (3, 4, 5, 5)),
+        nn.MultiheadAttention: (lambda: nn.MultiheadAttention(4, 2), (5, 3, 4)),
+        nn.Conv1d: (lambda: nn.Conv1d(4, 4, 3), (3, 4, 6)),
+        nn.Conv2d: (lambda: nn.Conv2d(4, 4, 3), (3, 4, 6, 6)),
+        nn.Conv3d: (lambda: nn.Conv3d(4, 4, 2), (3, 4, 3, 3, 3)),
+        nn.MaxPool2d: (lambda: nn.MaxPool2d(2), (3, 4, 6, 6)),
+        nn.AvgPool2d: (lambda: nn.AvgPool2d(2), (3, 4, 6, 6)),
+    }
+    return {kind: given.get(kind, (kind, (3, 4))) for kind in SWAPS}
+
+
+def output_dtype(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    device = x.device.type
+    torch.set_autocast_dtype(device, dtype)  # torch.autocast("cuda") does nothing on a machine without CUDA
+    torch.set_autocast_enabled(device, True)
+    try:
+        y = layer(x, x, x, need_weights=False)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+    finally:
+        torch.set_autocast_enabled(device, False)
+        torch.clear_autocast_cache()
+    return y.dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", SWAPS, ids=lambda kind: kind.__name__)
+def test_a_prepared_layers_dtype_is_autocasts_own(kind, device, monkeypatch):
+    make, shape = layers_of_every_kind()[kind]
+    if device == "cuda":  # its kernels are there for tensors without data
+        monkeypatch.setitem(_backends.MISSING, "cuda", None)
+    before = torch.get_autocast_dtype(device)
+    results = []
+    try:
+        with FakeTensorMode(), torch.device(device):
+            for prepared in (False, True):
+                layer = sib_fast.prepare(make()) if prepared else make()
+                dtypes = []
+                for dtype in HALF:
+                    for given in (torch.float32, *HALF):
+                        x = torch.empty(shape, dtype=given, requires_grad=True)
+                        dtypes.append(output_dtype(layer, x, dtype))
+                results.append(dtypes)
+    finally:
+        torch.set_autocast_dtype(device, before)
+    assert results[0] == results[1]
+    if device == "cuda":
+        assert (set(results[1]) == {torch.float32}) == (kind in WIDE_ON_CUDA)

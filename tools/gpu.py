@@ -31,6 +31,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,7 @@ class Run:
         self.out, self.dry, self.deadline = out, dry, self.clock() + budget
         self.device, self.families = ("cpu", ["cpu"]) if dry else ("cuda", ["cuda", "triton"])
         self.cores = 1 if dry else max(1, (os.cpu_count() or 2) - 3)
-        name = f"{sources()}.{machine.replace('.', '_')}.{int(time.time())}-{os.getpid()}"
+        name = f"{sources()}.{re.sub('[^A-Za-z0-9-]', '-', machine)}.{int(time.time())}-{os.getpid()}"
         paths = [out / "results.jsonl", *([] if dry else [KEPT / f"{name}.jsonl"])]
         self.earlier = [*earlier, *([] if dry else sorted(KEPT.glob("*.jsonl")))]
         self.journal = Journal(*paths, earlier=self.earlier, run=name)

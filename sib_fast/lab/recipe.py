@@ -15,7 +15,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +53,35 @@ class Recipe(lightning.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.true_masks = true_masks
+        self._values: dict[str, list[Tensor]] = {}
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         image, target, mask = batch
         extra = {"mask": mask} if self.true_masks else {}
         loss = self.criterion(self.model(image), target, **extra)
         terms = self.criterion.terms if isinstance(self.criterion, SIBLoss) else {"loss": loss.detach()}
-        self.log_dict(terms, on_step=False, on_epoch=True, batch_size=len(target))
-        self.log("train_loss", loss.detach(), prog_bar=True, logger=False)
+        for name, value in terms.items():
+            self._values.setdefault(name, []).append(value)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        # once an epoch: Lightning's log at every step took a tenth of the step of a small network
+        self.log_dict({name: torch.stack(values).double().mean() for name, values in self._values.items()})
+        self._values.clear()
 
     def configure_optimizers(self) -> dict[str, object]:
         optimiser = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.lr, total_steps=steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _EpochDone(Callback):
+    def __init__(self, tell: Callable[[int], None]):
+        self.tell = tell
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.tell(trainer.current_epoch + 1)
 
 
 class _ProgressBar(RichProgressBar):
@@ -108,13 +122,14 @@ def fit(
     seed: int,
     device: str,
     log_folder: Path,
-    progress: bool,
+    epoch_done: Callable[[int], None] = lambda epochs: None,
     precision: str = "32-true",
     true_masks: bool = False,
 ) -> tuple[int, float, dict[str, float]]:
     """Train the model in place, metrics of every epoch in ``log_folder/metrics.csv``.
 
-    Args:    precision: Lightning's, e.g. "bf16-mixed". true_masks: hand the data's masks to the criterion, a SIBLoss.
+    Args:    epoch_done: called with the number of finished epochs after each of them.
+             precision: Lightning's, e.g. "bf16-mixed". true_masks: hand the data's masks to the criterion, a SIBLoss.
     Returns: steps taken, seconds they took, and the last epoch's mean of every logged term.
     Errors:  KeyboardInterrupt when the user interrupts.
     """
@@ -127,8 +142,8 @@ def fit(
             precision=precision,
             logger=CSVLogger(log_folder.parent, name="", version=log_folder.name),
             default_root_dir=log_folder,
-            callbacks=[_ProgressBar(leave=False)] if progress else [],
-            enable_progress_bar=progress,
+            callbacks=[_EpochDone(epoch_done)],
+            enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what :func:`write_atomically` leaves of a process that was killed as it wrote."""
+    for partial in folder.rglob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose text is the one sentence that the user needs: what is kept, and how to go on."""
+
+
+def report_interrupt(command: str, error: KeyboardInterrupt) -> int:
+    """What every command does about an interrupt: a sentence, no traceback. Returns the exit code."""
+    kept = str(error) if isinstance(error, Interrupted) else "Nothing has been written; the same command starts again."
+    if kept:
+        print(f"sib-fast {command}: interrupted. {kept}", file=sys.stderr)
+    return 130
 
 
 def environment(threads: int, device: str, backend: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import nn
 from sib_fast import SIBLoss
 from sib_fast._backends import resolve
 from sib_fast.lab.networks import SMALL, NetworkSpec, load_network
-from sib_fast.lab.results import environment, write_atomically
+from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
 from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     Returns: what ``network.pt`` says about itself; ``training["val_accuracy"]`` among it.
     Errors:  ValueError for settings that do not fit each other, the data or the run to be resumed, before any training;
              FileNotFoundError for missing data; ImportError without the lab extra; OSError when the disk is full;
-             KeyboardInterrupt when the user interrupts.
+             Interrupted, whose text says what is kept, when the user interrupts.
     """
     console = console or _console()
     with _threads(config.threads):
@@ -305,9 +305,13 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         go_on = resume and (config.out / CHECKPOINT).is_file()
         try:
             train_network(config, spec, model, config.criterion(), train, val, go_on)
+        except KeyboardInterrupt as error:
+            raise Interrupted(_kept(config) if main_process else "") from error
         except BaseException as error:
             if main_process:
-                _explain_interruption(config, error, console)
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                reason = "a full disk" if full else type(error).__name__
+                console.print(f"train: stopped by {reason}. {_kept(config)}", soft_wrap=True)
             raise
     spec, _ = load_network(config.out / "network.pt")
     if main_process:
@@ -416,8 +420,7 @@ def _claim_folder(config: TrainConfig, resume: bool, backend: str) -> None:
                 raise ValueError(
                     f"train: resume needs the earlier run's settings, {name} {earlier.get(name)!r}, got {settings.get(name)!r}"
                 )
-        for partial in config.out.rglob(".*.partial"):  # of a process that was killed as it wrote
-            partial.unlink()
+        remove_partials(config.out)
     elif path.exists():
         raise ValueError(f"train: out must be a new folder, got {config.out}, which holds a run: --resume goes on with it")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -439,18 +442,13 @@ def stored_settings(out: Path) -> dict[str, Any]:
         raise ValueError(f"train: {out / _SETTINGS} must be written by this version, got {error}") from error
 
 
-def _explain_interruption(config: TrainConfig, error: BaseException, console: Console) -> None:
+def _kept(config: TrainConfig) -> str:
+    """What a run that was cut short leaves, and how to go on."""
     from sib_fast.lab.recipe import CHECKPOINT
 
-    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped by {type(error).__name__}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = "stopped by a full disk"
     finished = (config.out / CHECKPOINT).is_file()
     holds = "the network and the checkpoint of the latest finished epoch" if finished else "no finished epoch yet"
-    console.print(
-        f"train: {reason}. {config.out} holds {holds}; sib-fast train --resume --out {config.out} goes on from there.",
-        soft_wrap=True,
-    )
+    return f"{config.out} holds {holds}; sib-fast train --resume --out {config.out} goes on from there."
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -562,6 +560,6 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"sib-fast train: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return report_interrupt("train", error)
     return 0

@@ -2,6 +2,13 @@
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +17,19 @@ pytest.importorskip("lightning")
 pytest.importorskip("captum")
 from rich.console import Console
 
-from sib_fast import SIBLoss
+from sib_fast import SIBLoss, cli
 from sib_fast.explain import explain
 from sib_fast.explain.controls import insertion_deletion
 from sib_fast.explain.metrics import EnergyPointingGame
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import load_network
-from sib_fast.lab.study import network, run, timing
+from sib_fast.lab.study import network, progress, report, run, timing
 from sib_fast.lab.study.records import file_stem
 from sib_fast.lab.study.run import StudyConfig
 from sib_fast.lab.study.variants import ARCHITECTURES, LABELS, find_variant, variants
 
+ROOT = Path(__file__).parent.parent.parent
 TINY = {
     "architectures": ("small_conv_net",),
     "variants": ("plain", "sib", "true_mask"),
@@ -70,8 +78,16 @@ def test_a_study_leaves_every_network_its_record_and_a_report(finished):
     assert document["status"] == "complete"
     assert list(document["variants"]) == ["plain", "sib", "true_mask"]
     assert (out / "report.html").is_file()
-    assert "naive head" in printed
+    assert "naive head" in (out / "report.html").read_text()
+    said = printed.splitlines()
+    assert [line for line in said if line.startswith("[")][-1].startswith("[6/6] S-IB with the true mask (upper bound), seed 1: ")
+    # the picture comes with its two networks, before the others
+    assert said.index(f"picture: {out / 'panel.png'}") < next(i for i, line in enumerate(said) if line.startswith("[3/6]"))
+    end = said[said.index("What was seen") :]
+    assert end[1].startswith("  1. ")
+    assert f"The picture: {out / 'panel.png'}" in end
     assert str(out / "report.html") in printed
+    assert "What next" in end
 
 
 def test_scores_can_be_computed_again_from_the_files(finished):
@@ -112,14 +128,14 @@ def test_two_processes_compute_the_bits_of_one(finished, tmp_path):
 def test_an_interrupted_study_reports_and_goes_on(finished, tmp_path, monkeypatch):
     real, started = network.run_network, []
 
-    def interrupted(arch, variant, seed, settings, out):
+    def interrupted(arch, variant, seed, settings, out, tell):
         started.append((variant.name, seed))
         if len(started) == 3:
             raise KeyboardInterrupt
-        return real(arch, variant, seed, settings, out)
+        return real(arch, variant, seed, settings, out, tell)
 
     monkeypatch.setattr(network, "run_network", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 6 networks are finished and kept in .*; the same command goes on"):
         study(tmp_path)
     assert json.loads((tmp_path / "study.json").read_text())["status"] == "interrupted"
     assert len(records(tmp_path)) == 2
@@ -149,6 +165,135 @@ def test_a_later_run_may_add_seeds(finished, tmp_path):
     assert len(commands) == 2  # the third run repeated the first
     assert "--seeds 0 " in commands[0]
     assert "--seeds 1 " in commands[1]
+
+
+def test_a_later_run_without_timing_keeps_the_step_times(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "s")
+    times = json.loads((out / "study.json").read_text())["step_seconds"]
+    assert set(times["small_conv_net"]) == {f"{name}{end}" for name in timing.LABELS for end in ("", timing.FIXED)}
+    study(out, seeds=(0,))
+    assert json.loads((out / "study.json").read_text())["step_seconds"] == times
+    assert "A training step, small convolutional network" in (out / "report.html").read_text()
+
+
+# ---- Ctrl-C, kills, progress ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["training", "scoring", "writing a network", "writing the report"])
+def test_ctrl_c_at_any_moment_keeps_what_is_finished_and_the_next_run_ends_alike(finished, tmp_path, monkeypatch, capsys, moment):
+    options = {"seeds": (0,), "variants": ("plain",)}
+    owner, name = {
+        "training": (torch.optim.AdamW, "step"),
+        "scoring": (network, "explain"),
+        "writing a network": (os, "replace"),
+        "writing the report": (report, "figures"),
+    }[moment]
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **named):
+        calls.append(arguments)
+        if moment != "writing a network" or str(arguments[1]).endswith(".pt"):
+            monkeypatch.setattr(owner, name, real)
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    flags = [f for k, v in (TINY | options).items() if k != "progress" for f in (f"--{k.replace('_', '-')}", *_words(v))]
+    assert cli.main(["study", "--no-progress", "--out", str(tmp_path), *flags]) == 130
+    kept = int(moment == "writing the report")
+    said = capsys.readouterr().err
+    assert said == (
+        f"sib-fast study: interrupted. {kept} of 1 networks are finished and kept in {tmp_path}; the same command goes on from "
+        "there.\n"
+    )
+    assert json.loads((tmp_path / "study.json").read_text())["status"] == "interrupted"
+    assert not list(tmp_path.rglob("*.partial"))
+    study(tmp_path, **options)
+    ours, alone = without_clock(records(tmp_path)), without_clock(records(finished[0]))
+    assert ours == {stem: alone[stem] for stem in ("small_conv_net.plain.seed0",)}
+    weights = [(out / "networks" / "small_conv_net.plain.seed0.pt").read_bytes() for out in (tmp_path, finished[0])]
+    assert weights[0] == weights[1]
+
+
+def _words(value) -> list[str]:
+    return list(map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def test_ctrl_c_in_a_terminal_ends_every_process_with_one_sentence(tmp_path):
+    """A terminal sends the signal to the whole group: to the study and to its workers, which may still be starting."""
+    flags = [f for k, v in TINY.items() if k not in ("progress", "jobs") for f in (f"--{k.replace('_', '-')}", *_words(v))]
+    command = [sys.executable, "-m", "sib_fast", "study", "--jobs", "2", "--out", str(tmp_path), *flags, "--epochs", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert "training 6 networks, 2 at a time" in process.stdout.readline()
+        assert "making its images" in process.stdout.readline()  # a worker is at work
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    kept = f"0 of 6 networks are finished and kept in {tmp_path}; the same command goes on from there."
+    assert said == f"sib-fast study: interrupted. {kept}\n"
+    assert gone(lambda: os.killpg(process.pid, 0))
+    assert json.loads((tmp_path / "study.json").read_text())["status"] == "interrupted"
+
+
+def gone(probe) -> bool:
+    """Whether a process or group ends within a minute."""
+    for _ in range(600):
+        try:
+            probe()
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_killed_study_takes_its_workers_with_it():
+    code = (
+        "import concurrent.futures, multiprocessing, os, time\n"
+        "from sib_fast.lab.study import run\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = concurrent.futures.ProcessPoolExecutor(1, context, run._start_worker, (context.SimpleQueue(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 3600).result()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+    assert gone(lambda: os.kill(worker, 0))
+
+
+def test_progress_counts_work_and_says_what_is_left(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=200)
+    plain, sib = ("small_conv_net", "plain", 0), ("small_conv_net", "sib", 0)
+    settings = StudyConfig(**TINY).settings()
+    with progress.Progress(console, [plain, sib], settings, wanted=True) as shown:
+        shown.update(plain, "epoch 0 of 2", 0.0)
+        assert shown.left is None
+        clock[0] = 30.0
+        shown.update(plain, "epoch 1 of 2", 0.5)
+        done = 0.5 * sum(progress.work(plain, settings)) / sum(sum(progress.work(t, settings)) for t in (plain, sib))
+        assert shown.share == pytest.approx(done)
+        assert shown.left == pytest.approx(30.0 * (1 - done) / done)
+        left = progress.duration(shown.left)
+        shown.finish(plain, "done so")
+    assert console.file.getvalue().splitlines() == [
+        f"  {100 * done:.0f} %, about {left} left: plain training, seed 0: epoch 1 of 2",
+        "[1/2] plain training, seed 0: done so",
+    ]
+    assert [progress.duration(s) for s in (7.6, 160, 3900)] == ["8 s", "2 min 40 s", "1 h 5 min"]
+
+
+def test_training_s_ib_counts_as_more_work_and_lazily_as_less():
+    settings = StudyConfig(**TINY).settings()
+    training = {v: progress.work(("small_conv_net", v, 0), settings)[0] for v in ("plain", "lazy_sum", "sib")}
+    assert training["plain"] < training["lazy_sum"] < training["sib"]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -214,5 +359,5 @@ def test_the_command_is_the_configuration():
 def test_timing_times_every_kind():
     settings = StudyConfig(**TINY).settings()
     seconds = timing.time_steps("small_resnet", settings, 2)
-    assert list(seconds) == list(timing.LABELS)
+    assert list(seconds) == [f"{name}{end}" for end in ("", timing.FIXED) for name in timing.LABELS]
     assert all(value > 0 for value in seconds.values())

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import json
 import math
 import re
@@ -13,8 +12,6 @@ import pytest
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-from rich.console import Console
 from scipy import stats
 
 from sib_fast.explain import METHODS, REPORTED
@@ -440,7 +437,7 @@ def test_what_got_worse_has_its_place(written):
 def test_the_answer_says_which_way_things_went(tmp_path):
     up = study(tmp_path / "up", {"energy": 0.15, "shifted": 0.05, "inside": -0.03}, {})
     first, second, third = report.answer(up)
-    assert "rose by +0.150 [+0.150, +0.150] (n = 5) on small net (by at least 0.10 for 6 of the six)" in first
+    assert "rose by +0.150 [+0.150, +0.150] (n = 5) on the small net (by at least 0.10 for 6 of the six)" in first
     assert "shifted backgrounds rose by +0.050" in second
     assert "In distribution it fell by −0.030" in second
     assert "energy +0.150 [+0.150, +0.150] and shifted accuracy +0.050" in third
@@ -474,15 +471,153 @@ def test_the_same_study_gives_the_same_bytes(written):
     assert [p.name for p in paths if p.read_bytes() != before[p]] == []
 
 
-def test_console_tables(written):
+# ---- for a reader who knows no term of the trade -------------------------------------------------------------------------
+
+
+def spread(**ends):
+    """Five seeds' shifts whose mean lies in the middle and whose interval holds 0."""
+    return [{name: low + (high - low) * k / 4 for name, (low, high) in ends.items()} for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("sib", "control", "sentences"),
+    [
+        (
+            {"energy": 0.15, "shifted": 0.05, "inside": -0.05},
+            None,
+            (
+                "53 % of the explanations' weight lies on the object with S-IB, 38 % with plain training: clearly more. "
+                "The object covers 18 % of an image.",
+                "78 % of the images are recognised with S-IB, 73 % with plain training where the background does not belong to "
+                "the class: clearly more; where it is as in training, 78 % and 83 %: clearly less.",
+                "By method, clearly more on the object for vanilla gradient, integrated gradients, SmoothGrad, guided "
+                "backpropagation, Grad-CAM, Grad-CAM++.",
+            ),
+        ),
+        (
+            {"energy": -0.15, "shifted": -0.05, "inside": 0.05, "saliency.energy": 0.4},
+            None,
+            (
+                "29 % of the explanations' weight lies on the object with S-IB, 38 % with plain training: clearly less.",
+                "68 % of the images are recognised with S-IB, 73 % with plain training where the background does not belong to "
+                "the class: clearly less; where it is as in training, 88 % and 83 %: clearly more.",
+                "By method, clearly more on the object for vanilla gradient; clearly less for integrated gradients, SmoothGrad, "
+                "guided backpropagation, Grad-CAM, Grad-CAM++.",
+            ),
+        ),
+        (
+            spread(energy=(-0.2, 0.3), shifted=(-0.1, 0.1)),
+            None,
+            (
+                "with plain training: a difference that chance could make, with 5 pairs of networks.",
+                "73 % with plain training where the background does not belong to the class: a difference that chance could "
+                "make, with 5 pairs of networks; where it is as in training, 83 % and 83 %: a difference that chance could make",
+                "By method, no clear change for vanilla gradient, integrated gradients",
+            ),
+        ),
+        (
+            {"energy": 0.15, "shifted": 0.05},
+            {"energy": 0.05, "shifted": 0.05},
+            (
+                "53 % of the explanations' weight",
+                "78 % of the images",
+                "53 % of the weight lies on the object with S-IB, 43 % with a penalty that has no mask: clearly more; 78 % and "
+                "78 % of the images on other backgrounds are recognised: a difference that chance could make, with 5 pairs",
+            ),
+        ),
+    ],
+    ids=["better", "worse", "undecided", "control"],
+)
+def test_three_sentences_say_what_was_seen_whichever_way_it_went(tmp_path, sib, control, sentences):
+    made = study(tmp_path / "s", sib, control)
+    said = report.seen(made)
+    assert len(said) == 3
+    for sentence, words in zip(said, sentences, strict=True):
+        assert words in sentence
+    assert ("mask" in said[2]) == (control is not None)
+
+
+def test_one_pair_of_networks_tells_nothing_from_chance_and_none_nothing_at_all(tmp_path):
+    said = report.seen(study(tmp_path / "one", {"energy": 0.3, "shifted": 0.1}, seeds=(7,)))
+    assert all("which cannot tell an effect from chance" in s for s in said[:2])
+    assert "clearly" not in " ".join(said)
+    records = [record("plain", 1), record("sib", 2)]
+    said = report.seen(load_study(write(tmp_path / "none", records)))
+    assert said == ["No S-IB and plain training network of the same seed have finished: there is nothing to compare yet."]
+
+
+STEPS = {"plain": 0.030, "naive": 0.090, "sib": 0.085, "prepared": 0.078}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "words"),
+    [
+        (
+            {"plain_fixed": 0.005, "prepared_fixed": 0.018},
+            "18 ms of it, and 5 ms of the plain one, are there for two images already",
+        ),
+        ({"plain_fixed": 0.005, "prepared_fixed": 0.005}, None),  # then the calls explain nothing
+        ({"plain_fixed": 0.031, "prepared_fixed": 0.018}, None),
+        ({}, None),
+    ],
+    ids=["calls", "equal", "noise", "not timed"],
+)
+def test_the_cost_of_a_step_and_why(tmp_path, fixed, words):
+    records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)]
+    made = load_study(write(tmp_path / "s", records, step_seconds={"net": STEPS | fixed}))
+    said = report.step_cost(made, "net")
+    assert said.startswith("2.6 times the time of a plain training step (78 ms, 30 ms)")
+    assert ("two images" in said) == (words is not None)
+    if words:
+        assert words in said
+        assert "What grows with the images costs 2.4 times as much" in said
+        report.write_report(made)
+        text = "".join(Page((made.out / "report.html").read_text()).text)
+        assert text.count(said) == 2  # among the sentences and below the table
+        assert "A training step, small net" in text
+
+
+def test_a_run_ends_with_the_picture_the_sentences_and_what_to_do_next(tmp_path):
+    records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)]
+    made = load_study(write(tmp_path / "s", records, command="prog study --quick"))
+    assert "The picture:" not in "\n".join(report.closing_lines(made, "prog"))
+    (made.out / "panel.png").write_bytes(b"")
+    lines = report.closing_lines(made, "prog")
+    text = "\n".join(lines)
+    assert f"The picture: {made.out / 'panel.png'}" in text
+    assert [line for line in lines if line.startswith("  1. ")] == [f"  1. {report.seen(made)[0]}"]
+    assert not re.search("not met|not decidable|not run", text)
+    networks = [f"--checkpoint {made.out}/networks/net.{v}.seed1.pt" for v in ("plain", "sib")]
+    assert f"prog explain {' '.join(networks)} --image FILE" in text
+    assert "  prog study" in lines
+    done = load_study(write(tmp_path / "t", records, command="prog study"))
+    assert "  prog study" not in report.closing_lines(done, "prog")
+
+
+def test_what_was_not_run_is_not_mentioned(tmp_path):
+    made = study(tmp_path / "s", {"energy": 0.15, "shifted": 0.05})
+    report.write_report(dataclasses.replace(made, variants={v: VARIANTS[v] for v in ("plain", "sib")}))
+    text = "".join(Page((made.out / "report.html").read_text()).text)
+    assert "control)" not in text
+    assert "against the other variants" not in text
+    assert "unmasked" not in text
+    assert "energy –" not in text
+
+
+def test_the_page_opens_with_the_picture_and_the_sentences(written):
     made, _ = written
-    console = Console(file=io.StringIO(), width=220)
-    for table in report.console_tables(made):
-        console.print(table)
-    text = console.file.getvalue()
-    assert "not decidable" in text
-    assert "Grad-CAM++" in text
-    assert 'no <mask> | "control" & co' in text
+    content = (made.out / "report.html").read_text().replace("\u00a0%", " %").replace("&#39;", "'")
+    page = content[content.index("<body>") :]
+    positions = [page.index(words) for words in ("<figure>", report.seen(made)[0], "<table>")]
+    assert positions == sorted(positions)
+
+
+def test_every_cell_names_its_column_for_narrow_screens(written):
+    made, _ = written
+    content = (made.out / "report.html").read_text()
+    table = content[content.index('aria-label="Expectations') :].partition("</table>")[0]
+    assert set(re.findall(r'<td data-column="([^"]*)"', table)) == {"verdict", "measured"}
+    assert "<td>" not in content
 
 
 def test_two_architectures_are_told_apart(tmp_path):
@@ -492,7 +627,7 @@ def test_two_architectures_are_told_apart(tmp_path):
     made = load_study(out)
     effects = {a: difference(made, a, "sib", "plain", SHIFTED).effect for a in made.architectures}
     assert effects == {"net": "better", "other": "worse", "third": ""}
-    assert "rose by +0.050 [+0.050, +0.050] (n = 2) on small net; fell by −0.050" in report.answer(made)[1]
+    assert "rose by +0.050 [+0.050, +0.050] (n = 2) on the small net; fell by −0.050" in report.answer(made)[1]
     text = report.markdown(made)
     assert "**other net**" in text
     assert "third net" not in text
@@ -508,9 +643,7 @@ def test_a_study_that_has_just_begun_has_a_report(tmp_path, left):
     text = "".join(Page((made.out / "report.html").read_text()).text)
     assert f"{len(records)} of 6 planned networks" in text
     assert "Missing: small net, no mask (control): seeds 1, 2." in text
-    console = Console(file=io.StringIO(), width=200)
-    for table in report.console_tables(made):
-        console.print(table)
+    assert "there is nothing to compare yet" in "".join(report.closing_lines(made, "prog"))
 
 
 def test_results_that_were_not_planned_are_left_out_and_named(tmp_path):

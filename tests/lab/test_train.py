@@ -381,7 +381,9 @@ def test_an_interrupt_leaves_a_usable_folder_and_says_how_to_go_on(finished, tmp
         handler = signal.getsignal(signal.SIGINT)
         assert main(parse(*words(TrainConfig(**TINY, sib=SIB, out=out)))) == 130
         assert signal.getsignal(signal.SIGINT) is handler
-    printed = capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"sib-fast train: interrupted. {out} holds" in printed
     assert f"sib-fast train --resume --out {out}" in printed
     assert ("no finished epoch yet" in printed) == (epoch == 0)
     assert (out / "network.pt").exists() == (epoch == 1)
@@ -662,7 +664,7 @@ def test_importing_the_package_or_the_options_loads_no_extra():
 
 def fit_tiny(data, tmp_path, **options):
     model = SmallConvNet(width=2)
-    arguments = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu", "progress": False}
+    arguments = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
     return recipe.fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
 
 

@@ -22,7 +22,8 @@ from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import NetworkSpec, build_network, save_network
 from sib_fast.lab.recipe import fit
 from sib_fast.lab.results import commit, write_atomically
-from sib_fast.lab.study.records import file_stem
+from sib_fast.lab.study.progress import Tell, work
+from sib_fast.lab.study.records import METHOD_LABELS, file_stem
 from sib_fast.lab.study.variants import Variant
 
 METHOD_OPTIONS: dict[str, dict[str, int]] = {"integrated_gradients": {"n_steps": 16}, "smoothgrad": {"n_samples": 16}}
@@ -30,18 +31,25 @@ _BATCH = 100  # images explained at a time; the maps do not depend on it
 CLASSES = tuple(map(str, range(NUM_CLASSES)))
 
 
-def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+def run_network(
+    arch: str, variant: Variant, seed: int, settings: dict[str, Any], out: Path, tell: Tell = lambda stage, share: None
+) -> dict[str, Any]:
     """Train and score one network; its result file is written last, so where it stands the network is done.
 
     Returns: the record, as `results/<stem>.json` holds it.
     """
     stem = file_stem(arch, variant.name, seed)
+    training, scoring = work((arch, variant.name, seed), settings)
+    trained = training / (training + scoring)
+    tell("making its images", 0.0)
     common = {"image_size": settings["image_size"], "seed": seed}
     train = EmbeddedDigits("train", settings["train_size"], correlation=settings["correlation"], **common)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_network(arch, NUM_CLASSES, width=settings["width"])
     sib_fast.prepare(model)
+    # every variant alike: oneDNN's convolutions of few channels are faster so, and the strided ones' input gradient most of all
+    model.to(memory_format=torch.channels_last)
     steps, seconds, terms = fit(
         model,
         variant.criterion(model),
@@ -53,11 +61,12 @@ def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any]
         seed=seed,
         device="cpu",
         log_folder=out / "logs" / stem,
-        progress=False,
+        epoch_done=lambda n: tell(f"epoch {n} of {settings['epochs']}", trained * n / settings["epochs"]),
         precision=variant.precision,
         true_masks=variant.mask == "true",
     )
     sib_fast.restore(model)
+    model.to(memory_format=torch.contiguous_format)  # scored as whoever loads the file has it
     spec = NetworkSpec(
         arch,
         CLASSES,
@@ -80,7 +89,13 @@ def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any]
         "settings": variant.settings(),
         "accuracy": {"in_distribution": accuracy(model, same), "shifted": accuracy(model, shifted)},
         "test_images": len(shifted),
-        **score(model, shifted, settings["explained"], settings["methods"]),
+        **score(
+            model,
+            shifted,
+            settings["explained"],
+            settings["methods"],
+            lambda stage, share: tell(stage, trained + (1 - trained) * share),
+        ),
         "terms": terms,
         "steps": steps,
         "train_seconds": seconds,
@@ -93,7 +108,7 @@ def run_network(arch: str, variant: Variant, seed: int, settings: dict[str, Any]
     return record
 
 
-def score(model: nn.Module, data: EmbeddedDigits, explained: int, methods: list[str]) -> dict[str, Any]:
+def score(model: nn.Module, data: EmbeddedDigits, explained: int, methods: list[str], tell: Tell) -> dict[str, Any]:
     """Every method's maps of the first images of a set, for the true class, against the true masks.
 
     Insertion and deletion on a fifth of the images, randomisation on a twentieth: they cost as much as the maps.
@@ -101,7 +116,8 @@ def score(model: nn.Module, data: EmbeddedDigits, explained: int, methods: list[
     images, labels, masks = data.images[:explained], data.labels[:explained], data.masks[:explained]
     few, fewer = -(-explained // 5), -(-explained // 20)
     explanations = {}
-    for method in methods:
+    for i, method in enumerate(methods):
+        tell(f"scored by {METHOD_LABELS[method]}", i / len(methods))
         options = METHOD_OPTIONS.get(method, {})
         batches = zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
         maps = torch.cat([explain(model, x, y, method, **options) for x, y in batches])

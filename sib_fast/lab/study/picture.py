@@ -14,7 +14,7 @@ from sib_fast.lab.panel import VJP, draw_panel, png
 from sib_fast.lab.results import write_atomically
 from sib_fast.lab.study.network import METHOD_OPTIONS
 from sib_fast.lab.study.records import file_stem
-from sib_fast.lab.study.variants import LABELS
+from sib_fast.lab.study.variants import ARCHITECTURES, LABELS
 
 _IMAGES = 4
 _SHORT = {"plain": "plain", "sib": "S-IB"}
@@ -36,7 +36,8 @@ def save_picture(out: Path, arch: str, variants: Sequence[str], seed: int, setti
         rows.append((_SHORT.get(variant, variant), maps))
     names = " and ".join(LABELS.get(v, v) for v in variants)
     caption = (
-        f"{names[:1].upper()}{names[1:]}, {arch}, seed {seed}. Test images on backgrounds that do not belong to their class, "
+        f"{names[:1].upper()}{names[1:]}, {ARCHITECTURES[arch]}, seed {seed}. "
+        "Test images on backgrounds that do not belong to their class, "
         "the first of each class. Each map over its own maximum; line: outline of the true object; number: share of the map "
         "inside it. VJP: what S-IB trains on. Bar: the six reported methods, explaining the true class."
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sib_fast.explain import METHODS, REPORTED
+from sib_fast.lab.study.variants import ARCHITECTURES
 
 STATUSES = ("running", "interrupted", "complete")
 MEAN_OF_SIX = "mean_of_six"
@@ -144,6 +145,7 @@ class Study:
         networks: in the order of architectures, variants and seeds.
         unplanned: results in the folder that were not planned: left out, so that no seed is chosen after the fact.
         command: what repeats it.
+        step_seconds: architecture -> what `sib_fast.lab.study.timing.time_steps` found, where steps were timed.
     """
 
     out: Path
@@ -159,6 +161,7 @@ class Study:
     networks: tuple[Network, ...]
     unplanned: tuple[tuple[str, str, int], ...] = ()
     command: str = "sib-fast study"
+    step_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[tuple[str, str, int]]:
@@ -218,7 +221,8 @@ def load_study(out: Path) -> Study:
         out=out,
         settings=document["settings"],
         variants=variants,
-        architectures=architectures,
+        # a name in words may become better after a study has run
+        architectures={arch: ARCHITECTURES.get(arch, label) for arch, label in architectures.items()},
         environment=document["environment"],
         status=status,
         planned=tuple(planned),
@@ -228,6 +232,7 @@ def load_study(out: Path) -> Study:
         networks=tuple(sorted(known, key=lambda n: (rows.index(n.arch), columns.index(n.variant), n.seed))),
         unplanned=tuple(n.key for n in found if n not in known),
         command=document.get("command", "sib-fast study"),
+        step_seconds=document.get("step_seconds") or {},
     )
 
 

@@ -1,4 +1,4 @@
-"""A study as CSV, tables (console, Markdown), plots and one self-contained HTML page: everything computed, nothing assumed.
+"""A study as sentences, CSV, tables (Markdown), plots and one self-contained HTML page: everything computed, nothing assumed.
 
     write_report(load_study(out))      # also of a study that is still running: what is missing is listed
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sib_fast.explain import METHODS, REPORTED
 from sib_fast.lab.results import write_atomically
@@ -32,6 +32,7 @@ from sib_fast.lab.study.records import (
     Quantity,
     Study,
     explanation,
+    file_stem,
     load_study,
 )
 from sib_fast.lab.study.statistics import (
@@ -49,11 +50,9 @@ from sib_fast.lab.study.statistics import (
     summary_quantities,
     verdicts,
 )
+from sib_fast.lab.study.timing import FIXED, LABELS
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-__all__ = ["Study", "console_tables", "load_study", "write_report"]
+__all__ = ["Study", "closing_lines", "load_study", "write_report"]
 
 _PANEL_BYTES = 600_000  # of panel.png, beyond which the page takes a smaller copy
 _SHOWN_GAPS = 40
@@ -106,24 +105,30 @@ def write_report(study: Study) -> list[Path]:
     return [study.out / name for name in encoded]
 
 
-def console_tables(study: Study) -> list[RichTable]:
-    """The headline table and the verdicts, for rich's console; a row per variant is too wide for it."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
+def closing_lines(study: Study, program: str) -> list[str]:
+    """What a finished run ends with: where the picture is, what was seen, what can be done next.
 
-    shown = [t for arch in _reported(study) for t in (headline(study, arch), verdict_table(study, arch))]
-    rich = []
-    for table in shown:
-        made = RichTable(title=table.title, caption=_plain(table.note) or None, title_justify="left", caption_justify="left")
-        for i, column in enumerate(table.header):
-            made.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
-        for row in table.rows:
-            made.add_row(*(Text(cell.text, style=_STYLES.get(cell.tone, "")) for cell in row))
-        rich.append(made)
-    return rich
-
-
-_STYLES = {"better": "bold", "worse": "bold red"}
+    Args:    program: how this package's command is called here.
+    """
+    out, architectures = study.out, _reported(study)
+    lines = ["", "What was seen"]
+    lines += [f"  {i}. {sentence}" for i, sentence in enumerate(seen(study), 1)]
+    lines += [f"  What it costs: {step_cost(study, arch)}" for arch in study.step_seconds if arch in architectures]
+    lines.append("")
+    if (out / "panel.png").is_file():
+        lines.append(f"The picture: {out / 'panel.png'}")
+    lines += [f"Every number, plot and verdict: {out / 'report.html'}", "", "What next"]
+    first = [study.of(arch, v)[:1] for arch in architectures[:1] for v in (study.baseline, study.headline)]
+    pair = " ".join(f"--checkpoint {out / 'networks' / file_stem(*n.key)}.pt" for found in first for n in found)
+    suggestions = {
+        f"{program} explain {pair} --image FILE --out maps.png": "where these networks find the evidence in a picture of yours",
+        f"{program} train --data folder --root FOLDER --out runs/mine": "S-IB on your own images (docs/data.md)",
+        f"{program} study": "more ways of training, a control without a mask, a second network; an hour or more",
+    }
+    for command, what in suggestions.items():
+        if command not in study.command.split(" && "):
+            lines += [f"  {command}", f"      {what}"]
+    return lines
 
 
 def markdown(study: Study) -> str:
@@ -361,15 +366,114 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def step_table(study: Study, arch: str) -> Table:
+    """What a step of each kind took."""
+    seconds = study.step_seconds[arch]
+    rows = [
+        [Cell(label, "head"), *(Cell(text) for text in (f"{1e3 * seconds[k]:.1f}", f"{seconds[k] / seconds['plain']:.2f}×"))]
+        for k, label in LABELS.items()
+    ]
+    header = ("", "milliseconds", "of plain training's")
+    note = f"{step_cost(study, arch)} Medians, taking turns on one batch, with whatever else this machine did: no benchmark."
+    return Table(f"A training step, {study.architectures[arch]}", header, rows, note)
+
+
 # ---- sentences ----------------------------------------------------------------------------------------------------------
 
 
+def seen(study: Study) -> list[str]:
+    """Three sentences for a reader who knows no term of the trade: the evidence, the accuracy, and what else was asked.
+
+    What was not run is not mentioned.
+    """
+    ours, theirs = (_label(study, v) for v in (study.headline, study.baseline))
+    energy = explanation(MEAN_OF_SIX, "energy")
+    found = {}
+    for arch in _reported(study):
+        against = (study.baseline, study.baseline, study.baseline, study.control, study.control)
+        quantities = (energy, SHIFTED, IN_DISTRIBUTION, energy, SHIFTED)
+        parts = [difference(study, arch, study.headline, v, q) for v, q in zip(against, quantities, strict=True)]
+        if all(d.n for d in parts[:3]):
+            found[arch] = parts
+    if not found:
+        return [f"No {ours} and {theirs} network of the same seed have finished: there is nothing to compare yet."]
+
+    def sentence(clauses: dict[str, str]) -> str:
+        several = len(found) > 1
+        text = "; ".join(f"on the {study.architectures[a]}, {c}" if several else c for a, c in clauses.items())
+        return f"{text[:1].upper()}{text[1:]}."
+
+    areas = [area for arch in found for area in study.values(arch, study.headline, Quantity("mask_area")).values()]
+    evidence, accuracy, mask = {}, {}, {}
+    for arch, parts in found.items():
+        (on, on_plain), (other, other_plain), (usual, usual_plain), *control = (_percent(study, d) for d in parts)
+        judged = [_judged(d) for d in parts]
+        evidence[arch] = f"{on} of the explanations' weight lies on the object with {ours}, {on_plain} with {theirs}: {judged[0]}"
+        accuracy[arch] = (
+            f"{other} of the images are recognised with {ours}, {other_plain} with {theirs} where the background does not belong "
+            f"to the class: {judged[1]}; where it is as in training, {usual} and {usual_plain}: {judged[2]}"
+        )
+        if all(d.n for d in parts[3:]):
+            (on, on_control), (other, other_control) = control
+            mask[arch] = (
+                f"{on} of the weight lies on the object with {ours}, {on_control} with a penalty that has no mask: {judged[3]}; "
+                f"{other} and {other_control} of the images on other backgrounds are recognised: {judged[4]}"
+            )
+    chance = f" The object covers {_mean_percent(areas)} of an image." if areas else ""
+    third = mask or {arch: _by_method(study, arch) for arch in found}
+    return [sentence(evidence) + chance, sentence(accuracy), sentence(third)]
+
+
+def _mean_percent(values: Iterable[float]) -> str:
+    return f"{100 * statistics.fmean(values):.0f} %"
+
+
+def _percent(study: Study, part: Difference) -> list[str]:
+    """Both means, over the seeds that both have."""
+    both = [study.values(part.arch, variant, part.quantity) for variant in (part.variant, part.against)]
+    return [_mean_percent(values[seed] for seed in part.seeds) if part.n else "" for values in both]
+
+
+def _judged(part: Difference) -> str:
+    """What a comparison of shares, more of which is better, says in words, as far as its seeds carry."""
+    if part.n == 1:
+        return "one pair of networks, which cannot tell an effect from chance"
+    if part.effect == "unclear":
+        return f"a difference that chance could make, with {part.n} pairs of networks"
+    return {"better": "clearly more", "worse": "clearly less"}.get(part.effect, "")
+
+
+def _by_method(study: Study, arch: str) -> str:
+    """Which of the six methods moved."""
+    names: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    for d in of_six(study, arch, study.headline, study.baseline, "energy"):
+        if d.n:
+            names[d.effect].append(METHOD_LABELS[d.quantity.method])
+    words = {"better": "clearly more on the object for", "worse": "clearly less for", "unclear": "no clear change for"}
+    return "by method, " + "; ".join(f"{words[k]} {', '.join(v)}" for k, v in names.items() if v)
+
+
+def step_cost(study: Study, arch: str) -> str:
+    """What an S-IB step takes beside a plain one, and how much of it is there because the network is small."""
+    seconds = study.step_seconds[arch]
+    plain, ours = seconds["plain"], seconds["prepared"]
+    text = f"{ours / plain:.1f} times the time of a plain training step ({1e3 * ours:.0f} ms, {1e3 * plain:.0f} ms)"
+    fixed, fixed_plain = (seconds.get(name + FIXED, 0.0) for name in ("prepared", "plain"))
+    rest = (ours - fixed) / (plain - fixed_plain) if plain > fixed_plain > 0 else math.inf
+    if 0 < rest < ours / plain:
+        text += (
+            f". {1e3 * fixed:.0f} ms of it, and {1e3 * fixed_plain:.0f} ms of the plain one, are there for two images already: "
+            f"the calls, which a network this small cannot hide. What grows with the images costs {rest:.1f} times as much"
+        )
+    return f"{text}. Larger networks: docs/step.md."
+
+
 def answer(study: Study) -> list[str]:
-    """Three sentences: where the energy went, what accuracy did, and what the control and the losses say."""
+    """The same in numbers: where the energy went, what accuracy did, and what the control, where it ran, and the losses say."""
     label, baseline = _label(study, study.headline), _label(study, study.baseline)
     energy, shifted, inside, control, losses = [], [], [], [], []
     for arch in _reported(study):
-        name = study.architectures[arch]
+        name = f"the {study.architectures[arch]}"
         six, *accuracies = (
             difference(study, arch, study.headline, study.baseline, q)
             for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED, IN_DISTRIBUTION)
@@ -378,20 +482,18 @@ def answer(study: Study) -> list[str]:
         energy.append(f"{_moved(six)} on {name} (by at least {ENERGY_MARK:.2f} for {reached} of the six)")
         for sentence, part in zip((shifted, inside), accuracies, strict=True):
             sentence.append(f"{_moved(part)} on {name}")
-        ahead = [
-            _change(difference(study, arch, study.headline, study.control, q)).text
-            for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED)
-        ]
-        control.append(f"energy {ahead[0]} and shifted accuracy {ahead[1]} on {name}")
+        ahead = [difference(study, arch, study.headline, study.control, q) for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED)]
+        if all(d.n for d in ahead):
+            control.append(f"energy {_change(ahead[0]).text} and shifted accuracy {_change(ahead[1]).text} on {name}")
         tally = counts(judged(study, arch, study.headline, study.baseline))
         losses.append(f"{tally['better']} are better, {tally['worse']} worse and {tally['unclear']} unclear on {name}")
     if not energy:
         return ["No network has finished yet."]
+    against = f"{label} minus “{_label(study, study.control)}”: {'; '.join(control)}. " if control else ""
     return [
         f"With {label} instead of {baseline}, energy inside the object (mean of six methods) {'; '.join(energy)}.",
         f"Accuracy on shifted backgrounds {'; '.join(shifted)}. In distribution it {'; '.join(inside)}.",
-        f"{label} minus “{_label(study, study.control)}”: {'; '.join(control)}. Of all comparisons with {baseline}, "
-        f"methods by metrics, {'; '.join(losses)}.",
+        f"{against}Of all comparisons with {baseline}, methods by metrics, {'; '.join(losses)}.",
     ]
 
 
@@ -516,12 +618,13 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
             "label": study.architectures[arch],
             "verdicts": verdict_table(study, arch),
             "headline": headline(study, arch),
-            "variants": [variants(study, arch), against_variants(study, arch)],
+            "variants": [t for t in (variants(study, arch), against_variants(study, arch)) if t.rows],
             "counts": counts_table(study, arch),
             "controls": controls(study, arch),
             "everything": everything(study, arch),
             "not_improved": not_improved(study, arch),
             "settings": differing_settings(study, arch),
+            "steps": step_table(study, arch) if arch in study.step_seconds else None,
         }
         for arch in _reported(study)
     ]
@@ -530,6 +633,8 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
     return template.render(
         study=study,
         status=status_lines(study),
+        seen=[s.replace(" %", "\u00a0%") for s in seen(study)],
+        costs=[step_cost(study, arch) for arch in study.step_seconds if study.of(arch)],
         answer=answer(study),
         architectures=architectures,
         pictures=pictures,

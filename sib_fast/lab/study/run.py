@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
 import os
 import shlex
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sib_fast.lab.results import environment, write_atomically
+from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from sib_fast.lab.study.progress import Progress, Task, Tell
 
 _QUICK = {
     "out": Path("runs/quick"),
@@ -48,7 +54,7 @@ class StudyConfig:
         methods: explanation methods.
         jobs: networks trained at a time, one thread each.
         timing_steps: training steps of each kind to time at the end; 0 leaves the timing out.
-        progress: show a progress bar.
+        progress: show what is being trained and the time left.
 
     Errors:  ValueError, naming the option, for a value out of range.
     """
@@ -112,7 +118,8 @@ class StudyConfig:
         """What a network's numbers depend on besides its architecture, variant and seed, as JSON keeps it."""
         free = {"out", "jobs", "timing_steps", "progress", "architectures", "variants", "seeds"}
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
-        return fields | {"methods": list(self.methods)}
+        # no option: it is here so that networks of the two layouts, whose rounding differs, do not mix in one folder
+        return fields | {"methods": list(self.methods), "memory_format": "channels_last"}
 
     def command(self) -> str:
         """The command line that makes this configuration."""
@@ -137,58 +144,112 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
 
     Returns: the path of report.html.
     Errors:  ValueError for settings that do not fit the folder's earlier run; ImportError without the extras; an error
-             in one network is raised after the networks that were already running are done.
+             in one network is raised after the networks that were already running are done; Interrupted, whose text says
+             what is kept, after an interrupt, for which no running network is waited for.
     """
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from sib_fast.lab.study.picture import save_picture
-        from sib_fast.lab.study.records import file_stem, load_study
-        from sib_fast.lab.study.report import console_tables, write_report
-        from sib_fast.lab.study.timing import time_steps
+        from sib_fast.lab.study.progress import Progress
+        from sib_fast.lab.study.records import file_stem
     except ImportError as error:
         raise ImportError(f"study: needs extras, got {error}; pip install 'sib_fast[lab,explain]'") from error
 
     console = console or Console(highlight=False)
+    planned = config.planned()
+
+    def finished() -> list[Task]:
+        return [p for p in planned if (config.out / "results" / f"{file_stem(*p)}.json").exists()]
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
     for folder in ("results", "networks", "logs"):
         (config.out / folder).mkdir(parents=True, exist_ok=True)
     study = _open(config)
-    done = [p for p in config.planned() if (config.out / "results" / f"{file_stem(*p)}.json").exists()]
-    missing = [p for p in config.planned() if p not in done]
+    remove_partials(config.out)
+    done = finished()
+    missing = [p for p in planned if p not in done]
     if done:
-        console.print(f"study: {len(done)} of {len(done) + len(missing)} networks are there already")
+        say(f"study: {len(done)} of {len(planned)} networks are there already")
+    if missing:
+        at_a_time = f", {min(config.jobs, len(missing))} at a time" if len(missing) > 1 else ""
+        say(f"study: training {len(missing)} networks{at_a_time}, into {config.out}. Ctrl-C stops; the same command goes on.")
     _save(config.out, study | {"status": "running"})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    status = "interrupted"
+    picture = _PictureOnce(config)
     try:
-        with Progress(*columns, console=console, transient=True, disable=not config.progress) as progress:
-            bar = progress.add_task("networks", total=len(missing))
+        with Progress(console, missing, config.settings(), config.progress) as progress:
+            picture.make(finished(), progress.say)
 
-            def report_done(record: dict[str, Any]) -> None:
-                progress.advance(bar)
-                progress.console.print(_line(record), soft_wrap=True)
+            def report_done(task: Task, record: dict[str, Any]) -> None:
+                progress.finish(task, _line(record))
+                picture.make(finished(), progress.say)
 
-            _train(config, missing, report_done)
+            _train(config, missing, progress, report_done)
         if config.timing_steps:
-            console.print("timing one training step of each kind …")
-            study["step_seconds"] = {a: time_steps(a, config.settings(), config.timing_steps) for a in config.architectures}
-        # a comparison in a picture needs two
-        save_picture(config.out, config.architectures[0], config.variants[:2], config.seeds[0], config.settings())
-        status = "complete"
-    finally:
-        _save(config.out, study | {"status": status})
-        finished = load_study(config.out)
-        if finished.networks:
-            write_report(finished)
-        if status != "complete":
-            console.print(f"study: interrupted. The same command goes on from what is in {config.out}.", soft_wrap=True)
-    for table in console_tables(finished):
-        console.print(table)
-    for arch, seconds in study.get("step_seconds", {}).items():
-        console.print(_step_table(arch, seconds, config))
-    console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
+            _time(config, study, say)
+        _save(config.out, study | {"status": "complete"})
+        for line in _write_report(config.out):
+            say(line)
+    except BaseException as error:
+        with contextlib.suppress(KeyboardInterrupt):  # a second one leaves the report as it is
+            _save(config.out, study | {"status": "interrupted"})
+            if finished():
+                say(f"study: stopping; the report of what is there goes to {config.out} (Ctrl-C again does without)")
+                _write_report(config.out)
+        if isinstance(error, KeyboardInterrupt):
+            kept = f"{len(finished())} of {len(planned)} networks are finished and kept in {config.out}"
+            raise Interrupted(f"{kept}; the same command goes on from there.") from error
+        raise
     return config.out / "report.html"
+
+
+class _PictureOnce:
+    """The picture is made as soon as its networks are there: it is what one waits for."""
+
+    def __init__(self, config: StudyConfig):
+        self.config, self.made = config, False
+        # a comparison in a picture needs two
+        self.shown = [(config.architectures[0], variant, config.seeds[0]) for variant in config.variants[:2]]
+
+    def make(self, finished: list[Task], say: Callable[[str], None]) -> None:
+        from sib_fast.lab.study.picture import save_picture
+
+        if self.made or not set(self.shown) <= set(finished):
+            return
+        (arch, _, seed), config = self.shown[0], self.config
+        path = save_picture(config.out, arch, [variant for _, variant, _ in self.shown], seed, config.settings())
+        self.made = True
+        say(f"picture: {path}")
+
+
+def _time(config: StudyConfig, study: dict[str, Any], say: Callable[[str], None]) -> None:
+    from sib_fast.lab.study.timing import time_steps
+
+    for arch in config.architectures:
+        say(f"timing a training step of each kind, {arch} …")
+        study["step_seconds"][arch] = time_steps(arch, config.settings(), config.timing_steps)
+
+
+def _write_report(out: Path) -> list[str]:
+    """Write the report of what is there. Returns: the lines that a finished run ends with."""
+    from sib_fast.lab.study.records import load_study
+    from sib_fast.lab.study.report import closing_lines, write_report
+
+    study = load_study(out)
+    write_report(study)
+    return closing_lines(study, _program())
+
+
+def _program() -> str:
+    """How this command was called, for the commands that are suggested."""
+    here = Path(sys.executable)
+    found = shutil.which("sib-fast")
+    if found and Path(found).parent == here.parent:
+        return "sib-fast"
+    with contextlib.suppress(ValueError):
+        here = here.relative_to(Path.cwd())
+    return shlex.join([str(here), "-m", "sib_fast"])
 
 
 def _open(config: StudyConfig) -> dict[str, Any]:
@@ -215,6 +276,7 @@ def _open(config: StudyConfig) -> dict[str, Any]:
         "planned": planned,
         "command": " && ".join(dict.fromkeys([*filter(None, earlier.get("command", "").split(" && ")), config.command()])),
         "environment": environment(1, "cpu", "auto"),
+        "step_seconds": earlier.get("step_seconds", {}),
     }
 
 
@@ -223,58 +285,94 @@ def _save(out: Path, study: dict[str, Any]) -> None:
 
 
 def _line(record: dict[str, Any]) -> str:
+    from sib_fast.lab.study.progress import duration
+
     accuracy = record["accuracy"]
-    return (
-        f"{record['arch']}, {record['variant']}, seed {record['seed']}: accuracy {accuracy['in_distribution']:.3f}, shifted "
-        f"{accuracy['shifted']:.3f}, VJP inside the object {record['vjp']['energy']:.3f}; {record['train_seconds']:.0f} + "
-        f"{record['evaluate_seconds']:.0f} s"
-    )
+    shares = (accuracy["in_distribution"], accuracy["shifted"], record["vjp"]["energy"])
+    usual, other, inside = (f"{100 * share:.0f} %" for share in shares)
+    took = f"trained in {duration(record['train_seconds'])}, scored in {duration(record['evaluate_seconds'])}"
+    return f"{usual} of the test images recognised, {other} on other backgrounds; {inside} of its gradient on the object ({took})"
 
 
-def _step_table(arch: str, seconds: dict[str, float], config: StudyConfig) -> Any:
-    import torch
-    from rich.table import Table
-
-    from sib_fast.lab.study.timing import LABELS
-
-    table = Table(title=f"Seconds per training step, {arch}", title_justify="left", caption_justify="left")
-    threads = torch.get_num_threads()
-    table.caption = f"median of {config.timing_steps}, interleaved on one batch of {config.batch_size}; CPU, {threads} threads"
-    table.add_column("")
-    table.add_column("seconds", justify="right")
-    table.add_column("plain = 1", justify="right")
-    for name, label in LABELS.items():
-        table.add_row(label, f"{seconds[name]:.4f}", f"{seconds[name] / seconds['plain']:.2f}×")
-    return table
-
-
-def _train(config: StudyConfig, missing: list[tuple[str, str, int]], report_done: Callable[[dict[str, Any]], None]) -> None:
+def _train(
+    config: StudyConfig, missing: list[Task], progress: Progress, report_done: Callable[[Task, dict[str, Any]], None]
+) -> None:
+    settings, out = config.settings(), config.out
     if config.jobs == 1 or len(missing) <= 1:
         for task in missing:
-            report_done(_task(*task, config.settings(), config.out))
+            report_done(task, _run_task(task, settings, out, lambda stage, share, task=task: progress.update(task, stage, share)))
         return
     # spawn: a forked child would inherit the parent's thread pools without their threads
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.jobs, mp_context=context) as pool:
-        futures = [pool.submit(_task, *task, config.settings(), config.out) for task in missing]
+    messages = context.SimpleQueue()
+    others = multiprocessing.active_children()
+    with concurrent.futures.ProcessPoolExecutor(config.jobs, context, _start_worker, (messages,)) as pool:
         try:
-            for future in concurrent.futures.as_completed(futures):
-                report_done(future.result())
+            with _no_interrupts():
+                futures = {pool.submit(_run_in_worker, task, settings, out): task for task in missing}
+            waiting = set(futures)
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 0.25, concurrent.futures.FIRST_COMPLETED)
+                while not messages.empty():
+                    progress.update(*messages.get())
+                for future in done:
+                    report_done(futures[future], future.result())
+        except KeyboardInterrupt:
+            # killed, not asked: every file is the old or the new one whatever a process was doing
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.kill()
+            raise
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _task(arch: str, variant: str, seed: int, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that are started within never see Ctrl-C, which a terminal sends to all of them; ours arrives afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_messages: Any = None  # of a worker process: the queue to the study
+
+
+def _start_worker(messages: Any) -> None:
+    global _messages
+    _messages = messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A study that is killed takes its processes with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(task: Task, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    return _run_task(task, settings, out, lambda stage, share: _messages.put((task, stage, share)))
+
+
+def _run_task(task: Task, settings: dict[str, Any], out: Path, tell: Tell) -> dict[str, Any]:
     import torch
 
     from sib_fast.lab.study.network import run_network
     from sib_fast.lab.study.variants import find_variant
 
+    arch, variant, seed = task
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the bits of a network must not depend on the number of cores
     try:
-        return run_network(arch, find_variant(arch, variant), seed, settings, out)
+        return run_network(arch, find_variant(arch, variant), seed, settings, out, tell)
     finally:
         torch.set_num_threads(before)
 
@@ -317,7 +415,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, default=argparse.SUPPRESS, type=kinds.get(field.name, str), metavar=metavar, help=shown, **repeated
         )
-    parser.add_argument("--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="no progress bar")
+    parser.add_argument(
+        "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="only a line per finished network"
+    )
 
 
 def _shown(value: Any) -> str:
@@ -336,6 +436,6 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, ImportError) as error:
         print(f"sib-fast study: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return report_interrupt("study", error)
     return 0

@@ -39,7 +39,10 @@ DEFINITIONS = {
         "Student's t interval of the paired differences (standard error s/√n, n − 1 degrees of freedom); none for one seed. "
         "It is about new seeds of this recipe on this data, not about other data. Not adjusted for the number of comparisons."
     ),
-    "better, worse, no clear change": "The 95 % interval of the paired difference excludes 0 on that side; or it contains 0.",
+    "better, worse, no clear change": (
+        "The 95 % interval of the paired difference excludes 0 on that side (“clearly more”, “clearly less”); or it contains 0 "
+        "(“a difference that chance could make”)."
+    ),
     "met": (
         "The mean paired difference reaches the mark and its interval excludes 0. For a count over methods: enough methods do. "
         "For “not worse”: no interval excludes 0 on the worse side; that is no proof of equality, so the least favourable "

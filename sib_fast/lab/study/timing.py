@@ -23,15 +23,33 @@ LABELS = {
     "sib": "S-IB, SIBLoss",
     "prepared": "S-IB, SIBLoss and prepare",
 }
+FIXED = "_fixed"  # "plain_fixed": the same step on two images, which is nearly all calls and next to no arithmetic
 _WARM_UP = 3
 
 
 def time_steps(arch: str, settings: dict[str, Any], count: int) -> dict[str, float]:
-    """Median seconds of an optimiser step of each way of :data:`LABELS`, on one batch, taking turns.
+    """Median seconds of an optimiser step of each way of :data:`LABELS`, on one batch, taking turns; with :data:`FIXED` after
+    the name, on a batch of two images.
 
     The same network and settings throughout; torch's own number of threads; neither Lightning nor data loading.
     """
-    data = EmbeddedDigits("train", settings["batch_size"], image_size=settings["image_size"], seed=0)
+    steps = {
+        f"{name}{suffix}": step
+        for suffix, images in (("", settings["batch_size"]), (FIXED, 2))
+        for name, step in _steps(arch, settings, images).items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(_WARM_UP + count):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if i >= _WARM_UP:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _steps(arch: str, settings: dict[str, Any], images: int) -> dict[str, Callable[[], None]]:
+    data = EmbeddedDigits("train", images, image_size=settings["image_size"], seed=0)
     sib = find_variant(arch, "sib").sib
     assert sib is not None
 
@@ -48,15 +66,7 @@ def time_steps(arch: str, settings: dict[str, Any], count: int) -> dict[str, flo
         "sib": ours,
         "prepared": ours,
     }
-    steps = {name: _step(name, loss, arch, settings, data.images) for name, loss in losses.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(_WARM_UP + count):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if i >= _WARM_UP:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: _step(name, loss, arch, settings, data.images) for name, loss in losses.items()}
 
 
 def _step(
@@ -67,6 +77,7 @@ def _step(
         model = build_network(arch, NUM_CLASSES, width=settings["width"])
     if name == "prepared":
         sib_fast.prepare(model)
+    model.to(memory_format=torch.channels_last)  # as the study trains
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
 
     def step() -> None:

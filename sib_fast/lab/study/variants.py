@@ -62,7 +62,7 @@ _RELATIVE_WEIGHTS = {"small_conv_net": {"lambda_bg": 0.1}, "small_resnet": {"lam
 _UNMASKED_WEIGHTS = {"small_conv_net": {"lambda_bg": 1e5}, "small_resnet": {"lambda_bg": 1e5}}
 _FOREGROUND_WEIGHTS = {"small_conv_net": {"lambda_fg": 3.0}, "small_resnet": {"lambda_fg": 3.0}}  # the residual one's not sought
 
-ARCHITECTURES = {"small_conv_net": "five convolutions", "small_resnet": "eight-layer residual network"}
+ARCHITECTURES = {"small_conv_net": "small convolutional network", "small_resnet": "small residual network"}
 LABELS = {
     "plain": "plain training",
     "sib": "S-IB",

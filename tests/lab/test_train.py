@@ -393,6 +393,27 @@ def test_an_interrupt_leaves_a_usable_folder_and_says_how_to_go_on(finished, tmp
     assert (out / recipe.LOG).read_text() == (finished[0] / recipe.LOG).read_text()
 
 
+@pytest.mark.parametrize("moment", ["validation", "network.pt", "last.ckpt"])
+def test_ctrl_c_while_validating_or_writing_loses_at_most_the_epoch(finished, tmp_path, capsys, monkeypatch, moment):
+    out = tmp_path / "run"
+    owner, name = (recipe.Training, "validation_step") if moment == "validation" else (os, "replace")
+    real = getattr(owner, name)
+
+    def interrupted(first, second, *rest):
+        # in the second epoch, when every file is there
+        if (moment == "validation" or str(second).endswith(moment)) and (out / recipe.CHECKPOINT).exists():
+            monkeypatch.setattr(owner, name, real)
+            signal.raise_signal(signal.SIGINT)
+        return real(first, second, *rest)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert main(parse(*words(TrainConfig(**TINY, sib=SIB, out=out)))) == 130
+    assert capsys.readouterr().err.startswith(f"sib-fast train: interrupted. {out} holds the network and the checkpoint")
+    assert main(parse("--resume", "--out", str(out), "--no-progress")) == 0
+    assert_same_network(out / "network.pt", finished[0] / "network.pt")
+    assert (out / recipe.LOG).read_text() == (finished[0] / recipe.LOG).read_text()
+
+
 def words(config: TrainConfig) -> list[str]:
     """A command line that says all of a configuration."""
     flat = config.flat()

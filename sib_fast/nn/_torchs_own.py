@@ -20,7 +20,8 @@ from sib_fast._transforms import transformed
 
 def torchs_own_runs() -> bool:
     """Under a transform, or traced or exported. Every part of it is a constant to dynamo: no node in the graph."""
-    return transformed() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    # The flag and not torch.compiler.is_exporting(), which dynamo of torch 2.11 takes for true in every compiled region.
+    return transformed() or torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def fx_call(layer: Layer, proxy: Proxy, *arguments: Any) -> Any:

@@ -84,6 +84,37 @@ packaging: $(VENV)/.built
 wheel: $(VENV)/.extras
 	$(BIN)/python tools/build.py wheel
 
+# ---- Elsewhere than here: other processors, published files. No part of `make test`; docs/environment.md says what has run.
+.PHONY: aarch64 sdist wheels check-dist release docs
+PUBLISHER := build/publisher
+
+# The CPU kernels compiled for aarch64 and run under emulation: needs g++-aarch64-linux-gnu and qemu-user.
+aarch64: $(VENV)/.extras
+	$(BIN)/python tools/self_test.py
+
+sdist: $(PUBLISHER)/.installed
+	$(PUBLISHER)/bin/python -m build --sdist --no-isolation --skip-dependency-check --outdir dist
+
+# The CPU library's wheel of this machine's processor, in a manylinux container: needs docker. pyproject.toml has the settings.
+wheels: $(PUBLISHER)/.installed
+	$(PUBLISHER)/bin/python -m cibuildwheel --platform linux --output-dir dist
+
+# RELEASE=v1.2.3: whether dist/ is the whole of that release
+check-dist:
+	$(PYTHON) tools/check_dist.py $(RELEASE)
+
+release: check-dist
+	gh release create $(RELEASE) --verify-tag --generate-notes dist/*
+
+# What README and docs show runs, and the files that they name exist.
+docs: $(VENV)/.built
+	$(BIN)/python -m pytest tests/test_readme.py tests/test_input_gradients.py tests/integrations/test_pages.py
+
+$(PUBLISHER)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PUBLISHER)
+	$(PUBLISHER)/bin/$(INSTALL) 'build>=1.2' 'setuptools>=77' 'cibuildwheel>=4,<5'
+	touch $@
+
 # Throughput of each op and the head: `make bench ARGS="--device cuda --preset quick"` on a GPU (docs/benchmarks.md).
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

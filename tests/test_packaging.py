@@ -20,15 +20,7 @@ import sib_fast
 pytestmark = pytest.mark.packaging
 ROOT = Path(__file__).parent.parent
 NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
-CHECK = (
-    "import torch, sib_fast\n"
-    "r = torch.randn(4, 3, 16, 16, requires_grad=True)\n"
-    "mask = sib_fast.foreground_mask(r, window_size=5, backend={backend!r})\n"
-    "out = sib_fast.region_statistics(r, torch.randn(4, 3, 16, 16), mask, backend={backend!r})\n"
-    "sib_fast.estimators.hsic_biased(out.gram_vjp, out.gram_x).backward()\n"
-    "assert torch.isfinite(r.grad).all()\n"
-    "print(sib_fast.__file__)\n"
-)
+WORKS = ROOT / "tests/installed_works.py"
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -67,6 +59,22 @@ needs_nvcc = pytest.mark.skipif(
 TOOLCHAINS = [pytest.param(without_nvcc, id="without-nvcc"), pytest.param(with_nvcc, id="with-nvcc", marks=needs_nvcc)]
 
 
+def clang_alone(folder: Path) -> dict[str, str]:
+    """clang++ and what a build needs beside a compiler, in a folder that has no gcc."""
+    folder.mkdir(parents=True)
+    tools = ["clang++", "ld", "ar", "ranlib", "nm", "strip", "objcopy", "objdump", "readelf", "cmake", "ninja"]
+    for tool in tools:
+        beside = Path(sys.executable).with_name(tool)
+        found = beside if beside.exists() else shutil.which(tool)
+        if found:
+            (folder / tool).symlink_to(found)
+    return {"PATH": str(folder), "CXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+
+
+needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ on this machine")
+OFFLINE = ("--no-index", "--no-build-isolation", "--no-deps")
+
+
 def cuda_forbidden() -> dict[str, str]:
     """nvcc is there, where it is, and must not be used."""
     return {**(with_nvcc() if NVCC.exists() else without_nvcc()), "SIB_FAST_CUDA": "0"}
@@ -87,7 +95,7 @@ def sdist(tmp_path_factory) -> Path:
 
 
 def assert_works_outside_the_tree(site: Path, backend: str, tmp_path: Path) -> None:
-    out = succeed(sys.executable, "-c", CHECK.format(backend=backend), cwd=tmp_path, PYTHONPATH=str(site))
+    out = succeed(sys.executable, WORKS, backend, cwd=tmp_path, PYTHONPATH=str(site))
     assert str(site) in out, f"imported another sib_fast: {out}"
 
 
@@ -137,7 +145,7 @@ def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
 
     other = ROOT / ".venv-old/bin/python"
     if other.exists():  # another torch release, perhaps another build of it: the same wheel
-        out = succeed(other, "-c", CHECK.format(backend="cpu"), cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+        out = succeed(other, WORKS, "cpu", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
         assert str(tmp_path / "site") in out
 
 
@@ -213,9 +221,25 @@ def test_wishes_that_cannot_be_met_are_errors(sdist, tmp_path):
 def test_without_a_compiler_the_reference_installs(sdist, tmp_path):
     (tmp_path / "empty").mkdir()
     said = succeed(
-        sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
+        sys.executable, "-m", "pip", "install", "-v", *OFFLINE, "--target", tmp_path / "site", sdist,
         cwd=tmp_path, PATH=str(tmp_path / "empty"), CXX="", CUDA_HOME="", CUDA_PATH="",
     )  # fmt: skip
     assert "not building the library of SIB_FAST_CPU: no C++ compiler on PATH (install g++ or clang++, or set CXX)" in said
     assert not (tmp_path / "site/sib_fast/lib").exists()
     assert_works_outside_the_tree(tmp_path / "site", "reference", tmp_path)
+
+
+@needs_clang
+@pytest.mark.long
+def test_offline_with_clang_alone_in_a_path_with_spaces(sdist, tmp_path):
+    """pip unpacks and builds in TMPDIR, so that sources, objects and libraries all have the spaces in their paths."""
+    place = tmp_path / "a path with spaces"
+    site, temporary = place / "site packages", place / "of the build"
+    temporary.mkdir(parents=True)
+    archive = shutil.copy(sdist, place)
+    succeed(
+        sys.executable, "-m", "pip", "install", *OFFLINE, "--target", site, archive,
+        cwd=place, TMPDIR=str(temporary), **clang_alone(place / "tools"),
+    )  # fmt: skip
+    assert json.loads((site / "sib_fast/lib/build_info.json").read_text())["compiler"].startswith("Clang ")
+    assert_works_outside_the_tree(site, "cpu", place)

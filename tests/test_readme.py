@@ -1,16 +1,20 @@
-"""What the README shows must run."""
+"""What the README shows must run, and what pages link to must exist."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import sib_fast
 from sib_fast.testing.networks import conv_net, image_batch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+WITH_PAGES = ("docs", "examples", "sib_fast", "benchmarks")
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for folder in WITH_PAGES for path in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def test_the_python_blocks_run_in_order():
@@ -30,8 +34,9 @@ def test_the_python_blocks_run_in_order():
     assert torch.isfinite(names["fg"] + names["bg"])
 
 
-def test_files_that_it_names_exist():
-    root = Path(__file__).parent.parent
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(linked) > 8
-    assert [path for path in linked if not (root / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_link_to_exist(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    linked = re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", text)
+    assert page != "README.md" or len(linked) > 8, "the search itself must find something"
+    assert [path for path in linked if not ((ROOT / page).parent / path).exists()] == []

@@ -208,7 +208,9 @@ def test_ctrl_c_at_any_moment_keeps_what_is_finished_and_the_next_run_ends_alike
     )
     assert json.loads((tmp_path / "study.json").read_text())["status"] == "interrupted"
     assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "results" / ".x.json.1.partial").write_bytes(b"what a kill in the middle of a write leaves")
     study(tmp_path, **options)
+    assert not list(tmp_path.rglob("*.partial"))
     ours, alone = without_clock(records(tmp_path)), without_clock(records(finished[0]))
     assert ours == {stem: alone[stem] for stem in ("small_conv_net.plain.seed0",)}
     weights = [(out / "networks" / "small_conv_net.plain.seed0.pt").read_bytes() for out in (tmp_path, finished[0])]
@@ -230,7 +232,11 @@ def test_ctrl_c_in_a_terminal_ends_every_process_with_one_sentence(tmp_path):
         assert "training 6 networks, 2 at a time" in process.stdout.readline()
         assert "making its images" in process.stdout.readline()  # a worker is at work
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        try:
+            _, said = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 130
     kept = f"0 of 6 networks are finished and kept in {tmp_path}; the same command goes on from there."
     assert said == f"sib-fast study: interrupted. {kept}\n"

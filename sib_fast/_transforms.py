@@ -10,8 +10,14 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-# Of what tells the same, this is what dynamo makes a constant of, with a guard and without a node in the graph.
-_depth = torch._C._functorch.get_dynamic_layer_stack_depth
+
+def _depth() -> int:
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+# A constant for dynamo, without a node in the graph; it guards the stack of transforms for every graph. torch 2.14 does so by
+# itself, 2.11 cannot trace the call. This is what torch.compiler.assume_constant_result sets, which would import dynamo.
+_depth._dynamo_marked_constant = True
 
 
 def transformed() -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sib_fast import SIBLoss
+from sib_fast import SIBLoss, prepare
 from sib_fast._backends import resolve
 from sib_fast.lab.networks import SMALL, NetworkSpec, load_network
 from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
@@ -80,7 +80,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SIBOptions:
-    """What makes a training S-IB; the arguments of :class:`sib_fast.SIBLoss` with its defaults, and four more.
+    """What makes a training S-IB; the arguments of :class:`sib_fast.SIBLoss` with its defaults, and three more.
+
+    Not `train_in_eval_mode`: the networks trained here are in training mode.
 
     Attributes:
         lambda_bg: None is SIBLoss's default.
@@ -92,6 +94,7 @@ class SIBOptions:
     lambda_fg: float = 0.01
     lambda_bg: float | None = None
     scalar: str = "energy"
+    normalise_cotangent: bool = False
     estimator: str = "hsic_biased"
     background: str = "variance"
     objective: str = "exp"
@@ -403,7 +406,7 @@ def _rehearse(config: TrainConfig, model: nn.Module) -> None:
     x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)
     try:
         if config.sib is not None:
-            criterion.attach(probe, config.sib.layer)
+            criterion.attach(prepare(probe) if config.sib.prepare else probe, config.sib.layer)
         criterion(probe(x), target)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -515,6 +518,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "lambda_fg", "weight of the foreground term", float)
     option(sib, "lambda_bg", "weight of the background term", float)
     option(sib, "scalar", "that the VJP is taken of", str)
+    option(sib, "normalise_cotangent", "every image's VJP counts alike, however sure the network is of it")
     option(sib, "estimator", "dependence estimator of the foreground term", str)
     option(sib, "background", "background term: variance, hsic or relative_variance", str)
     option(sib, "objective", "exp, expm1 or linear", str)

@@ -208,7 +208,9 @@ def test_ctrl_c_at_any_moment_keeps_what_is_finished_and_the_next_run_ends_alike
     )
     assert json.loads((tmp_path / "study.json").read_text())["status"] == "interrupted"
     assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "results" / ".x.json.1.partial").write_bytes(b"what a kill in the middle of a write leaves")
     study(tmp_path, **options)
+    assert not list(tmp_path.rglob("*.partial"))
     ours, alone = without_clock(records(tmp_path)), without_clock(records(finished[0]))
     assert ours == {stem: alone[stem] for stem in ("small_conv_net.plain.seed0",)}
     weights = [(out / "networks" / "small_conv_net.plain.seed0.pt").read_bytes() for out in (tmp_path, finished[0])]
@@ -227,10 +229,14 @@ def test_ctrl_c_in_a_terminal_ends_every_process_with_one_sentence(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
         assert process.stdout is not None
-        assert "training 6 networks, 2 at a time" in process.stdout.readline()
-        assert "making its images" in process.stdout.readline()  # a worker is at work
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        try:
+            assert "training 6 networks, 2 at a time" in process.stdout.readline()
+            assert "making its images" in process.stdout.readline()  # a worker is at work
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 130
     kept = f"0 of 6 networks are finished and kept in {tmp_path}; the same command goes on from there."
     assert said == f"sib-fast study: interrupted. {kept}\n"
@@ -361,3 +367,26 @@ def test_timing_times_every_kind():
     seconds = timing.time_steps("small_resnet", settings, 2)
     assert list(seconds) == [f"{name}{end}" for end in ("", timing.FIXED) for name in timing.LABELS]
     assert all(value > 0 for value in seconds.values())
+
+
+def test_a_study_whose_output_nobody_takes_ends(tmp_path):
+    """An error ends a study once what runs has ended, and what runs must not wait for a study that no longer listens."""
+    code = (
+        "import sys, pathlib\n"
+        "from sib_fast.lab.study import run\n"
+        "def fails(*_): raise OSError('nobody reads')\n"
+        "def work(task, settings, out):\n"
+        "    for _ in range(5000): run._messages.put((task, 'a stage of some length', 0.5))\n"
+        "run._run_in_worker = work\n"
+        "class Told:\n"
+        "    update = staticmethod(fails)\n"
+        "if __name__ == '__main__':\n"
+        "    config = run.StudyConfig(jobs=2)\n"
+        "    run._train(config, [('small_conv_net', 'plain', 0), ('small_conv_net', 'sib', 0)], Told(), print)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = tmp_path / "study_without_a_reader.py"  # workers import it again
+    script.write_text(code)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 1
+    assert "OSError: nobody reads" in result.stderr

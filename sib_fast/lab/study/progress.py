@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,7 @@ class Progress:
     def update(self, task: Task, stage: str, share: float) -> None:
         if self.begin is None:
             self.begin = time.monotonic()
+            self.last_line = -math.inf  # the first one at once
         self.shares[task], self.stages[task] = share, stage
         if share >= 1:
             del self.stages[task]

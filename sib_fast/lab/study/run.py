@@ -307,6 +307,7 @@ def _train(
     messages = context.SimpleQueue()
     others = multiprocessing.active_children()
     with concurrent.futures.ProcessPoolExecutor(config.jobs, context, _start_worker, (messages,)) as pool:
+        futures: dict[concurrent.futures.Future, Task] = {}
         try:
             with _no_interrupts():
                 futures = {pool.submit(_run_in_worker, task, settings, out): task for task in missing}
@@ -324,7 +325,11 @@ def _train(
                     child.kill()
             raise
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            # What runs is waited for, and listened to: a worker whose messages nobody takes stands still.
+            running = [future for future in futures if not future.cancel()]
+            while concurrent.futures.wait(running, 0.25).not_done:
+                while not messages.empty():
+                    messages.get()
             raise
 
 

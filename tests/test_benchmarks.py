@@ -398,7 +398,7 @@ def result(tmp_path_factory) -> dict:
     return json.loads((folder / "head.json").read_text())
 
 
-def test_a_row_holds_what_the_issue_asks_for(result):
+def test_a_row_holds_what_its_docs_promise(result):
     assert {"commit", "date", "torch", "gpu", "cpu", "ceilings", "tests"} <= result.keys()
     assert [tuple(row["case"].values()) for row in result["rows"]] == head.PRESETS["smoke"]
     for row in result["rows"]:

@@ -282,6 +282,8 @@ def test_progress_counts_work_and_says_what_is_left(monkeypatch):
     with progress.Progress(console, [plain, sib], settings, wanted=True) as shown:
         shown.update(plain, "epoch 0 of 2", 0.0)
         assert shown.left is None
+        clock[0] = 5.0
+        shown.update(plain, "epoch 0 of 2, still", 0.0)  # too soon for another line
         clock[0] = 30.0
         shown.update(plain, "epoch 1 of 2", 0.5)
         done = 0.5 * sum(progress.work(plain, settings)) / sum(sum(progress.work(t, settings)) for t in (plain, sib))
@@ -290,6 +292,7 @@ def test_progress_counts_work_and_says_what_is_left(monkeypatch):
         left = progress.duration(shown.left)
         shown.finish(plain, "done so")
     assert console.file.getvalue().splitlines() == [
+        "  0 %, starting: plain training, seed 0: epoch 0 of 2",
         f"  {100 * done:.0f} %, about {left} left: plain training, seed 0: epoch 1 of 2",
         "[1/2] plain training, seed 0: done so",
     ]

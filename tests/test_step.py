@@ -142,6 +142,7 @@ def batch(images: int = 6) -> tuple[Tensor, Tensor]:
     return x.double(), target
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layer", [layer for layer in SWAPS if PLACES.get(layer, layer) is not None], ids=lambda c: c.__name__)
 def test_every_layer_of_nn_is_exact(layer):
     net = sib_fast.prepare(network(layer))

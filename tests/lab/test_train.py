@@ -673,15 +673,6 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
     assert settings(parse()).device == "cpu"
 
 
-def test_importing_the_package_or_the_options_loads_no_extra():
-    code = (
-        "import sys, sib_fast, sib_fast.lab.train; "
-        "print(sorted({'lightning', 'torchvision', 'tensorboard', 'rich', 'skimage', 'sklearn'} & set(sys.modules)))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
-
-
 # ---- fit: training in memory, as the study does it -------------------------------------------------------------------
 
 

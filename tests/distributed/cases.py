@@ -143,10 +143,10 @@ def _fsdp(rank, world, allow: bool, prepared: bool = False):
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
     if prepared:
-        sib_fast.prepare(net)
+        sib_fast.prepare(sib_fast.restore(sib_fast.prepare(net)))
         assert isinstance(net[0], sib_fast.nn.Conv2d)
         assert isinstance(net[0], FSDPModule)
-        assert isinstance(net[1], sib_fast.nn.BatchNorm2d)
+        assert isinstance(net[1], sib_fast.nn.GroupNorm)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     if allow:
         allow_double_backward(net, optimiser)

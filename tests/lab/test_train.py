@@ -560,7 +560,7 @@ def test_ctrl_c_in_a_terminal_ends_both_processes_with_one_sentence(tmp_path):
     with subprocess.Popen(command, **options) as process:
         try:
             end = time.monotonic() + 300
-            while not (out / "network.pt").is_file() and process.poll() is None and time.monotonic() < end:
+            while not (out / recipe.CHECKPOINT).is_file() and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.1)
             os.killpg(process.pid, signal.SIGINT)
             _, said = process.communicate(timeout=120)

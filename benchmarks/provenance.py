@@ -21,6 +21,7 @@ from benchmarks import gate
 from benchmarks.baselines import usable_backends
 from benchmarks.journal import DEVICE_LOST, DIED, ROOT, Journal
 from sib_fast import _extension
+from sib_fast.lab.results import write_atomically
 
 
 def _cpu_name() -> str:
@@ -101,9 +102,7 @@ def provenance() -> dict[str, Any]:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Atomically, so that an interrupted run leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def command_line(description: str, rounds: int) -> argparse.ArgumentParser:

@@ -7,12 +7,14 @@ ops whose tests were red, or not run to the end, are refused: they are listed as
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import Figure, figures, load, machine, refusal
 from benchmarks.timing import head_phases
+from sib_fast.lab.results import write_atomically
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -99,9 +101,7 @@ def plots(data: dict[str, Any], good: list[Figure], out: Path) -> list[Path]:
             axes.errorbar(x, y, yerr=[s / 2 for s in spread], marker="o", label=variant)
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms, forward + backward", title=machine(data))
         axes.legend(fontsize="small")
-        figure.savefig(out / name, dpi=130)
-        plt.close(figure)
-        written.append(out / name)
+        written.append(_save(plt, figure, out / name))
 
     sizes = [f for f in head if f.case[1] == 3 and f.case[3] == "float32"]
     most_common = max({f.case[2] for f in sizes}, key=lambda s: len({f.case[0] for f in sizes if f.case[2] == s}), default=0)
@@ -137,8 +137,14 @@ def _roofline(plt, data: dict[str, Any], head: list[Figure], path: Path) -> Path
             axes.plot(x, [min(rate, ceilings["copy"] * v) for v in x], linewidth=1, linestyle="--", label=f"roof {mode}")
     axes.set(xscale="log", yscale="log", xlabel="flops per byte (SPEC 8)", ylabel="flops per second", title=machine(data))
     axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=130)
+    return _save(plt, figure, path)
+
+
+def _save(plt, figure, path: Path) -> Path:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130)
     plt.close(figure)
+    write_atomically(path, image.getvalue())
     return path
 
 
@@ -161,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = args.out if len(args.files) == 1 else args.out / path.stem
             folder.mkdir(exist_ok=True)
             lines += [f"![{p.stem}]({p.relative_to(args.out)})" for p in plots(data, good, folder)] + [""]
-    (args.out / "report.md").write_text("\n".join(lines))
+    write_atomically(args.out / "report.md", "\n".join(lines).encode())
     print(args.out / "report.md")
     return 1 if any_refused else 0
 

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 import sib_fast
 from benchmarks.provenance import ROOT, provenance, write_json
 from sib_fast.lab.naive import naive_sib_loss
+from sib_fast.lab.results import write_atomically
 from sib_fast.nn.prepare import SWAPS
 from sib_fast.testing.models import differentiable_twice
 
@@ -246,7 +247,8 @@ def write_docs() -> None:
     """Puts the stored table into each page, between its two marks."""
     for page in DOCS:
         before, rest = page.read_text().split(MARKS[0])
-        page.write_text(f"{before}{MARKS[0]}\n{stored_table(page)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        text = f"{before}{MARKS[0]}\n{stored_table(page)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+        write_atomically(page, text.encode())
 
 
 def main(argv: list[str] | None = None) -> None:

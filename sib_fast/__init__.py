@@ -3,7 +3,12 @@
 criterion = sib_fast.SIBLoss().attach(model)      # then train as before: criterion(logits, target)
 """
 
-from sib_fast import estimators, masks, nn
+from sib_fast import (
+    _interrupts,  # noqa: F401  before torch is imported
+    estimators,
+    masks,
+    nn,
+)
 from sib_fast._backends import BACKENDS, why_not
 from sib_fast._version import __version__
 from sib_fast.loss import SIBLoss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sib_fast import doctor
+from sib_fast import _interrupts, doctor
 from sib_fast._version import __version__
 from sib_fast.lab import panel, train
 from sib_fast.lab.results import report_interrupt
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        _interrupts.raise_from_now_on()
         return args.main(args)
     except KeyboardInterrupt as error:
         return report_interrupt(args.command, error)

@@ -1,8 +1,9 @@
 """Which tests run: not those of backends that cannot run here, and of the slow backends' grids a sample (docs/tests.md).
 
-A pytest plugin, loaded by conftest.py. The slow backends are the emulation of CUDA and Triton's interpreter. Without `--long`
-each of their grids runs in a few cells, drawn from a seed, such that every value of every parameter is in one of them; of a grid
-marked sampled(n), n cells. The seed is the commit's, so that every commit draws anew; `--sample-seed` repeats a run.
+A pytest plugin, loaded by conftest.py. The slow backends are the emulation of CUDA and Triton's interpreter; treated like them
+is what only repeats the suite: the kernels of an older CPU, and the pretend device. Without `--long` each of their grids runs
+in a few cells, drawn from a seed, such that every value of every parameter is in one of them; of a grid marked sampled(n), n
+cells. The seed is the commit's, so that every commit draws anew; `--sample-seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def pytest_configure(config):
         config.option.sample_seed = commit_seed()
 
 
+def passed_on(config) -> list[str]:
+    """The selection's options for a run of tests that a test starts."""
+    return [f"--sample-seed={config.option.sample_seed}", *(["--long"] if config.option.long else [])]
+
+
 def unusable(backend: str) -> str | None:
     """Why tests of this backend cannot run here, or None."""
     reason = _backends.why_not(backend)
@@ -58,8 +64,12 @@ def backend_of(item) -> str | None:
     return next((parameters[name] for name in ("kernel", "backend") if parameters.get(name) in _backends.BACKENDS), None)
 
 
-def is_slow(backend: str | None) -> bool:
-    return backend == "emulated" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+def is_slow(backend: str | None, config) -> bool:
+    """Whether its grids run by a sample: a backend that is slow here, or one that repeats what another run has in full."""
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    older_cpu = backend == "cpu" and "SIB_FAST_CPU_CAPABILITY" in os.environ
+    pretended = backend == "cuda" and hasattr(config, "pretend_device")
+    return backend == "emulated" or interpreted or older_cpu or pretended
 
 
 def sample(cells: list[dict[str, object]], draw: random.Random) -> set[int]:
@@ -88,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
         elif item.get_closest_marker("long"):
             _counts["marked long (--long runs them)"] += 1
             left_out.append(item)
-        elif is_slow(backend) or item.get_closest_marker("sampled"):
+        elif is_slow(backend, config) or item.get_closest_marker("sampled"):
             grids[item.parent.nodeid, item.originalname, backend].append(item)
         else:
             keep.append(item)

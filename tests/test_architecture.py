@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sib_fast
+from tests import selection
 
 ROOT = Path(__file__).parent.parent
 PYTHON_FILES = sorted((ROOT / "sib_fast").rglob("*.py"))
@@ -32,12 +33,18 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_import_is_light():
+    """The command line's, which is the package's and that of every command's options: no extra, no compiler, no counter."""
     result = run(
-        "import sys, sib_fast\n"
-        "heavy = {'triton', 'lightning', 'torchvision', 'matplotlib', 'sklearn', 'skimage', 'rich', 'torch._dynamo'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "import sys, sib_fast.cli\n"
+        "try: sib_fast.cli.main(['explain', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'triton', 'lightning', 'torchvision', 'matplotlib', 'sklearn', 'skimage', 'rich', 'tensorboard', 'captum',\n"
+        "         'pytorch_grad_cam', 'PIL', 'torchmetrics', 'torch._dynamo', 'torch.utils.flop_counter'}\n"
+        "ours = {f'sib_fast.ops.{op}.triton' for op in ('foreground_mask', 'region_statistics', 'hsic_objective')}\n"
+        "print(sorted((heavy | ours) & set(sys.modules)))"
     )
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+    assert "--window-size" in result.stdout, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
 
 
 def test_without_compiled_libraries_it_imports_explains_itself_and_runs_the_reference():
@@ -53,7 +60,9 @@ def test_without_compiled_libraries_it_imports_explains_itself_and_runs_the_refe
         "try:\n"
         "    sib_fast.foreground_mask(torch.randn(2, 3, 8, 8), backend='cpu')\n"
         "except RuntimeError as error:\n"
-        "    print(error)\n",
+        "    print(error)\n"
+        "from sib_fast import cli\n"
+        "cli.main(['doctor'])\n",
         SIB_FAST_LOAD="0",
     )
     lines = result.stdout.splitlines()
@@ -61,6 +70,7 @@ def test_without_compiled_libraries_it_imports_explains_itself_and_runs_the_refe
     assert lines[0].endswith("<string>"), "the warning must point at the caller"
     assert lines[1] == "SIB_FAST_LOAD=0 is set"
     assert "is not usable here: SIB_FAST_LOAD=0 is set" in lines[2]
+    assert_doctor_reports(lines[3:], loaded=False)
 
 
 def test_without_triton():
@@ -68,24 +78,28 @@ def test_without_triton():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("load", ["1", "0"])
-def test_doctor(load):
+def assert_doctor_reports(lines: list[str], loaded: bool) -> None:
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
+    assert rows["sib_fast"] == sib_fast.__version__
+    assert rows["backend reference"] == "usable"
+    assert rows["backend cpu"] == ("usable" if loaded else "SIB_FAST_LOAD=0 is set")
+    chosen = "cpu" if loaded else "reference"
+    assert rows["auto on cpu"] == f"mask by {chosen}, statistics by {chosen}, objective by {chosen}"
+    assert {"torch", "Python", "built with", "CUDA architectures", "CUDA library", "triton"} <= set(rows)
+    assert ("to do" in rows) == (not loaded)
+
+
+def test_doctor():
+    """As a command; where no library is loaded: the test above."""
     result = subprocess.run(
         [sys.executable, "-m", "sib_fast", "doctor"],
         capture_output=True,
         text=True,
-        env={**os.environ, "SIB_FAST_LOAD": load},
+        env={**os.environ, "SIB_FAST_LOAD": "1"},
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr
-    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.stdout.splitlines())
-    assert rows["sib_fast"] == sib_fast.__version__
-    assert rows["backend reference"] == "usable"
-    assert rows["backend cpu"] == ("usable" if load == "1" else "SIB_FAST_LOAD=0 is set")
-    chosen = "cpu" if load == "1" else "reference"
-    assert rows["auto on cpu"] == f"mask by {chosen}, statistics by {chosen}, objective by {chosen}"
-    assert {"torch", "Python", "built with", "CUDA architectures", "CUDA library", "triton"} <= set(rows)
-    assert ("to do" in rows) == (load == "0")
+    assert_doctor_reports(result.stdout.splitlines(), loaded=True)
 
 
 def test_doctor_says_what_to_type(monkeypatch):
@@ -107,8 +121,8 @@ def test_doctor_says_what_to_type(monkeypatch):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_ops_on_every_instruction_set(capability):
-    """The whole suite of the ops again, on the kernels that an older CPU would run."""
+def test_ops_on_every_instruction_set(capability, request):
+    """The suite of the ops again, on the kernels that an older CPU would run: a sample of it, or the whole with --long."""
     environment = {**os.environ, "SIB_FAST_CPU_CAPABILITY": capability}
     probe = "from sib_fast import _blocks; print(_blocks.capability())"
     chosen = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -118,7 +132,8 @@ def test_ops_on_every_instruction_set(capability):
         )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops/test_foreground_mask.py",
-         "tests/ops/test_region_statistics.py", "tests/ops/test_hsic_objective.py", "-k", "cpu and not compiles and not opcheck"],
+         "tests/ops/test_region_statistics.py", "tests/ops/test_hsic_objective.py", "-k", "cpu and not compiles and not opcheck",
+         *selection.passed_on(request.config)],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]

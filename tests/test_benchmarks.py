@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -422,6 +423,34 @@ def test_report_of_a_run(result, tmp_path):
     for words in ("| 4×3×32×float32 | ours_cpu |", "Measured ceilings: copy", result["commit"][:20], "![roofline]"):
         assert words in text
     assert (tmp_path / "out/roofline.png").stat().st_size > 1000
+
+
+def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from benchmarks import step_traffic
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{step_traffic.MARKS[0]}\nold\n{step_traffic.MARKS[1]}\nafter\n")
+    (tmp_path / "report.md").write_text("old")
+    (tmp_path / "roofline.png").write_text("old")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(step_traffic, "DOCS", {page: next(iter(step_traffic.DOCS.values()))})
+    monkeypatch.setattr(os, "replace", interrupted)
+    for write in (
+        step_traffic.write_docs,
+        lambda: report.main([str(STORED / "head.json"), "--out", str(tmp_path), "--no-plots"]),
+        lambda: report.main([str(STORED / "head.json"), "--out", str(tmp_path)]),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    monkeypatch.undo()
+    monkeypatch.setattr(step_traffic, "DOCS", {page: next(iter(step_traffic.DOCS.values()))})
+    step_traffic.write_docs()
+    assert page.read_text().startswith(f"before\n{step_traffic.MARKS[0]}\n|")
 
 
 def test_report_of_what_is_stored(tmp_path):

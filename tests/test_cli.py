@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import sib_fast
 from sib_fast import cli
+
+ROOT = Path(sib_fast.__file__).parents[1]
 
 
 def test_version(capsys):
@@ -53,6 +58,37 @@ def test_train_without_the_lab_extra_says_what_to_install(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 2, result.stderr
     assert "sib_fast[lab]" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize("call", [["-m", "sib_fast"], ["sib-fast"]], ids=["module", "script"])
+def test_ctrl_c_while_torch_is_imported_is_a_sentence(call, tmp_path):
+    """A torch that takes for ever to import, and says when it began."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    (tmp_path / "sib-fast").write_text("import sys\nfrom sib_fast.cli import main\nsys.exit(main())\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    options = {
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path,
+        # As in a terminal, also where these tests run in the background, which ignores the signal.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }  # fmt: skip
+    with subprocess.Popen([sys.executable, *call, "doctor"], **options) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said == "sib-fast: interrupted. Nothing has been written; the same command starts again.\n"
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    code = "import signal as s; before = s.getsignal(s.SIGINT); import sib_fast; print(s.getsignal(s.SIGINT) is before)"
+    said = subprocess.run([sys.executable, "-c", code, "-m", "sib_fast"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert said.stdout == "True\n", said.stderr
 
 
 def test_inspect(capsys):

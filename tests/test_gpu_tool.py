@@ -258,7 +258,8 @@ def test_a_run_that_is_killed_for_real(tmp_path):
 # ---- the whole, dry -----------------------------------------------------------------------------------------------------------
 
 
-def test_phases_write_their_results_as_they_come_and_a_second_call_goes_on(tool, tmp_path):
+def test_phases_write_their_results_as_they_come(tmp_path):
+    """That a second call goes on: the tests above, and of real tests tests/test_benchmarks.py."""
     out = tmp_path / "one"
     result = script(out, "--dry-run", "--budget", 300, "setup", "parity")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -272,10 +273,6 @@ def test_phases_write_their_results_as_they_come_and_a_second_call_goes_on(tool,
     assert "exit status 0" in (out / "log.txt").read_text()
     assert {path.name for path in out.iterdir()} == {"results.jsonl", "summary.json", "log.txt"}
     assert re.search(r"^parity +ok", result.stdout, re.MULTILINE)
-    (tmp_path / "two").mkdir()
-    again = tool.Run(tmp_path / "two", 300, dry=True, machine="dry", earlier=(out / "results.jsonl",))
-    assert tool.perform(again, ["parity"], {"parity": tool.parity}) == 0
-    assert {line["state"] for line in read(tmp_path / "two/results.jsonl")} == {"collected"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -286,10 +283,12 @@ def test_without_a_gpu_it_says_so(tool, tmp_path, monkeypatch, capsys):
     assert "torch sees no GPU here (--dry-run" in capsys.readouterr().err
 
 
-def test_an_unknown_phase_is_a_sentence(tmp_path):
-    result = script(tmp_path, "smok")
-    assert result.returncode == 2
-    assert "unknown phase: smok" in result.stderr
+def test_an_unknown_phase_is_a_sentence(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool.sys, "argv", ["gpu.py", str(tmp_path), "smok"])
+    with pytest.raises(SystemExit) as stop:
+        tool.main()
+    assert stop.value.code == 2
+    assert "unknown phase: smok" in capsys.readouterr().err
 
 
 def test_a_command_that_hangs_is_ended_with_its_children(run):

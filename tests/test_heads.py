@@ -368,6 +368,7 @@ def test_autocast(name, dtype):
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace autograd.grad")
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["one logit, its label", "several labels"])
 def test_compiled(name):
     net, criterion, target = head(name, norm="group")

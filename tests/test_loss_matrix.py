@@ -443,6 +443,7 @@ def state(modules: list[nn.Module]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for module in modules for t in module.state_dict().values()])
 
 
+@pytest.mark.sampled(40, always="plain layers")
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain layers", "prepared"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ROWS)

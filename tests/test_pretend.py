@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sib_fast import _backends
+from tests import selection
 from tests.pretend import DEVICE, DeviceMismatch, PretendMode, PretendTensor
 
 ROOT = Path(__file__).parent.parent
@@ -37,13 +38,13 @@ def test_a_tensor_there_is_not_one_of_the_cpu():
 @pytest.mark.skipif(
     torch.__version__ < "2.14", reason="a tensor subclass under the second derivative: the newest torch is enough"
 )
-def test_tests_of_ops_and_loss_put_everything_on_the_device_under_test():
-    """The quick ones of them; `python -m pytest -p tests.pretend tests/ops tests/test_loss.py -k cuda` runs all."""
+def test_tests_of_ops_and_loss_put_everything_on_the_device_under_test(request):
+    """The quick ones, grids by a sample; all: `python -m pytest --long -p tests.pretend tests/ops tests/test_loss.py -k cuda`."""
     wanted = "cuda and (natural or options or layouts or plain_step or degenerate or half or synchronises)"
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.pretend", "-p", "no:cacheprovider", "-k", wanted,
-        "tests/ops", "tests/test_loss.py", "tests/test_autocast.py",
+        "tests/ops", "tests/test_loss.py", "tests/test_autocast.py", *selection.passed_on(request.config),
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 100
+    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > (100 if request.config.option.long else 60)

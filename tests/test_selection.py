@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from sib_fast import _backends
+from tests import selection
 from tests.selection import sample, unusable
 
 ROOT = Path(__file__).parent.parent
@@ -58,16 +58,26 @@ def test_a_grid_of_which_some_are_drawn(word, number):
     """Named by the test below."""
 
 
-def collected(*options, file="tests/ops/test_softmax.py"):
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", file]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [line for line in result.stdout.splitlines() if "::" in line], result.stdout
+@pytest.fixture
+def collected(monkeypatch, capfd):
+    """What pytest selects of a file, run inside this process: its names, and what it prints."""
+    monkeypatch.setattr(selection, "_counts", Counter())
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # of the worker that this test runs in
+        monkeypatch.delenv(name)
+
+    def collect(*options, file="tests/ops/test_softmax.py"):
+        selection._counts.clear()
+        command = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / file), *options]
+        assert pytest.main(command) == 0
+        said = capfd.readouterr().out
+        return [line for line in said.splitlines() if "::" in line], said
+
+    return collect
 
 
 @pytest.mark.skipif(_backends.MISSING["emulated"] is not None, reason="the emulation is not built")
-def test_what_is_left_out_is_said_in_a_line_and_the_long_suite_has_it():
+def test_what_is_left_out_is_said_in_a_line_and_the_long_suite_has_it(collected):
     not_here = [backend for backend in ("cpu", "cuda") if unusable(backend) is not None]
     short, said = collected("--sample-seed=3")
     assert "--sample-seed=3" in said
@@ -81,7 +91,7 @@ def test_what_is_left_out_is_said_in_a_line_and_the_long_suite_has_it():
         assert f"tests, backend {backend!r} is not usable here" in said
 
 
-def test_of_a_marked_grid_the_named_cells_and_some_others_run():
+def test_of_a_marked_grid_the_named_cells_and_some_others_run(collected):
     draws = []
     for seed in (1, 2):
         names, _ = collected(f"--sample-seed={seed}", file="tests/test_selection.py")

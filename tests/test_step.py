@@ -142,6 +142,7 @@ def batch(images: int = 6) -> tuple[Tensor, Tensor]:
     return x.double(), target
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layer", [layer for layer in SWAPS if PLACES.get(layer, layer) is not None], ids=lambda c: c.__name__)
 def test_every_layer_of_nn_is_exact(layer):
     net = sib_fast.prepare(network(layer))
@@ -150,6 +151,7 @@ def test_every_layer_of_nn_is_exact(layer):
     assert_step_is_eager(net, compile_step(net, criterion, backend="aot_eager"), criterion, *batch())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layer", [nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.Hardswish], ids=lambda c: c.__name__)
 def test_activations_in_place(layer):
     """As torchvision's networks have them. Their graph is made by a Function of ours, which is no custom one of the user's."""
@@ -240,6 +242,7 @@ def test_an_input_that_requires_grad_gets_its_gradient():
     torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_autocast(where):
     class Inside(nn.Module):

@@ -50,12 +50,12 @@ def test_the_penalty_is_the_same_with_and_without_our_layers(setting):
     assert max((results[2][name] - want).norm() for name, want in results[0].items()) > 1e-6 * scale
 
 
-def test_compiled_variants_compute_the_naive_steps_gradients(setting, monkeypatch):
+def test_compiled_variants_compute_the_naive_steps_gradients(setting, monkeypatch, drawn):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
     model, (x, target) = setting.make_model().double(), setting.make_batch()
     results = []
-    for name in ("naive", "naive_compiled", "ours_compiled", "convolutions_compiled"):
+    for name in ("naive", *drawn(("naive_compiled", "ours_compiled", "convolutions_compiled"), lambda _: "one of them")):
         net = copy.deepcopy(model)
         results.append(parameter_gradients(step.loss_of(name, net)(x.double(), target), net))
     scale = max(grad.norm() for grad in results[0].values())
@@ -80,19 +80,18 @@ def test_a_row_has_every_figure(setting, tmp_path, monkeypatch):
     out = tmp_path / "step.json"
     step.main(
         ["--out", str(out), "--models", "tiny", "--images", "6", "--size", "40", "--rounds", "2", "--threads", "1",
-         "--skip-tests", "--precisions", "float32", "tf32", "bf16", "--layouts", "contiguous", "channels_last", "--profile"]
+         "--skip-tests", "--precisions", "float32", "tf32", "bf16", "--layouts", "channels_last", "--profile"]
     )  # fmt: skip
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["precision"], row["layout"]) for row in rows] == [
-        ("float32", "contiguous"), ("float32", "channels_last"), ("bf16", "contiguous"), ("bf16", "channels_last")
-    ]  # fmt: skip
+    # No tf32 on a CPU; several layouts: the test of rows that are stored as they come.
+    assert [(row["precision"], row["layout"]) for row in rows] == [("float32", "channels_last"), ("bf16", "channels_last")]
     for row in rows:
         assert set(row["median_s"]) == set(step.EAGER) == set(row["ratio_to_plain"]) == set(row["images_per_s"])
         assert row["ratio_to_plain"]["plain"] == 1
         assert row["peak_to_plain"]["ours"] == 1.5
         assert sum(row["profile"]["ours_prepared"].values()) == pytest.approx(1, abs=1e-2)
         assert row["profile"]["ours_prepared"]["convolution"] > 0
-    exact, _, low, _ = (row["vjp_cosine_to_float32"] for row in rows)
+    exact, low = (row["vjp_cosine_to_float32"] for row in rows)
     assert exact == 1
     assert 0.9 < low < 1
 
@@ -182,6 +181,7 @@ def test_goals_are_ratios_of_the_rows():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.long  # two processes that import torchvision; tests/test_benchmarks.py has a meter that sees an allocation
 def test_the_memory_meter_sees_the_graph_of_a_second_derivative():
     setting = step.Setting("resnet18", images=2, size=96, device="cpu")
     pytest.importorskip("torchvision.models", reason=NO_TORCHVISION, exc_type=ImportError)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sib_fast import network_checks
 from sib_fast._copy import copy_of
-from sib_fast.nn.prepare import SWAPS, fast_class, plain_class, prepare
+from sib_fast.nn.prepare import SWAPS, class_below, fast_class, plain_class, prepare
 
 _OP = "inspect"
 STATUSES = ("obstacle", "swap", "prepared", "kept")
@@ -121,7 +120,7 @@ def _name_of(kind: type) -> str:
 
 def _in_modules(model: nn.Module) -> Iterator[Entry]:
     for name, module in model.named_modules():
-        kind = type_before_parametrizations(module)
+        kind = class_below(module)
         obstacle = network_checks.obstacle_in(module)
         fast = fast_class(kind)
         if fast is not None:

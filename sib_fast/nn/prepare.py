@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils import parametrize
 
 from sib_fast.nn import activation
 from sib_fast.nn.attention import MultiheadAttention
@@ -57,10 +59,32 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _PLAIN.get(kind) or vars(kind).get("plain")
 
 
-def _parametrised(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """A class that torch.nn.utils.parametrize made, on another base: `kind` itself may serve a deep copy too."""
-    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{base.__name__}", (base,), members)
+def class_below(module: nn.Module) -> type[nn.Module]:
+    """The module's class without those that torch.nn.utils.parametrize and FSDP2's fully_shard put in its place."""
+    return _classes(module)[-1]
+
+
+def _classes(module: nn.Module) -> list[type[nn.Module]]:
+    """The module's class, and what it was made of, down to the one that somebody wrote."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody has imported it, nothing is sharded by it
+    classes, parametrised = [type(module)], parametrize.is_parametrized(module)
+    while True:
+        bases = classes[-1].__bases__
+        if fsdp is not None and len(bases) == 2 and issubclass(bases[0], fsdp.FSDPModule):
+            classes.append(bases[1])
+        elif parametrised:
+            classes.append(bases[0])
+            parametrised = False
+        else:
+            return classes
+
+
+def _remade(classes: list[type[nn.Module]], base: type[nn.Module]) -> type[nn.Module]:
+    """The first of `classes` on another base than the last: made again, as the class itself may serve other modules too."""
+    for kind, below in reversed(list(pairwise(classes))):
+        members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        base = type(kind.__name__, tuple(base if one is below else one for one in kind.__bases__), members)
+    return base
 
 
 def _swap(
@@ -71,10 +95,10 @@ def _swap(
     for module in model.modules():
         if isinstance(module, _CONVOLUTIONS):
             vars(module).pop("recompute", None)
-        kind = type_before_parametrizations(module)
-        other = other_class(kind)
+        classes = _classes(module)
+        other = other_class(classes[-1])
         if other is not None:
-            module.__class__ = other if kind is type(module) else _parametrised(type(module), other)
+            module.__class__ = _remade(classes, other)
         if recompute and isinstance(module, _CONVOLUTIONS):
             module.recompute = True
     return model
@@ -84,10 +108,10 @@ def prepare(model: _Model, *, recompute: bool = False, only: Iterable[type[nn.Mo
     """Swaps every torch.nn layer that `sib_fast.nn` has under the same name, in place. Returns the same model.
 
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
-    before or after DDP, `SIBLoss.attach` and torch.nn.utils.parametrize. Pays for any loss on an input gradient, not only S-IB;
-    without a second derivative it gains nothing. Under torch.func and forward-mode AD, and while the model is traced, scripted
-    or exported, the layers run PyTorch's own forward. Subclasses are left alone, but for torchvision's LayerNorm2d and timm's
-    LayerNorm and LayerNorm2d, and so are calls of torch.nn.functional.
+    before or after DDP, FSDP2, `SIBLoss.attach` and torch.nn.utils.parametrize. Pays for any loss on an input gradient, not
+    only S-IB; without a second derivative it gains nothing. Under torch.func and forward-mode AD, and while the model is
+    traced, scripted or exported, the layers run PyTorch's own forward. Subclasses are left alone, but for torchvision's
+    LayerNorm2d and timm's LayerNorm and LayerNorm2d, and so are calls of torch.nn.functional.
 
     Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
              it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import sib_fast
 from sib_fast import SIBLoss
 from sib_fast.distributed import global_region_statistics
 from sib_fast.testing.networks import conv_net, image_batch
@@ -130,9 +131,9 @@ def unequal_batches(rank, world):
     global_region_statistics(vjp, vjp, torch.rand(len(vjp), 1, 5, 7))
 
 
-def _fsdp(rank, world, allow: bool):
+def _fsdp(rank, world, allow: bool, prepared: bool = False):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     from sib_fast.integrations.fsdp import allow_double_backward
 
@@ -141,6 +142,11 @@ def _fsdp(rank, world, allow: bool):
     for layer in (net[0], net[3]):
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    if prepared:
+        sib_fast.prepare(sib_fast.restore(sib_fast.prepare(net)))
+        assert isinstance(net[0], sib_fast.nn.Conv2d)
+        assert isinstance(net[0], FSDPModule)
+        assert isinstance(net[1], sib_fast.nn.GroupNorm)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     if allow:
         allow_double_backward(net, optimiser)
@@ -155,6 +161,10 @@ def _fsdp(rank, world, allow: bool):
 
 def fsdp(rank, world):
     return _fsdp(rank, world, allow=True)
+
+
+def fsdp_prepared_after_sharding(rank, world):
+    return _fsdp(rank, world, allow=True, prepared=True)
 
 
 def fsdp_without_the_helper(rank, world):
@@ -178,7 +188,7 @@ CASES = {
     f.__name__: f
     for f in (
         ddp, ddp_find_unused, ddp_bucket_view, ddp_no_sync, ddp_static_graph, ddp_static_graph_explicit, ddp_gather,
-        ddp_gather_background_hsic, gather_terms, global_statistics, fsdp, three_steps_by_ddp,
+        ddp_gather_background_hsic, gather_terms, global_statistics, fsdp, fsdp_prepared_after_sharding, three_steps_by_ddp,
         fsdp_without_the_helper, unequal_batches, ddp_frozen_batch_norm, ddp_eval_mode_warns,
     )
 }  # fmt: skip

@@ -15,7 +15,14 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 FOUR = ("ddp", "ddp_gather", "global_statistics")  # what could depend on the number of processes
 
 
-@pytest.fixture(scope="module", params=[(2, "cpu"), (4, "cpu"), (2, "cuda")], ids=["2", "4", "2-nccl"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((2, "cpu"), id="2"),
+        pytest.param((4, "cpu"), id="4", marks=pytest.mark.long),
+        pytest.param((2, "cuda"), id="2-nccl"),
+    ],
+)
 def ranks(request, tmp_path_factory):
     """One start of the processes for all cases: what every rank returned, or the words of what it raised."""
     world, device = request.param
@@ -135,9 +142,10 @@ def test_batches_of_different_sizes_are_refused(ranks):
         assert "drop_last=True" in words
 
 
-def test_fsdp2_by_the_helper_equals_ddp(ranks):
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_prepared_after_sharding"])
+def test_fsdp2_by_the_helper_equals_ddp(ranks, name):
     wanted = results(ranks, "three_steps_by_ddp")[0]
-    got = results(ranks, "fsdp")
+    got = results(ranks, name)
     assert_equal_on_all_ranks(got, wanted)
     start = network().state_dict()
     assert all((wanted[name] - start[name]).norm() > 1e-5 for name in wanted)

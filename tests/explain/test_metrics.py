@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -246,6 +247,85 @@ def test_randomisation_sees_whether_the_network_matters():
     assert depends.abs().mean() < 0.5
     copied = controls._spearman(x.abs().sum(1).flatten(1), (x.abs().sum(1) ** 3).flatten(1))
     torch.testing.assert_close(copied, torch.ones(8, dtype=torch.float64))
+
+
+def normed_weights(net, *names):
+    return {name: net.get_submodule(name).weight.detach().clone() for name in names}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    "norm", ["weight_norm", "spectral_norm", "parametrizations.weight_norm", "parametrizations.spectral_norm"]
+)
+def test_randomisation_draws_what_a_norm_computes_as_the_layer_draws_it(norm, prepared):
+    import sib_fast
+    from sib_fast.explain import controls
+    from sib_fast.testing.networks import conv_net, image_batch
+
+    net = conv_net()
+    apply = attrgetter(norm)(torch.nn.utils)
+    for name in ("0", "3"):
+        apply(net.get_submodule(name))
+    if prepared:
+        sib_fast.prepare(net)
+    x, _ = image_batch()
+    net.train()(x)  # spectral norm moves its vectors
+    drawn = controls._plain_copy(net)
+    drawn(x)
+    before = normed_weights(drawn, "0", "3")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        for name, module in drawn.named_modules():
+            controls._draw(name, module)
+    drawn(x)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        fresh = conv_net()
+    torch.manual_seed(5)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, weight in normed_weights(drawn, "0", "3").items():
+        assert not torch.equal(weight, before[name])
+        wanted = fresh.get_submodule(name).weight.detach()
+        if "spectral" in norm:
+            wanted = wanted / torch.linalg.matrix_norm(wanted.flatten(1), 2)
+            torch.testing.assert_close(weight, wanted, rtol=0.05, atol=0)  # the power iteration is one
+        else:
+            torch.testing.assert_close(weight, wanted)
+    for name in ("0", "3"):
+        torch.testing.assert_close(drawn.get_submodule(name).bias, fresh.get_submodule(name).bias)
+
+
+def test_randomisation_refuses_or_says_what_it_cannot_draw():
+    from torch.nn.utils import parametrize
+
+    from sib_fast.explain import controls
+
+    class OneWay(torch.nn.Module):
+        def forward(self, weight):
+            return weight.abs()
+
+    class Token(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = torch.nn.Parameter(torch.zeros(3))
+
+    layer = torch.nn.Conv2d(3, 4, 3)
+    parametrize.register_parametrization(layer, "weight", OneWay())
+    with pytest.raises(ValueError, match=r"stem\.weight must be .* drawn anew, got a parametrised one: .*OneWay"):
+        controls._draw("stem", layer)
+    cell = torch.nn.LSTM(3, 4)
+    torch.nn.utils.parametrizations.weight_norm(cell, "weight_hh_l0")
+    with pytest.raises(ValueError, match=r"weight_hh_l0 must be .*LSTM does not draw it"):
+        controls._draw("cell", cell)
+    with pytest.warns(UserWarning, match=r"Token must have reset_parameters\(\) .* its token stays as trained"):
+        controls._draw("", Token())
+    attention = torch.nn.MultiheadAttention(4, 2)
+    before = attention.in_proj_weight.detach().clone()
+    controls._draw("", attention)
+    assert not torch.equal(attention.in_proj_weight, before)
 
 
 def test_rank_correlation_is_scipys():

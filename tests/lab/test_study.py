@@ -179,6 +179,7 @@ def test_a_later_run_without_timing_keeps_the_step_times(finished, tmp_path):
 # ---- Ctrl-C, kills, progress ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", ["training", "scoring", "writing a network", "writing the report"])
 def test_ctrl_c_at_any_moment_keeps_what_is_finished_and_the_next_run_ends_alike(finished, tmp_path, monkeypatch, capsys, moment):
     options = {"seeds": (0,), "variants": ("plain",)}

@@ -1,6 +1,7 @@
 """Training one network: what lands in the folder, resuming after a kill, averaging, several processes, options."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -13,6 +14,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -544,6 +546,36 @@ def test_two_processes_train_one_network_and_count_every_image_once(tmp_path):
     assert float(row["val_loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group")
+def test_ctrl_c_in_a_terminal_ends_both_processes_with_one_sentence(tmp_path):
+    """A terminal sends the signal to both; Lightning started the second."""
+    out = tmp_path / "run"
+    config = TrainConfig(**TINY | {"epochs": 100_000, "devices": 2, "batch_size": 4, "out": out})
+    command = [sys.executable, "-m", "sib_fast", "train", *words(config)]
+    options = {
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
+    }  # fmt: skip
+    with subprocess.Popen(command, **options) as process:
+        try:
+            end = time.monotonic() + 300
+            while not (out / recipe.CHECKPOINT).is_file() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert said.startswith(
+        f"sib-fast train: interrupted. {out} holds the network and the checkpoint of the latest finished epoch"
+    )
+    assert said.count("\n") == 1
+    assert not list(out.rglob("*.partial"))
+    load_network(out / "network.pt")
+
+
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
@@ -671,15 +703,6 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
     assert main(parse("--device", "cuda", "--out", str(tmp_path / "out"))) == 2
     assert "train: device must be usable, got 'cuda' where torch.cuda.is_available() is False" in capsys.readouterr().err
     assert settings(parse()).device == "cpu"
-
-
-def test_importing_the_package_or_the_options_loads_no_extra():
-    code = (
-        "import sys, sib_fast, sib_fast.lab.train; "
-        "print(sorted({'lightning', 'torchvision', 'tensorboard', 'rich', 'skimage', 'sklearn'} & set(sys.modules)))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
 
 
 # ---- fit: training in memory, as the study does it -------------------------------------------------------------------

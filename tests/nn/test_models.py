@@ -72,6 +72,7 @@ def float32_error(model: nn.Module, x: Tensor, y: Tensor, mask: Tensor, exact: T
     return vector, 0.0 if exact is None else ((vector - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_is_no_further_from_float64_than_pytorchs_own(name):
     torch.manual_seed(0)

@@ -152,3 +152,31 @@ def test_a_compiled_step_is_exact():
         assert (g - w).norm() <= 1e-11 * scale
     # What dropping the second derivative in silence would leave is far outside that bound.
     assert max((w - b).norm() for w, b in zip(want, base, strict=True)) > 1e-8 * scale
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+@pytest.mark.parametrize("order", ["sharded", "sharded, parametrised", "parametrised, sharded"])
+def test_a_layer_that_fsdp2_shards_by_itself_is_swapped_and_back(order):
+    """What fully_shard does to a module's class, and parametrize before or after it; with processes: tests/distributed."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    layer = nn.Conv2d(3, 4, 3)
+    for step in order.split(", "):
+        if step == "sharded":
+            kind = type(layer)
+            layer.__class__ = type(f"FSDP{kind.__name__}", (fsdp.FSDPModule, kind), {"marked": True})
+        else:
+            nn.utils.parametrizations.weight_norm(layer)
+    before, mro = type(layer), [kind.__name__ for kind in type(layer).__mro__]
+    x = torch.randn(2, 3, 5, 5)
+    y = layer(x)
+    sib_fast.prepare(layer)
+    assert isinstance(layer, sib_fast.nn.Conv2d)
+    assert isinstance(layer, fsdp.FSDPModule)
+    assert layer.marked
+    assert torch.equal(layer(x), y)
+    (swap,) = (entry for entry in sib_fast.nn.inspect(layer).entries if entry.kind.endswith("Conv2d"))
+    assert swap.status == "prepared"
+    assert not issubclass(before, sib_fast.nn.Conv2d), "it may serve other modules"
+    sib_fast.restore(layer)
+    assert [kind.__name__ for kind in type(layer).__mro__] == mro
+    assert torch.equal(layer(x), y)

@@ -159,7 +159,7 @@ def test_with_activation_checkpointing():
 
 
 @trace_autograd_ops
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_in_one_compiled_region(backend):
     x, target = image_batch()
     x = x.double()

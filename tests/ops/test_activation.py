@@ -673,6 +673,7 @@ def test_third_derivative(kernel):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+@pytest.mark.sampled(3, always="relu")
 @pytest.mark.parametrize(("kind", "parameters"), CASES, ids=ids)
 def test_opcheck(kind, parameters, kernel):
     op, given = torch.ops.sib_fast_activation, [float(p) for p in parameters]

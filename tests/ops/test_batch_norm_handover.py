@@ -377,7 +377,7 @@ def test_an_addend_that_lies_otherwise_is_refused(registered):
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace torch.autograd.grad")
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_in_one_graph(compiler, kernel):
     """Forward and VJP in one compiled region, as compile_step has them: the same gradients, and the handover in the graph."""
     f = Forward(kernel)

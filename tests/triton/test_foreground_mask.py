@@ -43,7 +43,7 @@ def launches_of(shape=(2, 3, 224, 224), dtype=torch.float32, layout="contiguous"
 # ---- compilation ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1, always="90")
+@pytest.mark.sampled(1)
 @compiled_only
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):

@@ -45,7 +45,7 @@ def test_a_step_is_three_launches_and_weights_are_float64():
     assert set(weights) == {"fp64"}
 
 
-@pytest.mark.sampled(1, always="90")
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_no_stack_and_no_spills(capability, drawn):
     """Default options: aligned and odd N, all gradients and the VJP's alone, every objective's combine."""

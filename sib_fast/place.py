@@ -83,7 +83,8 @@ _LINEAR = (
     "Unbind",
     "Unfold",
     "Upsample",
-    "_InPlace",
+    # An op in place on a view, as Dropout(inplace=True) behind a flatten; which op it was is not shown.
+    "CopySlices",
 )
 # Linear where only one of their tensors comes from the map.
 _BILINEAR = (

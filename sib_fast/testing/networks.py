@@ -168,7 +168,7 @@ def plain_step(
 
 
 class MappedNet(nn.Module):
-    """A trunk whose output is a feature map that is 0 where nothing is, and a head above it. Shapes: [N, 3, H, W] -> [N, classes].
+    """A trunk whose output is a feature map that is 0 where nothing is, and a head. Shapes: [N, 3, H, W] -> [N, classes].
 
     head: "linear", pooled to 2×2; "bent", with a ReLU between two linear layers; "mean", a global average.
     """
@@ -197,7 +197,7 @@ class MappedNet(nn.Module):
 
 
 def plain_cells(mask: Tensor, height: int, width: int) -> Tensor:
-    """The greatest value in every cell of a grid, cell i from floor(iH/h) to ceil((i+1)H/h). Shapes: [N, 1, H, W] -> [N, 1, h, w]."""
+    """The greatest value in every cell, cell i from floor(iH/h) to ceil((i+1)H/h). Shapes: [N, 1, H, W] -> [N, 1, h, w]."""
     rows, columns = mask.shape[2:]
     cells = mask.new_zeros((*mask.shape[:2], height, width))
     for i in range(height):

@@ -593,10 +593,6 @@ def test_the_own_mask_through_a_compiled_trunk():
     torch._dynamo.reset()
     with config.patch(donated_buffer=False):
         assert relative_error(loss_of(compiled()), loss_of(MappedNet().double())) < TOLERANCE
-    torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="must be compiled to allow two backward passes"), config.patch(donated_buffer=True):
-        loss_of(compiled())
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -604,7 +600,7 @@ def test_compiled_layers_in_the_wrong_place_are_refused():
     x, target = problem()
     net = MappedNet().double()
     net.head = torch.compile(net.head, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="a module under torch[.]compile must not be used"):
+    with pytest.raises(RuntimeError, match="must not be used: compiled code has no second derivative"):
         EvidenceLoss("area").attach(net)(net(x), target)
     net = MappedNet().double()
     net.trunk = torch.compile(net.trunk, backend="aot_eager")
@@ -804,7 +800,7 @@ def test_bad_calls():
     net = MappedNet().double()
     with pytest.raises(TypeError, match="evidence must be an EvidenceTerm, got str"):
         SIBLoss(evidence="area")
-    with pytest.raises(ValueError, match="EvidenceLoss.attach: at must be one of the model's modules, got 'body'"):
+    with pytest.raises(ValueError, match="at must be one of the model's modules, got 'body'"):
         EvidenceLoss(at="body").attach(net)
     features = net.trunk(x)
     logits = net.head(features)

@@ -465,15 +465,15 @@ class LayerNormOfChannels(nn.Module):
         (lambda: Head(LayerNormOfChannels(), *POOL), {}, "must be one whose cells can be empty, got 'layers.0'"),
         (Tokens, {"evidence": "absolute"}, "must not lie below attention, got 'patches'"),
         (Tokens, {"at": "last"}, "tokens are no map, and of those after the last attention only the class token is read"),
-        (lambda: Head(nn.MaxPool2d(12), nn.Flatten()), {"at": "layers.0"}, "must have more than one cell"),
+        (lambda: Head(nn.MaxPool2d(16), nn.Flatten()), {"at": "layers.0"}, "must have more than one cell"),
         (lambda: Head(*POOL, nn.Sigmoid()), {}, "must not be 'rectified' at a map with non-linear"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), {}, "must have a module, run once, that returns a"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), {}, "must have a module, run once, that returns a"),
         (lambda: MappedNet(), {"at": "head.1"}, r"'head.1' must return a floating-point \[N, C, H, W\] map"),
     ],
 )
 def test_places_that_say_nothing_are_refused(make, options, words, prepared):
     net = prepare(make()) if prepared else make()
-    x, target = image_batch(4, height=12, width=12)
+    x, target = image_batch(4, height=16, width=16)
     criterion = EvidenceLoss("area", **options).attach(net)
     with pytest.raises((RuntimeError, ValueError), match=words):
         criterion(net(x), target)

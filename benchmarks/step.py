@@ -11,8 +11,8 @@ A step is zero_grad, forward, loss and backward (no optimiser), random weights a
 variants    plain, naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare), lazy (prepared,
             every=4: the mean of four steps), recompute (prepared with recompute=True), penalty and penalty_prepared (no S-IB:
             cross-entropy and a penalty on its input gradient), area, share and their _prepared forms (EvidenceLoss; not of
-            networks without a map for it), share_lazy (every=4, as lazy), plain_compiled, naive_compiled (the whole naive step in one
-            torch.compile region), ours_compiled (prepared, sib_fast.compile_step), convolutions_compiled (the same, of our
+            networks without a map for it), share_lazy (every=4, as lazy), plain_compiled, naive_compiled (the whole naive step in
+            one torch.compile region), ours_compiled (prepared, sib_fast.compile_step), convolutions_compiled (the same, of our
             layers the convolutions alone, so that the compiler fuses the rest itself). On the CPU the compiled ones run on
             request only: minutes to build.
 precision   float32, tf32 (CUDA: tensor cores for float32 products), bf16 (autocast)

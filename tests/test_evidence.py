@@ -107,7 +107,9 @@ MATRIX = [
         ("all", "head"),
     )
     # Area reads no mask; rectified is refused below layers that are not linear, for which one scalar is enough.
-    if (kind == "share" or given == "own") and (head == "linear" or (form != "rectified" and scalar == "energy"))
+    if (kind == "share" or given == "own")
+    and not (given == "cells" and scalar != "label_logit")
+    and (head == "linear" or (form != "rectified" and scalar == "energy"))
 ]
 
 

@@ -50,6 +50,19 @@ def test_the_penalty_is_the_same_with_and_without_our_layers(setting):
     assert max((results[2][name] - want).norm() for name, want in results[0].items()) > 1e-6 * scale
 
 
+@pytest.mark.parametrize("kind", ["area", "share"])
+def test_the_evidence_is_the_same_with_and_without_our_layers(setting, kind):
+    model, (x, target) = setting.make_model().double(), setting.make_batch()
+    results = []
+    for name in (kind, f"{kind}_prepared", "plain"):
+        net = copy.deepcopy(model)
+        results.append(parameter_gradients(step.loss_of(name, net)(x.double(), target), net))
+    scale = max(grad.norm() for grad in results[0].values())
+    for name, want in results[0].items():
+        assert (results[1][name] - want).norm() <= 1e-9 * scale, name
+    assert max((results[2][name] - want).norm() for name, want in results[0].items()) > 1e-6 * scale
+
+
 def test_compiled_variants_compute_the_naive_steps_gradients(setting, monkeypatch, drawn):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile_(f, backend="aot_eager", **options))
@@ -308,6 +321,12 @@ def test_resnet18s_traffic_does_not_grow():
     assert ours["bytes"] < BYTES_BOUND
     assert ours["flops"] < 2.03
     assert ours["peak"] < PEAK_BOUND
+    area, share = (variants[name]["to_plain"] for name in ("area", "share_prepared"))
+    assert area["flops"] < 1.001
+    assert area["bytes"] < 1.02
+    assert area["peak"] < 1.01
+    assert share["flops"] < 1.35
+    assert share["bytes"] < 1.53
 
 
 BYTES_BOUND, PEAK_BOUND = 2.35, 1.92

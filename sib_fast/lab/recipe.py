@@ -29,7 +29,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sib_fast import SIBLoss, prepare
+from sib_fast import prepare
+from sib_fast.criterion import Criterion
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.networks import NetworkSpec, save_network
 from sib_fast.lab.results import write_atomically
@@ -59,7 +60,7 @@ class Recipe(lightning.LightningModule):
         image, target, mask = batch
         extra = {"mask": mask} if self.true_masks else {}
         loss = self.criterion(self.model(image), target, **extra)
-        terms = self.criterion.terms if isinstance(self.criterion, SIBLoss) else {"loss": loss.detach()}
+        terms = self.criterion.terms if isinstance(self.criterion, Criterion) else {"loss": loss.detach()}
         for name, value in terms.items():
             self._values.setdefault(name, []).append(value)
         return loss
@@ -257,7 +258,7 @@ class Training(lightning.LightningModule):
         if self.config.sib is not None:
             if self.config.sib.prepare:
                 prepare(self.model)
-            self.criterion.attach(self.model, self.config.sib.layer)
+            self.config.sib.attach(self.criterion, self.model)
 
     def teardown(self, stage: str) -> None:
         if self.config.sib is not None:

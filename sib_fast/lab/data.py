@@ -184,7 +184,10 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return torch.stack([self._background(i) for i in range(count)])
 
     def on(self, backgrounds: Tensor) -> Tensor:
-        """The first objects, as they are in the images, on other backgrounds. Shapes: [n, 3, image_size, image_size] -> the same."""
+        """The first objects, as they are in the images, on other backgrounds.
+
+        Shapes:  [n, 3, image_size, image_size] -> the same.
+        """
         count = len(backgrounds)
         return torch.lerp(backgrounds, _normalise(self._inks[:count]), self._alphas[:count])
 

@@ -22,11 +22,11 @@ from sib_fast.lab.study.statistics import (
     NOT_DECIDABLE,
     NOT_MET,
     at_least,
+    by_method,
     comparisons,
     counts,
     difference,
     judged,
-    by_method,
     verdicts,
 )
 

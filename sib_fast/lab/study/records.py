@@ -76,7 +76,9 @@ METRICS = {
         "network, near 1 for one that draws edges whatever the network knows. A property of the method, so not judged.",
     ),
     "positive_outside": Metric(
-        "evidence for the class in cells without object", -1, "Of the positive part of Σ R·A at the last feature map, the share there."
+        "evidence for the class in cells without object",
+        -1,
+        "Of the positive part of Σ R·A at the last feature map, the share there.",
     ),
     "negative_outside": Metric(
         "evidence against the class in cells without object",
@@ -177,9 +179,10 @@ class Protocol:
         title, question: of the page.
         page: the folder of docs/ that its protocol is in.
         headline, control: variants: what is judged, and what it is to be told from.
-        mean: of :data:`MEANS`: the mean over methods that sums a network up.
+        mean: of :data:`MEANS`: the mean over methods that sums a network up. several: what its methods are called together.
+        without: what the control is, in words.
         others: further methods that its tables show, with what they are.
-        against: further (variant, against) that are compared, beside everything with the baseline and the headline with everything.
+        against: further (variant, against), beside everything with the baseline and the headline with everything.
         secondary: what is judged beside the primary quantities; empty: everything that has a direction, uncorrected.
     """
 
@@ -189,6 +192,8 @@ class Protocol:
     headline: str
     control: str
     mean: str
+    several: str
+    without: str
     others: dict[str, str] = field(default_factory=dict)
     against: tuple[tuple[str, str], ...] = ()
     secondary: tuple[Quantity, ...] = ()
@@ -214,6 +219,8 @@ PROTOCOLS = {
         headline="sib",
         control="unmasked",
         mean=MEAN_OF_SIX,
+        several="six methods",
+        without="a penalty that has no mask",
         others=dict.fromkeys(("input_x_gradient", "layer_cam"), "not of the six"),
     ),
     "evidence": Protocol(
@@ -225,6 +232,8 @@ PROTOCOLS = {
         headline="share",
         control="area",
         mean=MEAN_NOT_OPTIMISED,
+        several="five methods that nothing optimised",
+        without="effective area, which has no mask",
         others={
             "occlusion": "no loss trains on it",
             "grad_cam": _TRAINED,

@@ -425,7 +425,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``sib-fast study``; their defaults are :class:`StudyConfig`'s."""
     quick = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in _QUICK.items())
     parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="run the stages of a file, with no option beside it but out, jobs and no-progress"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="run the stages of a file, with no option beside it but out, jobs and no-progress",
     )
     parser.add_argument("--quick", action="store_true", help=f"a study of minutes; other defaults: {quick}")
     texts = {

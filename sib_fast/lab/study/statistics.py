@@ -223,15 +223,18 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
 
 def _evidence_verdicts(study: Study, arch: str) -> list[Verdict]:
     there = study.present(arch)
-    inside, (insertion, deletion) = explanation(study.protocol.mean, "energy"), (
-        explanation(study.protocol.mean, metric) for metric in ("insertion", "deletion")
+    inside, (insertion, deletion) = (
+        explanation(study.protocol.mean, "energy"),
+        (explanation(study.protocol.mean, metric) for metric in ("insertion", "deletion")),
     )
 
     def gain(variant: str, against: str, quantity: Quantity, mark: float) -> Iterable[Verdict]:
         if {variant, against} <= there.keys():
             part = difference(study, arch, variant, against, quantity)
             what = "Energy inside, mean of five not optimised" if quantity is inside else "Accuracy, shifted"
-            yield Verdict(arch, f"{there[variant]} over {there[against]}: {what}, ≥ {mark:+.2f}", reaches(part, mark), "", (part,))
+            yield Verdict(
+                arch, f"{there[variant]} over {there[against]}: {what}, ≥ {mark:+.2f}", reaches(part, mark), "", (part,)
+            )
 
     found: list[Verdict] = []
     for variant in ("area", "share"):

@@ -147,13 +147,14 @@ class EvidenceTerm:
         gather: bool = False,
     ) -> Evidence:
         """The term of one batch. own_mask: makes a mask [N, 1, H, W] of R_A, called only if an image has none given."""
-        normalise = self.normalise_cotangent
+        # A label's cotangent has norm one as it is.
+        normalise = self.normalise_cotangent and self.scalar not in ("label_logit", "predicted_logit")
         vjp = vjp_map(logits, features, self.scalar, labels, create_graph=True, normalise_cotangent=normalise).to(compute)
         size = features.shape[2:]
         mask = self._cells(op, given, size, vjp, lambda: own_mask(vjp.detach())) if self.uses_mask else None
         built_in = isinstance(self.kind, str)
-        # A ratio does not depend on the size of R; the squares and products of a tiny one would underflow.
-        sized, some = _over_greatest(vjp) if built_in and isinstance(self.evidence, str) else (vjp, True)
+        # A ratio does not depend on the size of R, whose squares would underflow or overflow.
+        sized = _over_greatest(vjp)[0] if built_in and self.evidence == "squared" else vjp
         form = FORMS[self.evidence] if isinstance(self.evidence, str) else self.evidence
         evidence = form(sized, features.to(compute))
         _checks.require_same_shape(op, "evidence", evidence, "features", (len(logits), 1, *size))
@@ -162,9 +163,11 @@ class EvidenceTerm:
                 f"{op}: the evidence must depend on the network's parameters, but it came back without a graph: a layer "
                 "(compiled code, a custom autograd.Function) cuts it, or every parameter is frozen"
             )
-        live = (evidence.detach().flatten(1).sum(1) != 0) & some
         if built_in:
-            evidence = _over_greatest(torch.where(live[:, None, None, None], evidence, 1.0))[0]
+            evidence, live = _over_greatest(evidence)
+            evidence = torch.where(live[:, None, None, None], evidence, 1.0)
+        else:
+            live = evidence.detach().flatten(1).sum(1) != 0
         values = (KINDS[self.kind] if built_in else self.kind)(evidence, mask)
         _checks.require_same_shape(op, self.name, values, "features", (len(logits),))
         lowered = (values - self.target_area).relu() if self.kind == "area" and self.target_area else values
@@ -196,9 +199,9 @@ class EvidenceTerm:
 def _over_greatest(map_: Tensor) -> tuple[Tensor, Tensor]:
     """Every image's map over its greatest entry, which is not differentiated, and whether it has any.
 
-    What lies below the smallest numbers that can be divided by, without overflow in the derivative, is nothing.
+    What lies below the smallest numbers that can be divided by, without overflow in the derivative, is nothing and stays.
     """
-    greatest = map_.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
+    greatest = torch.linalg.vector_norm(map_.detach(), float("inf"), dim=(1, 2, 3), keepdim=True)
     nothing = greatest < torch.finfo(map_.dtype).tiny * 1024  # NaN stays NaN
     return map_ / torch.where(nothing, 1.0, greatest), ~nothing.flatten()
 

@@ -256,7 +256,7 @@ class Training(lightning.LightningModule):
         if self.config.sib is not None:
             if self.config.sib.prepare:
                 prepare(self.model)
-            self.criterion.attach(self.model, self.config.sib.layer)
+            self.config.sib.attach(self.criterion, self.model)
 
     def teardown(self, stage: str) -> None:
         if self.config.sib is not None:

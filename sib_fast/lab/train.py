@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sib_fast import SIBLoss, prepare
+from sib_fast import EvidenceLoss, EvidenceTerm, SIBLoss, prepare
 from sib_fast._backends import resolve
 from sib_fast.lab.networks import SMALL, NetworkSpec, load_network
 from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
@@ -89,6 +89,8 @@ class SIBOptions:
         layer: name of the layer whose feature map takes the image's place, as ``SIBLoss.attach`` takes it.
         prepare: give the network the package's layers, whose second derivative is faster.
         true_masks: the data's masks in the place of the loss's own.
+        evidence, evidence_form, evidence_weight: of a :class:`sib_fast.EvidenceTerm` beside the S-IB terms; alone, at about the
+            price of a plain step, where both lambdas are 0.
     """
 
     lambda_fg: float = 0.01
@@ -111,16 +113,45 @@ class SIBOptions:
     layer: str | None = None
     prepare: bool = True
     true_masks: bool = False
+    evidence: str | None = None
+    evidence_form: str = "rectified"
+    evidence_weight: float = 1.0
 
-    def criterion(self, label_smoothing: float = 0.0, accumulation_steps: int = 1) -> SIBLoss:
+    def criterion(self, label_smoothing: float = 0.0, accumulation_steps: int = 1) -> SIBLoss | EvidenceLoss:
         """A new criterion. Errors: as :class:`sib_fast.SIBLoss`."""
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("layer", "prepare", "true_masks"):
+        for name in ("layer", "prepare", "true_masks", "evidence_form", "evidence_weight"):
             del arguments[name]
+        if self.evidence is not None:
+            term = {"evidence": self.evidence_form, "weight": self.evidence_weight}
+            if self.lambda_fg == 0 == self.lambda_bg:
+                return self._evidence_alone(term, label_smoothing, accumulation_steps)
+            arguments["evidence"] = EvidenceTerm(self.evidence, **term)
         if self.lambda_bg is None:
             del arguments["lambda_bg"]
         base_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         return SIBLoss(**arguments, base_loss=base_loss, accumulation_steps=accumulation_steps)
+
+    def _evidence_alone(self, term: dict[str, Any], label_smoothing: float, accumulation_steps: int) -> EvidenceLoss:
+        for name in ("layer", "true_masks"):
+            if getattr(self, name) and not (name == "true_masks" and self.evidence == "share"):
+                raise ValueError(
+                    f"train: {name} must not be given with evidence {self.evidence} alone, got {getattr(self, name)!r}"
+                )
+        shared = ("window_size", "temperature", "slope", "quantiles", "gather", "backend", "every", "every_weight")
+        return EvidenceLoss(
+            self.evidence,
+            **term,
+            **{name: getattr(self, name) for name in shared},
+            base_loss=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            accumulation_steps=accumulation_steps,
+        )
+
+    def attach(self, criterion: SIBLoss | EvidenceLoss, model: nn.Module) -> None:
+        if isinstance(criterion, SIBLoss):
+            criterion.attach(model, self.layer)
+        else:
+            criterion.attach(model)
 
 
 @dataclass(frozen=True)
@@ -349,7 +380,7 @@ def _check_backend(config: TrainConfig) -> str:
     if config.sib is None:
         return "none"
     criterion = config.sib.criterion()
-    smallest = max(getattr(role, "minimum_batch", 1) for role in (criterion.estimator, criterion.background))
+    smallest = max((getattr(role, "minimum_batch", 1) for role in criterion._roles()), default=1)
     if config.batch_size < smallest:
         raise ValueError(f"train: batch_size must be at least {smallest} for S-IB, got {config.batch_size}")
     if config.sib.gather and config.devices == 1:
@@ -402,11 +433,12 @@ def _rehearse(config: TrainConfig, model: nn.Module) -> None:
     if config.sib is not None:  # the processes whose images could be gathered do not exist yet
         config = dataclasses.replace(config, sib=dataclasses.replace(config.sib, gather=False))
     probe, criterion = copy.deepcopy(model).train(), config.criterion()
-    count = max(2, *(getattr(getattr(criterion, role, None), "minimum_batch", 2) for role in ("estimator", "background")))
+    roles = criterion._roles() if config.sib is not None else ()
+    count = max((2, *(getattr(role, "minimum_batch", 2) for role in roles)))
     x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)
     try:
         if config.sib is not None:
-            criterion.attach(prepare(probe) if config.sib.prepare else probe, config.sib.layer)
+            config.sib.attach(criterion, prepare(probe) if config.sib.prepare else probe)
         criterion(probe(x), target)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -534,6 +566,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "every", "S-IB at every k-th step only", int)
     option(sib, "every_weight", "sum or mean", str)
     option(sib, "layer", "take the VJP at this layer's output", str, metavar="NAME")
+    option(
+        sib, "evidence", "area or share: a term on the evidence at the last map; alone with both lambdas 0", str, metavar="KIND"
+    )
+    option(sib, "evidence_form", "rectified, absolute or squared", str)
+    option(sib, "evidence_weight", "of that term", float)
     option(sib, "prepare", "the package's layers, whose second derivative is faster")
 
 

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_fast import SIBLoss
+from sib_fast import EvidenceLoss, SIBLoss
+from sib_fast.criterion import Criterion
 from sib_fast.distributed import global_region_statistics
 from sib_fast.testing.networks import conv_net, image_batch
 
 WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
+EVIDENCE = {"kind": "share", "window_size": 5}
 IMAGES = 6
 
 
@@ -34,7 +36,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.grad.clone() for name, p in net.named_parameters()}
 
 
-def _ddp(rank: int, world: int, *, accumulate: int = 1, criterion: SIBLoss | None = None, **options) -> dict[str, Tensor]:
+def _ddp(rank: int, world: int, *, accumulate: int = 1, criterion: Criterion | None = None, **options) -> dict[str, Tensor]:
     net = network()
     model = DistributedDataParallel(net, **options)
     criterion = (criterion or SIBLoss(**WEIGHTS)).attach(model)
@@ -108,6 +110,29 @@ def ddp_gather_background_hsic(rank, world):
     return _ddp(rank, world, criterion=SIBLoss(**options, gather=True))
 
 
+def ddp_evidence(rank, world):
+    return _ddp(rank, world, criterion=EvidenceLoss(**EVIDENCE))
+
+
+def no_base(logits: Tensor, target: Tensor) -> Tensor:
+    return 0 * logits.sum()
+
+
+def some_of(rank: int) -> tuple[Tensor, Tensor]:
+    """Another number of images on every rank, and some without evidence."""
+    x, target = batch_of(rank)
+    return x[: IMAGES - rank], target[: IMAGES - rank]
+
+
+def ddp_evidence_gather(rank, world):
+    net = network()
+    model = DistributedDataParallel(net)
+    criterion = EvidenceLoss(**EVIDENCE, gather=True, base_loss=no_base).attach(model)
+    x, target = some_of(rank)
+    criterion(model(x), target).backward()
+    return {**gradients(net), **{name: criterion.terms[name] for name in ("share", "evidence_dead")}}
+
+
 def gather_terms(rank, world):
     net = network()
     criterion = SIBLoss(**WEIGHTS, gather=True).attach(net)
@@ -130,7 +155,7 @@ def unequal_batches(rank, world):
     global_region_statistics(vjp, vjp, torch.rand(len(vjp), 1, 5, 7))
 
 
-def _fsdp(rank, world, allow: bool):
+def _fsdp(rank, world, allow: bool, criterion: Criterion):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -144,7 +169,7 @@ def _fsdp(rank, world, allow: bool):
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     if allow:
         allow_double_backward(net, optimiser)
-    criterion = SIBLoss(**WEIGHTS).attach(net)
+    criterion.attach(net)
     for step in range(3):
         x, target = batch_of(rank + world * step)
         criterion(net(x), target).backward()
@@ -154,17 +179,29 @@ def _fsdp(rank, world, allow: bool):
 
 
 def fsdp(rank, world):
-    return _fsdp(rank, world, allow=True)
+    return _fsdp(rank, world, allow=True, criterion=SIBLoss(**WEIGHTS))
+
+
+def fsdp_evidence(rank, world):
+    return _fsdp(rank, world, allow=True, criterion=EvidenceLoss(**EVIDENCE))
 
 
 def fsdp_without_the_helper(rank, world):
-    return _fsdp(rank, world, allow=False)
+    return _fsdp(rank, world, allow=False, criterion=SIBLoss(**WEIGHTS))
 
 
 def three_steps_by_ddp(rank, world):
+    return _three_steps(rank, world, SIBLoss(**WEIGHTS))
+
+
+def three_steps_by_ddp_evidence(rank, world):
+    return _three_steps(rank, world, EvidenceLoss(**EVIDENCE))
+
+
+def _three_steps(rank: int, world: int, criterion: Criterion) -> dict[str, Tensor]:
     net = network()
     model = DistributedDataParallel(net)
-    criterion = SIBLoss(**WEIGHTS).attach(model)
+    criterion.attach(model)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(3):
         x, target = batch_of(rank + world * step)
@@ -179,6 +216,7 @@ CASES = {
     for f in (
         ddp, ddp_find_unused, ddp_bucket_view, ddp_no_sync, ddp_static_graph, ddp_static_graph_explicit, ddp_gather,
         ddp_gather_background_hsic, gather_terms, global_statistics, fsdp, three_steps_by_ddp,
+        ddp_evidence, ddp_evidence_gather, fsdp_evidence, three_steps_by_ddp_evidence,
         fsdp_without_the_helper, unequal_batches, ddp_frozen_batch_norm, ddp_eval_mode_warns,
     )
 }  # fmt: skip

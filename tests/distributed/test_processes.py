@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sib_fast import SIBLoss, region_statistics
+from sib_fast import EvidenceLoss, SIBLoss, region_statistics
+from sib_fast.criterion import Criterion
 from sib_fast.testing.networks import conv_net
-from tests.distributed.cases import CASES, WEIGHTS, batch_of, gradients, network, run_all
+from tests.distributed.cases import CASES, EVIDENCE, WEIGHTS, batch_of, gradients, network, no_base, run_all, some_of
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 FOUR = ("ddp", "ddp_gather", "global_statistics")  # what could depend on the number of processes
@@ -44,12 +47,15 @@ def refusals(ranks, name):
     return [rank[name] for rank in ranks]
 
 
-def explicit(images: list[tuple], criterion: SIBLoss) -> tuple[dict, SIBLoss]:
+def explicit(images: list[tuple], criterion: Criterion) -> tuple[dict, Criterion]:
     """Parameter gradients of one process on the images given, in the explicit form."""
     net = network()
     x, target = (torch.cat(parts) for parts in zip(*images, strict=True))
     x.requires_grad_()
-    criterion(net(x), target, x).backward()
+    features = net[:6](x)  # read by a criterion with an evidence term alone
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cells, fewer than 7×7")
+        criterion(net[6:](features), target, x, features=None if criterion.evidence is None else features).backward()
     return gradients(net), criterion
 
 
@@ -135,9 +141,29 @@ def test_batches_of_different_sizes_are_refused(ranks):
         assert "drop_last=True" in words
 
 
-def test_fsdp2_by_the_helper_equals_ddp(ranks):
-    wanted = results(ranks, "three_steps_by_ddp")[0]
-    got = results(ranks, "fsdp")
+def test_ddp_averages_the_explicit_gradients_of_evidence(ranks):
+    wanted = mean_of([explicit([batch_of(rank)], EvidenceLoss(**EVIDENCE))[0] for rank in range(len(ranks))])
+    assert_equal_on_all_ranks(results(ranks, "ddp_evidence"), wanted)
+
+
+def test_gathered_evidence_is_the_mean_over_all_ranks_images(ranks):
+    """Of different numbers of images, some of them dead: not the mean of the ranks' means."""
+    got = results(ranks, "ddp_evidence_gather")
+    images = [some_of(rank) for rank in range(len(ranks))]
+    wanted, criterion = explicit(images, EvidenceLoss(**EVIDENCE, base_loss=no_base))
+    del wanted["8.bias"]  # 0, as without a base loss nothing depends on it
+    assert_equal_on_all_ranks(got, wanted)
+    assert all(torch.equal(rank["share"], got[0]["share"]) for rank in got)
+    assert torch.isclose(got[0]["share"], criterion.terms["share"], rtol=1e-12)
+    assert got[0]["evidence_dead"] == criterion.terms["evidence_dead"]
+    means = [explicit([part], EvidenceLoss(**EVIDENCE, base_loss=no_base))[1].terms["share"] for part in images]
+    assert abs(sum(means) / len(means) - criterion.terms["share"]) > 1e-6
+
+
+@pytest.mark.parametrize(("way", "by_ddp"), [("fsdp", "three_steps_by_ddp"), ("fsdp_evidence", "three_steps_by_ddp_evidence")])
+def test_fsdp2_by_the_helper_equals_ddp(ranks, way, by_ddp):
+    wanted = results(ranks, by_ddp)[0]
+    got = results(ranks, way)
     assert_equal_on_all_ranks(got, wanted)
     start = network().state_dict()
     assert all((wanted[name] - start[name]).norm() > 1e-5 for name in wanted)

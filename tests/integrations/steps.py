@@ -6,25 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast import SIBLoss, prepare
+from sib_fast.criterion import Criterion
 from sib_fast.testing.networks import conv_net, image_batch
 
 WEIGHTS = {"lambda_fg": 3.0, "lambda_bg": 1000.0, "window_size": 5}
 
 
 def explicit_steps(
-    batches: list[tuple[Tensor, Tensor]], lr: float, *, every: int = 1, fast: bool = True, training: bool = True, **weights: float
+    batches: list[tuple[Tensor, Tensor]],
+    lr: float,
+    *,
+    every: int = 1,
+    fast: bool = True,
+    training: bool = True,
+    criterion: Criterion | None = None,
+    **weights: float,
 ) -> nn.Module:
     """Plain SGD with the explicit criterion; an optimiser step after each `every` batches, whose losses are averaged.
 
-    training: the network's mode.
+    training: the network's mode. criterion: in the place of a SIBLoss.
     """
     net = prepare(conv_net()) if fast else conv_net()
-    criterion = SIBLoss(**{**WEIGHTS, **weights})
+    criterion = criterion or SIBLoss(**{**WEIGHTS, **weights})
     optimiser = torch.optim.SGD(net.parameters(), lr=lr)
     net.train(training)
     for i, (x, target) in enumerate(batches):
         leaf = x.clone().requires_grad_()
-        (criterion(net(leaf), target, leaf) / every).backward()
+        features = net[:6](leaf)
+        maps = {} if criterion.evidence is None else {"features": features}
+        (criterion(net[6:](features), target, leaf, **maps) / every).backward()
         if (i + 1) % every == 0:
             optimiser.step()
             optimiser.zero_grad()

@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers", reason="extra [huggingface]", exc_type=ImportError)
 accelerate = pytest.importorskip("accelerate", reason="extra [huggingface]", exc_type=ImportError)
 
-from sib_fast import SIBLoss, prepare  # noqa: E402
+from sib_fast import EvidenceLoss, SIBLoss, prepare  # noqa: E402
 from sib_fast.integrations.huggingface import SIBTrainer  # noqa: E402
 from sib_fast.testing.networks import conv_net  # noqa: E402
 from tests.integrations.steps import WEIGHTS, assert_same_parameters, batches_of, explicit_steps  # noqa: E402
@@ -57,6 +57,16 @@ def trainer_of(tmp_path, model, rows, criterion=None, **options):
         }
     )  # fmt: skip
     return InOrder(model, arguments, train_dataset=rows, eval_dataset=rows, criterion=criterion or SIBLoss(**WEIGHTS))
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 7×7")
+def test_the_trainer_with_evidence_alone(tmp_path):
+    model, batches = Classifier(transformers.PretrainedConfig()), batches_of(2)
+    trainer = trainer_of(tmp_path, model, rows_of(batches), EvidenceLoss("share", window_size=5))
+    trainer.train()
+    wanted = explicit_steps(batches, lr=0.1, criterion=EvidenceLoss("share", window_size=5))
+    assert_same_parameters(model.body, wanted)
+    assert any("sib/share" in line for line in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -146,7 +156,7 @@ def test_a_vision_transformer(tmp_path):
 
 def test_what_would_fail_is_refused_in_words(tmp_path):
     model, rows = Classifier(transformers.PretrainedConfig()), rows_of(batches_of(1))
-    with pytest.raises(TypeError, match="SIBTrainer: criterion must be a SIBLoss, got CrossEntropyLoss"):
+    with pytest.raises(TypeError, match="SIBTrainer: criterion must be a SIBLoss or an EvidenceLoss, got CrossEntropyLoss"):
         trainer_of(tmp_path, model, rows, nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
         trainer_of(tmp_path, model, rows, label_smoothing_factor=0.1)

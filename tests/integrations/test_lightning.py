@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from sib_fast import SIBLoss  # noqa: E402
+from sib_fast import EvidenceLoss, SIBLoss  # noqa: E402
 from sib_fast.integrations.lightning import SIBCallback  # noqa: E402
 from sib_fast.testing.networks import conv_net  # noqa: E402
 from tests.integrations.steps import WEIGHTS, assert_same_parameters, batches_of, explicit_steps  # noqa: E402
@@ -58,6 +58,15 @@ def trainer_of(tmp_path, **options):
         "enable_checkpointing": False, "logger": CSVLogger(tmp_path), "log_every_n_steps": 1,
     }  # fmt: skip
     return lightning.Trainer(**{**defaults, **options})
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 7×7")
+def test_fit_with_evidence_alone(tmp_path):
+    module, batches = Module(EvidenceLoss("share", window_size=5)), batches_of(4)
+    trainer_of(tmp_path, callbacks=[SIBCallback()], accumulate_grad_batches=2).fit(module, loader(batches))
+    wanted = explicit_steps(batches, lr=0.1, every=2, criterion=EvidenceLoss("share", window_size=5))
+    assert_same_parameters(module.model, wanted)
+    assert "sib/share" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -175,7 +184,7 @@ def test_a_step_that_raised_is_not_counted(tmp_path):
 
 
 def test_what_would_fail_is_refused_in_words(tmp_path):
-    with pytest.raises(TypeError, match=r"SIBCallback: Module.criterion must be a SIBLoss, got CrossEntropyLoss"):
+    with pytest.raises(TypeError, match=r"SIBCallback: Module.criterion must be a SIBLoss or EvidenceLoss, got CrossEntropyLoss"):
         trainer_of(tmp_path, callbacks=[SIBCallback()]).fit(Module(nn.CrossEntropyLoss()), loader(batches_of(1)))
     callback, module = SIBCallback(), Module(SIBLoss(**WEIGHTS))
     trainer = trainer_of(tmp_path, strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))

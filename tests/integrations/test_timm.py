@@ -11,7 +11,7 @@ pytest.importorskip("timm.task", reason="timm without a task API", exc_type=Impo
 
 from timm.optim import create_optimizer_v2  # noqa: E402
 
-from sib_fast import SIBLoss  # noqa: E402
+from sib_fast import EvidenceLoss, SIBLoss  # noqa: E402
 from sib_fast.integrations.timm import SIBTask  # noqa: E402
 from sib_fast.testing.networks import conv_net  # noqa: E402
 from tests.integrations.steps import WEIGHTS, assert_same_parameters, batches_of, explicit_steps  # noqa: E402
@@ -33,6 +33,15 @@ def train(task, batches, lr=0.1, accumulate=1):
             optimiser.zero_grad()
         results.append(result)
     return results
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 7×7")
+def test_a_task_with_evidence_alone():
+    net = conv_net()
+    results = train(SIBTask(net, EvidenceLoss("share", window_size=5), verbose=False), batches_of(4), accumulate=2)
+    wanted = explicit_steps(batches_of(4), lr=0.1, every=2, criterion=EvidenceLoss("share", window_size=5))
+    assert_same_parameters(net, wanted)
+    assert results[0].keys() == {"loss", "output", "base", "share", "evidence_dead", "object_cells"}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -116,7 +125,7 @@ def test_a_vision_transformer_needs_unfused_attention():
 
 
 def test_what_would_fail_is_refused_in_words():
-    with pytest.raises(TypeError, match="SIBTask: criterion must be a SIBLoss, got CrossEntropyLoss"):
+    with pytest.raises(TypeError, match="SIBTask: criterion must be a SIBLoss or an EvidenceLoss, got CrossEntropyLoss"):
         SIBTask(conv_net(), nn.CrossEntropyLoss(), verbose=False)
     task = SIBTask(conv_net(), verbose=False)
     with pytest.raises(RuntimeError, match=r"SIBTask\.compile: the model must not be compiled by itself"):

@@ -22,7 +22,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from rich.console import Console
 
-from sib_fast import SIBLoss
+from sib_fast import EvidenceLoss, EvidenceTerm, SIBLoss
 from sib_fast.lab import recipe, train
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.models import SmallConvNet
@@ -579,7 +579,7 @@ def test_options_cover_every_setting():
 def test_sib_options_are_the_loss_s_with_its_defaults():
     signature = inspect.signature(SIBLoss).parameters
     ours = {f.name: f.default for f in dataclasses.fields(SIBOptions)}
-    for name in ("layer", "prepare", "true_masks"):
+    for name in ("layer", "prepare", "true_masks", "evidence_form", "evidence_weight"):
         del ours[name]
     theirs = {
         name: p.default for name, p in signature.items() if name not in ("base_loss", "accumulation_steps", "train_in_eval_mode")
@@ -591,6 +591,23 @@ def test_sib_options_are_the_loss_s_with_its_defaults():
     assert (criterion.lambda_fg, criterion.lambda_bg, criterion.mask.slope) == (0.5, 2e4, 3.0)
     assert (criterion.every, criterion.accumulation_steps) == (2, 4)
     assert criterion.background.__name__ == "relative_variance"
+
+
+def test_evidence_beside_the_s_ib_terms_and_alone(tmp_path):
+    beside = SIBOptions(evidence="area", evidence_form="absolute", evidence_weight=0.5).criterion()
+    assert isinstance(beside, SIBLoss)
+    assert beside.evidence == EvidenceTerm("area", evidence="absolute", weight=0.5)
+    alone = SIBOptions(0.0, 0.0, evidence="share", window_size=7, every=2).criterion(0.1, accumulation_steps=3)
+    assert isinstance(alone, EvidenceLoss)
+    assert alone.evidence == EvidenceTerm("share", window_size=7, temperature=0.1, slope=10.0, quantiles=SIBOptions.quantiles)
+    assert (alone.every, alone.accumulation_steps, alone.base_loss.label_smoothing) == (2, 3, 0.1)
+    options = {"epochs": 1, "train_size": 8, "test_size": 2}
+    sib = dataclasses.replace(SIB, lambda_fg=0.0, lambda_bg=0.0, evidence="share", true_masks=True)
+    train_one(tmp_path / "alone", sib=sib, **options)
+    row = read_log(tmp_path / "alone")[0]
+    assert float(row["loss"]) == pytest.approx(float(row["base"]) + float(row["share"]), rel=1e-5)
+    train_one(tmp_path / "beside", sib=dataclasses.replace(SIB, evidence="area"), **options)
+    assert {"area", "evidence_dead", "foreground"} <= read_log(tmp_path / "beside")[0].keys()
 
 
 def test_recipes_are_defaults_that_options_override():
@@ -651,6 +668,11 @@ def test_recipes_are_defaults_that_options_override():
         ("--background median", "background must be one of"),
         ("--backend magic", "backend must be one of"),
         ("--gather", "train: gather must come with more than one device, got devices 1"),
+        ("--evidence size", "kind must be one of 'area', 'share'"),
+        (
+            "--evidence area --lambda-fg 0 --lambda-bg 0 --true-masks",
+            "train: true_masks must not be given with evidence area alone",
+        ),
         ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
     ],

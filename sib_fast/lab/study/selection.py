@@ -39,7 +39,7 @@ class Choice:
 
 
 def choose(candidates: dict[str, tuple[float, float]], default: str | None) -> str:
-    """The candidate of the highest energy among those whose accuracy is near the best; the default unless it is clearly behind."""
+    """The candidate of the highest energy among those whose accuracy is near the best; the default, unless clearly behind."""
     best = max(accuracy for accuracy, _ in candidates.values())
     near = {name: energy for name, (accuracy, energy) in candidates.items() if accuracy >= best - ACCURACY_MARGIN}
     chosen = max(near, key=lambda name: near[name])

@@ -305,7 +305,7 @@ _OVERRIDES: dict[str, dict[str, Callable[[str], Any]]] = {
 
 
 def find_variant(arch: str, spec: str) -> Variant:
-    """A variant by name, with other settings if asked: ``"sib"``, ``"sib:lambda_bg=3e5"``, ``"share:evidence=absolute,weight=3"``.
+    """A variant by name, with other settings if asked: ``"sib"``, ``"sib:lambda_bg=3e5"``, ``"share:evidence=absolute"``.
 
     Errors:  ValueError for an unknown name or anything after the colon that is not ``argument=value``.
     """

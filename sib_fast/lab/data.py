@@ -40,7 +40,7 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 _STRIPS = 4  # vertical strips of a photograph, alternately train and test: disjoint, yet both see all of the scene
 _CROP_SIDE = (80, 110)  # source pixels; the narrowest strip (chelsea, 451 px wide) is 112 px
 _BRIGHTNESS = 0.8  # photographs are dimmed, or white ink on the sky of "china" would be invisible
-_OBJECT_SHARE = (0.55, 0.8)  # side of the digit's square over the side of the image
+OBJECT_SHARE = (0.55, 0.8)  # side of the digit's square over the side of the image
 _INK_GAIN = 1.5  # the 8x8 digits are antialiased counts; the gain makes the middle of a stroke opaque
 _OPACITY = (0.8, 1.0)
 _INTENSITY = (0.8, 1.0)
@@ -119,6 +119,9 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
         correlation: in [0, 1]; 0 makes the background independent of the class.
         image_size: height and width, at least 16.
         seed: a non-negative integer; equal arguments give equal bits.
+        object_share: least and greatest side of a digit's square over the image's, in (0, 1]; the ink covers about two fifths
+            of the square.
+        contrast: factor in (0, 1] of the ink's opacity.
 
     Shapes:  images [size, 3, image_size, image_size] float32, (pixel - 0.5) / 0.25; labels [size] int64;
              masks [size, 1, image_size, image_size] bool, true where the digit's opacity is above 0;
@@ -126,7 +129,17 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
     Errors:  ValueError for arguments out of range; ImportError without the lab extra.
     """
 
-    def __init__(self, split: Split, size: int, *, correlation: float = 0.4, image_size: int = 32, seed: int = 0):
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        *,
+        correlation: float = 0.4,
+        image_size: int = 32,
+        seed: int = 0,
+        object_share: tuple[float, float] = OBJECT_SHARE,
+        contrast: float = 1.0,
+    ):
         if split not in ("train", "test"):
             raise ValueError(f"EmbeddedDigits: split must be 'train' or 'test', got {split!r}")
         if size < 1:
@@ -137,10 +150,15 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
             raise ValueError(f"EmbeddedDigits: image_size must be at least 16, got {image_size}")
         if seed < 0:
             raise ValueError(f"EmbeddedDigits: seed must not be negative, got {seed}")
+        if not 0 < object_share[0] <= object_share[1] <= 1:
+            raise ValueError(f"EmbeddedDigits: object_share must be two ascending numbers in (0, 1], got {object_share}")
+        if not 0 < contrast <= 1:
+            raise ValueError(f"EmbeddedDigits: contrast must be in (0, 1], got {contrast}")
         self.split: Split = split
         self.correlation = correlation
         self.image_size = image_size
         self.seed = seed
+        self.object_share, self.contrast = object_share, contrast
 
         object_rng, background_rng = (np.random.default_rng([seed, split == "test", stream]) for stream in (0, 1))
         opacity, label = load_digits()
@@ -152,12 +170,26 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.crops = torch.stack([self._draw_crop(background_rng, int(k)) for k in self.labels])
 
         self.images = torch.empty(size, 3, image_size, image_size)
-        self.masks = torch.empty(size, 1, image_size, image_size, dtype=torch.bool)
+        self._alphas, self._inks = torch.empty(size, 1, image_size, image_size), torch.empty(size, 1, 1, 1)
         for i in range(size):
-            alpha, ink = self._draw_object(object_rng, opacity[self.digits[i]])
-            background = background_crop(*self.crops[i].tolist(), image_size)
-            self.images[i] = torch.lerp(background, _normalise(torch.tensor(ink)), alpha)
-            self.masks[i] = alpha > 0
+            self._alphas[i], self._inks[i] = self._draw_object(object_rng, opacity[self.digits[i]])
+            self.images[i] = torch.lerp(self._background(i), _normalise(self._inks[i]), self._alphas[i])
+        self.masks = self._alphas > 0
+
+    def _background(self, index: int) -> Tensor:
+        return background_crop(*self.crops[index].tolist(), self.image_size)
+
+    def backgrounds(self, count: int) -> Tensor:
+        """The first images without their objects. Shapes: -> [count, 3, image_size, image_size] float32."""
+        return torch.stack([self._background(i) for i in range(count)])
+
+    def on(self, backgrounds: Tensor) -> Tensor:
+        """The first objects, as they are in the images, on other backgrounds.
+
+        Shapes:  [n, 3, image_size, image_size] -> the same.
+        """
+        count = len(backgrounds)
+        return torch.lerp(backgrounds, _normalise(self._inks[:count]), self._alphas[:count])
 
     def _draw_crop(self, rng: np.random.Generator, label: int) -> Tensor:
         # all five numbers are drawn whatever the outcome, so that the correlation does not shift later images
@@ -171,13 +203,14 @@ class EmbeddedDigits(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def _draw_object(self, rng: np.random.Generator, opacity: Tensor) -> tuple[Tensor, float]:
         size = self.image_size
-        side = int(rng.integers(round(_OBJECT_SHARE[0] * size), round(_OBJECT_SHARE[1] * size) + 1))
+        least, greatest = (round(share * size) for share in self.object_share)
+        side = int(rng.integers(least, greatest + 1))
         top, left = rng.integers(0, size - side + 1, 2)
         # a border of zeros lets strokes that touch the edge of the 8x8 field fade out instead of being cut
         ink = _resample(F.pad(opacity, (1, 1, 1, 1))[None], side)[0].mul_(_INK_GAIN).clamp_(0, 1)
         ink[ink < _ALPHA_FLOOR] = 0
         alpha = torch.zeros(1, size, size)
-        alpha[0, top : top + side, left : left + side] = ink * rng.uniform(*_OPACITY)
+        alpha[0, top : top + side, left : left + side] = ink * (self.contrast * rng.uniform(*_OPACITY))
         return alpha, float(rng.uniform(*_INTENSITY))
 
     def __len__(self) -> int:

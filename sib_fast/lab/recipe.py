@@ -30,8 +30,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sib_fast import prepare
-from sib_fast.criterion import Criterion
-from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.networks import NetworkSpec, save_network
 from sib_fast.lab.results import write_atomically
 
@@ -47,20 +45,20 @@ class Recipe(lightning.LightningModule):
     Nothing below knows about S-IB: an attached :class:`sib_fast.SIBLoss` is called as cross entropy is.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float, true_masks: bool = False):
+    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float, given_masks: bool = False):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.lr = lr
         self.weight_decay = weight_decay
-        self.true_masks = true_masks
+        self.given_masks = given_masks
         self._values: dict[str, list[Tensor]] = {}
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         image, target, mask = batch
-        extra = {"mask": mask} if self.true_masks else {}
+        extra = {"mask": mask} if self.given_masks else {}
         loss = self.criterion(self.model(image), target, **extra)
-        terms = self.criterion.terms if isinstance(self.criterion, Criterion) else {"loss": loss.detach()}
+        terms = getattr(self.criterion, "terms", {"loss": loss.detach()})
         for name, value in terms.items():
             self._values.setdefault(name, []).append(value)
         return loss
@@ -114,7 +112,7 @@ def _quiet() -> Iterator[None]:
 def fit(
     model: nn.Module,
     criterion: nn.Module,
-    data: EmbeddedDigits,
+    data: Dataset[tuple[Tensor, Tensor, Tensor]],
     *,
     epochs: int,
     batch_size: int,
@@ -125,12 +123,12 @@ def fit(
     log_folder: Path,
     epoch_done: Callable[[int], None] = lambda epochs: None,
     precision: str = "32-true",
-    true_masks: bool = False,
+    given_masks: bool = False,
 ) -> tuple[int, float, dict[str, float]]:
     """Train the model in place, metrics of every epoch in ``log_folder/metrics.csv``.
 
     Args:    epoch_done: called with the number of finished epochs after each of them.
-             precision: Lightning's, e.g. "bf16-mixed". true_masks: hand the data's masks to the criterion, a SIBLoss.
+             precision: Lightning's, e.g. "bf16-mixed". given_masks: hand the data's masks to the criterion.
     Returns: steps taken, seconds they took, and the last epoch's mean of every logged term.
     Errors:  KeyboardInterrupt when the user interrupts.
     """
@@ -152,7 +150,7 @@ def fit(
         )
         begin = time.perf_counter()
         try:
-            trainer.fit(Recipe(model, criterion, lr, weight_decay, true_masks), loader)
+            trainer.fit(Recipe(model, criterion, lr, weight_decay, given_masks), loader)
         except SystemExit as error:
             # Lightning turns an interrupt into an exit
             if trainer.interrupted:

@@ -22,11 +22,11 @@ from sib_fast.lab.study.statistics import (
     NOT_DECIDABLE,
     NOT_MET,
     at_least,
+    by_method,
     comparisons,
     counts,
     difference,
     judged,
-    of_six,
     verdicts,
 )
 
@@ -172,7 +172,7 @@ def test_a_value_that_is_not_defined_drops_its_pair_and_is_listed(tmp_path, valu
     assert cells[3].text.endswith("(n = 2)")
 
 
-def test_the_mean_of_six_is_of_the_reported_methods(tmp_path):
+def test_the_mean_by_method_is_of_the_reported_methods(tmp_path):
     made = study(tmp_path / "s", {"saliency.energy": 0.06, "layer_cam.energy": 0.9})
     found = difference(made, *TRIPLE, explanation(MEAN_OF_SIX, "energy"))
     assert found.mean == pytest.approx(0.06 / 6)
@@ -191,7 +191,7 @@ def test_effects_follow_the_better_side(tmp_path):
         m: difference(made, *TRIPLE, explanation("saliency", m)).effect for m in ("deletion", "insertion", "randomisation")
     }
     assert effects == {"deletion": "worse", "insertion": "better", "randomisation": ""}
-    assert counts(of_six(made, *TRIPLE, "deletion")) == {"better": 0, "worse": 6, "unclear": 0}
+    assert counts(by_method(made, *TRIPLE, "deletion")) == {"better": 0, "worse": 6, "unclear": 0}
     assert all(d.quantity.metric != "randomisation" and d.quantity.method != MEAN_OF_SIX for d in judged(made, *TRIPLE))
 
 
@@ -457,7 +457,7 @@ def test_plots_show_the_differences(written):
         difference(made, *TRIPLE, q).mean for q in (*(explanation(m, "energy") for m in REPORTED), SHIFTED, IN_DISTRIBUTION)
     ]
     np.testing.assert_allclose(energy, expected)
-    deletion = [d.mean for d in of_six(made, "net", "sib", "unmasked", "deletion")]
+    deletion = [d.mean for d in by_method(made, "net", "sib", "unmasked", "deletion")]
     np.testing.assert_allclose(drawn(panels[3], 1), deletion)
     (bars,) = panels[3].containers[0].lines[2]
     part = difference(made, *TRIPLE, explanation(REPORTED[0], "deletion"))

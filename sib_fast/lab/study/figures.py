@@ -7,10 +7,8 @@ import statistics
 import textwrap
 from typing import TYPE_CHECKING
 
-from sib_fast.explain import REPORTED
 from sib_fast.lab.study.records import (
     IN_DISTRIBUTION,
-    MEAN_OF_SIX,
     METHOD_LABELS,
     METRICS,
     SHIFTED,
@@ -49,8 +47,9 @@ def figures(study: Study, arch: str) -> dict[str, tuple[Figure, str]]:
             "crosses the line is no clear change.",
         ),
         "trade-off": (
-            _scatter(study, arch, explanation(MEAN_OF_SIX, "energy"), SHIFTED),
-            "Concentration against accuracy: energy inside (mean of six methods) and accuracy on shifted backgrounds. "
+            _scatter(study, arch, explanation(study.protocol.mean, "energy"), SHIFTED),
+            f"Concentration against accuracy: energy inside ({METHOD_LABELS[study.protocol.mean]}) and accuracy on shifted "
+            "backgrounds. "
             "Small: seeds; large: their mean.",
         ),
     }
@@ -91,11 +90,13 @@ def _style(study: Study, variant: str) -> dict[str, str]:
 
 def _energy(study: Study, arch: str) -> Figure:
     variants = study.present(arch)
-    rows = -(-len(REPORTED) // 2)
+    methods = study.protocol.methods
+    rows = -(-len(methods) // 2)
     figure = _figure(0.7 + rows * (0.55 + 0.26 * len(variants)))
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
     areas = [value for v in variants for value in study.values(arch, v, Quantity("mask_area")).values()]
-    for axis, method in zip(axes.flat, REPORTED, strict=False):
+    constants = [c for v in variants for c in study.values(arch, v, explanation("constant", "energy")).values()]
+    for axis, method in zip(axes.flat, methods, strict=False):
         axis.set_title(METHOD_LABELS[method], fontsize=9, loc="left")
         for row, variant in enumerate(variants):
             values = list(study.values(arch, variant, explanation(method, "energy")).values())
@@ -105,6 +106,8 @@ def _energy(study: Study, arch: str) -> Figure:
                 axis.scatter([statistics.fmean(values)], [row], s=110, marker="|", color=colour, linewidths=2)
         if areas:
             axis.axvline(statistics.fmean(areas), color=_GREY, linestyle=":", linewidth=1)
+        if constants:
+            axis.axvline(statistics.fmean(constants), color=_GREY, linestyle="--", linewidth=1)
         # a long label would leave no room for the right column's titles
         axis.set_yticks(range(len(variants)), [textwrap.fill(label, 24) for label in variants.values()], fontsize=8)
         axis.set_ylim(len(variants) - 0.5, -0.5)
@@ -112,7 +115,8 @@ def _energy(study: Study, arch: str) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel(METRICS["energy"].heading, fontsize=9)
     if areas:
-        figure.supxlabel("dotted: a uniform map (the object's share of the image)", fontsize=8, color=_GREY)
+        text = "dotted: a uniform map (the object's share of the image)"
+        figure.supxlabel(f"{text}; dashed: the mean training mask" if constants else text, fontsize=8, color=_GREY)
     return figure
 
 
@@ -135,7 +139,7 @@ def _scatter(study: Study, arch: str, across: Quantity, up: Quantity, diagonal: 
         limits = axis.axis()
         axis.axline((0.5, 0.5), slope=1, color=_GREY, linewidth=0.8, zorder=0)
         axis.axis(limits)
-    names = [METHOD_LABELS[MEAN_OF_SIX] if q.method == MEAN_OF_SIX else "" for q in (across, up)]
+    names = [METHOD_LABELS[q.method] if q.method == study.protocol.mean else "" for q in (across, up)]
     titles = [f"{q.kind.heading} ({name})" if name else q.kind.heading for q, name in zip((across, up), names, strict=True)]
     axis.set_xlabel(titles[0], fontsize=9)
     axis.set_ylabel(titles[1], fontsize=9)
@@ -150,10 +154,10 @@ def _forest(study: Study, arch: str) -> Figure:
     """Headline against baseline and against the control, in panels of one unit and one better side each."""
     accuracies = [(q.kind.label, q) for q in (SHIFTED, IN_DISTRIBUTION)]
     panels = [
-        ("energy inside and accuracy, better →", [*_six("energy"), *accuracies]),
-        ("background (log10), ← better", _six("log_background")),
-        ("insertion, better →", _six("insertion")),
-        ("deletion, ← better", _six("deletion")),
+        ("energy inside and accuracy, better →", [*_each(study, "energy"), *accuracies]),
+        ("background (log10), ← better", _each(study, "log_background")),
+        ("insertion, better →", _each(study, "insertion")),
+        ("deletion, ← better", _each(study, "deletion")),
     ]
     figure = _figure(1.3 + sum(0.5 + 0.24 * len(rows) for _, rows in panels))
     axes = figure.subplots(len(panels), 1, height_ratios=[len(rows) + 1 for _, rows in panels])
@@ -188,8 +192,8 @@ def _forest(study: Study, arch: str) -> Figure:
     return figure
 
 
-def _six(metric: str) -> list[tuple[str, Quantity]]:
-    return [(METHOD_LABELS[method], explanation(method, metric)) for method in REPORTED]
+def _each(study: Study, metric: str) -> list[tuple[str, Quantity]]:
+    return [(METHOD_LABELS[method], explanation(method, metric)) for method in study.protocol.methods]
 
 
 def _tidy(axis: Axes) -> None:

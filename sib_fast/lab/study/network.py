@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 import sib_fast
-from sib_fast.explain import explain
+from sib_fast.explain import METHODS as EXPLAINERS
 from sib_fast.explain.controls import insertion_deletion, randomisation
 from sib_fast.explain.metrics import localisation
 from sib_fast.lab.data import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, EmbeddedDigits
@@ -22,12 +22,13 @@ from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import NetworkSpec, build_network, save_network
 from sib_fast.lab.recipe import fit
 from sib_fast.lab.results import commit, write_atomically
+from sib_fast.lab.study.composites import composites
+from sib_fast.lab.study.measures import background_measures, evidence_map, evidence_measures, maps_of, method_options
 from sib_fast.lab.study.progress import Tell, work
 from sib_fast.lab.study.records import METHOD_LABELS, file_stem
 from sib_fast.lab.study.variants import Variant
 
-METHOD_OPTIONS: dict[str, dict[str, int]] = {"integrated_gradients": {"n_steps": 16}, "smoothgrad": {"n_samples": 16}}
-_BATCH = 100  # images explained at a time; the maps do not depend on it
+_BATCH = 100
 CLASSES = tuple(map(str, range(NUM_CLASSES)))
 
 
@@ -42,8 +43,7 @@ def run_network(
     training, scoring = work((arch, variant.name, seed), settings)
     trained = training / (training + scoring)
     tell("making its images", 0.0)
-    common = {"image_size": settings["image_size"], "seed": seed}
-    train = EmbeddedDigits("train", settings["train_size"], correlation=settings["correlation"], **common)
+    train = composites("train", settings, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_network(arch, NUM_CLASSES, width=settings["width"])
@@ -53,7 +53,7 @@ def run_network(
     steps, seconds, terms = fit(
         model,
         variant.criterion(model),
-        train,
+        variant.training_set(train),
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],
         lr=settings["lr"],
@@ -63,7 +63,7 @@ def run_network(
         log_folder=out / "logs" / stem,
         epoch_done=lambda n: tell(f"epoch {n} of {settings['epochs']}", trained * n / settings["epochs"]),
         precision=variant.precision,
-        true_masks=variant.mask == "true",
+        given_masks=variant.given_masks,
     )
     sib_fast.restore(model)
     model.to(memory_format=torch.contiguous_format)  # scored as whoever loads the file has it
@@ -80,8 +80,7 @@ def run_network(
     save_network(out / weights, spec, model)
 
     begin = time.perf_counter()
-    same = EmbeddedDigits("test", settings["test_size"], correlation=settings["correlation"], **common)
-    shifted = EmbeddedDigits("test", settings["test_size"], correlation=0.0, **common)
+    same, shifted = (composites("test", settings, seed, shifted=s) for s in (False, True))
     record = {
         "arch": arch,
         "variant": variant.name,
@@ -91,9 +90,10 @@ def run_network(
         "test_images": len(shifted),
         **score(
             model,
+            arch,
             shifted,
-            settings["explained"],
-            settings["methods"],
+            train.masks.double().mean(0),
+            settings,
             lambda stage, share: tell(stage, trained + (1 - trained) * share),
         ),
         "terms": terms,
@@ -108,31 +108,38 @@ def run_network(
     return record
 
 
-def score(model: nn.Module, data: EmbeddedDigits, explained: int, methods: list[str], tell: Tell) -> dict[str, Any]:
+def score(
+    model: nn.Module, arch: str, data: EmbeddedDigits, mean_mask: Tensor, settings: dict[str, Any], tell: Tell
+) -> dict[str, Any]:
     """Every method's maps of the first images of a set, for the true class, against the true masks.
 
     Insertion and deletion on a fifth of the images, randomisation on a twentieth: they cost as much as the maps.
+
+    Args:    mean_mask [1, H, W]: of the training set. settings: the study's.
     """
+    explained, methods = settings["explained"], settings["methods"]
     images, labels, masks = data.images[:explained], data.labels[:explained], data.masks[:explained]
     few, fewer = -(-explained // 5), -(-explained // 20)
     explanations = {}
     for i, method in enumerate(methods):
         tell(f"scored by {METHOD_LABELS[method]}", i / len(methods))
-        options = METHOD_OPTIONS.get(method, {})
-        batches = zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
-        maps = torch.cat([explain(model, x, y, method, **options) for x, y in batches])
+        maps = maps_of(model, arch, images, labels, method, mean_mask)
         insertion, deletion = insertion_deletion(model, images[:few], labels[:few], maps[:few])
-        survives = randomisation(model, images[:fewer], labels[:fewer], method, **options)
         explanations[method] = _localisation(maps, masks) | {
             "insertion": float(insertion.mean()),
             "deletion": float(deletion.mean()),
-            "randomisation": float(survives.nanmean()),
         }
+        if settings["randomisation"] and method in EXPLAINERS:
+            survives = randomisation(model, images[:fewer], labels[:fewer], method, **method_options(method))
+            explanations[method]["randomisation"] = float(survives.nanmean())
+    evidence = torch.cat([evidence_map(model, *b) for b in zip(images.split(_BATCH), labels.split(_BATCH), strict=True)])
     return {
         "explained_images": len(images),
         "mask_area": float(masks.double().mean()),
         "explanations": explanations,
         "vjp": _localisation(gradient_map(model, images), masks),
+        "evidence": evidence_measures(evidence, masks),
+        "background": background_measures(model, data, explained),
     }
 
 

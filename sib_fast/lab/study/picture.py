@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sib_fast.explain import REPORTED, explain
-from sib_fast.lab.data import EmbeddedDigits, denormalise
+from sib_fast.lab.data import denormalise
 from sib_fast.lab.evaluate import gradient_map
 from sib_fast.lab.networks import load_network
 from sib_fast.lab.panel import VJP, draw_panel, png
 from sib_fast.lab.results import write_atomically
-from sib_fast.lab.study.network import METHOD_OPTIONS
+from sib_fast.lab.study.composites import composites
+from sib_fast.lab.study.measures import method_options
 from sib_fast.lab.study.records import file_stem
 from sib_fast.lab.study.variants import ARCHITECTURES, LABELS
 
@@ -25,14 +26,14 @@ def save_picture(out: Path, arch: str, variants: Sequence[str], seed: int, setti
 
     The images are the first of the first classes, not chosen by eye.
     """
-    data = EmbeddedDigits("test", settings["test_size"], correlation=0.0, image_size=settings["image_size"], seed=seed)
+    data = composites("test", settings, seed, shifted=True)
     first = [int((data.labels == k).nonzero()[0]) for k in data.labels.unique()][:_IMAGES]
     images, labels = data.images[first], data.labels[first]
     rows = []
     for variant in variants:
         _, model = load_network(out / "networks" / f"{file_stem(arch, variant, seed)}.pt")
         maps = {VJP: gradient_map(model, images)}
-        maps |= {m: explain(model, images, labels, m, **METHOD_OPTIONS.get(m, {})) for m in REPORTED}
+        maps |= {m: explain(model, images, labels, m, **method_options(m)) for m in REPORTED}
         rows.append((_SHORT.get(variant, variant), maps))
     names = " and ".join(LABELS.get(v, v) for v in variants)
     caption = (

@@ -20,11 +20,10 @@ _LINE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 def work(task: Task, settings: Mapping[str, Any]) -> tuple[float, float]:
     """Of training and of scoring a network, in forward and backward passes of an image. Only the time left depends on it."""
-    from sib_fast.lab.study.network import METHOD_OPTIONS
+    from sib_fast.lab.study.measures import method_options
 
-    sib = find_variant(*task[:2]).sib
-    passes = 1.0 if sib is None else 1.0 + 1.2 / sib.get("every", 1)
-    maps = sum(max(METHOD_OPTIONS.get(method, {"n": 1}).values()) + 2 for method in settings["methods"])
+    passes = find_variant(*task[:2]).passes
+    maps = sum(max(method_options(method).values(), default=1) + 2 for method in settings["methods"])
     return settings["epochs"] * settings["train_size"] * passes, 0.8 * settings["explained"] * maps
 
 

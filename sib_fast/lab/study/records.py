@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sib_fast.explain import METHODS, REPORTED
+from sib_fast.explain import REPORTED
+from sib_fast.lab.study.measures import METHODS
 from sib_fast.lab.study.variants import ARCHITECTURES
 
 STATUSES = ("running", "interrupted", "complete")
 MEAN_OF_SIX = "mean_of_six"
+MEAN_NOT_OPTIMISED = "mean_not_optimised"
+NOT_OPTIMISED = ("saliency", "smoothgrad", "integrated_gradients", "guided_backprop", "grad_cam_earlier")
+"""Methods that no loss of the study of evidence terms acts on."""
+MEANS = {MEAN_OF_SIX: REPORTED, MEAN_NOT_OPTIMISED: NOT_OPTIMISED}
 
 
 class Metric(NamedTuple):
@@ -70,6 +75,34 @@ METRICS = {
         "Rank correlation with the map of the same network with weights drawn anew: near 0 for a method that explains the "
         "network, near 1 for one that draws edges whatever the network knows. A property of the method, so not judged.",
     ),
+    "positive_outside": Metric(
+        "evidence for the class in cells without object",
+        -1,
+        "Of the positive part of Σ R·A at the last feature map, the share there.",
+    ),
+    "negative_outside": Metric(
+        "evidence against the class in cells without object",
+        0,
+        "Of the negative part of Σ R·A, the share there: high where all that is left of it is background, so not judged alone.",
+    ),
+    "negative_background": Metric(
+        "background used against the class",
+        -1,
+        "Of all of |Σ R·A|, the share that is negative and in cells without object: what a term on the positive part cannot see.",
+    ),
+    "effective_area": Metric(
+        "effective area of the evidence", 0, "(Σ e)² / (P Σ e²) of the positive part: 1 for a constant map, 1/P for one cell."
+    ),
+    "swap_changed": Metric(
+        "predictions changed by another background", -1, "Share of images; the object is kept, the background is another image's."
+    ),
+    "swap_distance": Metric(
+        "probabilities moved by another background", -1, "Mean total variation ½ Σ|p − p′| between the two predictions."
+    ),
+    "erase_changed": Metric("predictions changed by erasing the object", 1, "Share of images; the background is kept."),
+    "erase_distance": Metric(
+        "probabilities moved by erasing the object", 1, "Mean total variation ½ Σ|p − p′| between the two predictions."
+    ),
 }
 METHOD_LABELS = {
     "saliency": "vanilla gradient",
@@ -80,7 +113,12 @@ METHOD_LABELS = {
     "grad_cam": "Grad-CAM",
     "grad_cam_plusplus": "Grad-CAM++",
     "layer_cam": "LayerCAM",
+    "grad_cam_earlier": "Grad-CAM, earlier map",
+    "occlusion": "occlusion",
+    "constant": "constant map: the mean training mask",
+    "centre": "constant map: a centred square",
     MEAN_OF_SIX: "mean of six",
+    MEAN_NOT_OPTIMISED: "mean of five not optimised",
 }
 
 
@@ -94,7 +132,7 @@ class Quantity(NamedTuple):
     @property
     def kind(self) -> Metric:
         """What it measures; a metric that is not in METRICS has no direction and is not judged."""
-        if self.name in ("explanation", "vjp"):
+        if self.name in ("explanation", "vjp", "evidence", "background"):
             return METRICS.get(self.metric, Metric(self.metric, 0, ""))
         return METRICS.get(self.name, Metric(" ".join(filter(None, (self.name, self.metric))), 0, ""))
 
@@ -117,8 +155,8 @@ class Network:
     """One finished network.
 
     Attributes:
-        values: every number of the record, NaN where it is null or not finite; and for each metric the mean over the six
-            reported methods, as method ``mean_of_six``: NaN unless all six have it.
+        values: every number of the record, NaN where it is null or not finite; and for each metric the protocol's
+            mean over methods, under the name of the mean as method: NaN unless all of them have it.
     """
 
     arch: str
@@ -134,14 +172,103 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """What a report compares and asks.
+
+    Attributes:
+        title, question: of the page.
+        page: the folder of docs/ that its protocol is in.
+        headline, control: variants: what is judged, and what it is to be told from.
+        mean: of :data:`MEANS`: the mean over methods that sums a network up. several: what its methods are called together.
+        without: what the control is, in words.
+        others: further methods that its tables show, with what they are.
+        against: further (variant, against), beside everything with the baseline and the headline with everything.
+        secondary: what is judged beside the primary quantities; empty: everything that has a direction, uncorrected.
+    """
+
+    title: str
+    question: str
+    page: str
+    headline: str
+    control: str
+    mean: str
+    several: str
+    without: str
+    others: dict[str, str] = field(default_factory=dict)
+    against: tuple[tuple[str, str], ...] = ()
+    secondary: tuple[Quantity, ...] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those of the mean."""
+        return MEANS[self.mean]
+
+    @property
+    def primary(self) -> tuple[Quantity, Quantity]:
+        return SHIFTED, explanation(self.mean, "energy")
+
+
+_TRAINED = "at the map that the terms act on, so optimised"
+_KNOWS_NOTHING = "knows neither network nor image"
+PROTOCOLS = {
+    "s-ib": Protocol(
+        title="Does S-IB training put explanations on the object?",
+        question="Two ways of training the same networks on the same images. Where do their explanations find the evidence: on "
+        "the object, or on the background? And which network is right more often?",
+        page="study",
+        headline="sib",
+        control="unmasked",
+        mean=MEAN_OF_SIX,
+        several="six methods",
+        without="a penalty that has no mask",
+        others=dict.fromkeys(("input_x_gradient", "layer_cam"), "not of the six"),
+    ),
+    "evidence": Protocol(
+        title="What do terms on the evidence at the last feature map do?",
+        question="Several ways of training the same networks on the same images: cross entropy alone, S-IB, and terms on the "
+        "evidence at the last feature map. Where do explanations find the evidence that no term acts on, and which network is "
+        "right when the background no longer tells the class?",
+        page="study-evidence",
+        headline="share",
+        control="area",
+        mean=MEAN_NOT_OPTIMISED,
+        several="five methods that nothing optimised",
+        without="effective area, which has no mask",
+        others={
+            "occlusion": "no loss trains on it",
+            "grad_cam": _TRAINED,
+            "grad_cam_plusplus": _TRAINED,
+            "constant": _KNOWS_NOTHING,
+            "centre": _KNOWS_NOTHING,
+        },
+        against=(
+            ("area", "sib"),
+            ("area", "unmasked"),
+            ("sib_area", "sib"),
+            ("sib_share", "sib"),
+            ("sib_share", "sib_area"),
+        ),
+        secondary=(
+            IN_DISTRIBUTION,
+            *(explanation(method, "energy") for method in (*NOT_OPTIMISED, "occlusion", "grad_cam", "grad_cam_plusplus")),
+            *(explanation(MEAN_NOT_OPTIMISED, metric) for metric in ("log_background", "insertion", "deletion")),
+            *(Quantity("evidence", "", metric) for metric in ("positive_outside", "negative_background")),
+            *(Quantity("background", "", metric) for metric in ("swap_changed", "erase_changed")),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Study:
     """A study as far as it has come.
 
     Attributes:
         variants, architectures: name -> label, in the order of display.
         planned: (arch, variant, seed) of every network it is to hold; empty: whatever is there counts.
-        baseline, headline, control: variants: what is compared with (plain training), what is judged, and the same penalty
-            without a mask.
+        baseline, headline, control: variants: what is compared with (plain training), what is judged, and what that is to be told
+            from.
+        protocol: what the report compares and asks.
         networks: in the order of architectures, variants and seeds.
         unplanned: results in the folder that were not planned: left out, so that no seed is chosen after the fact.
         command: what repeats it.
@@ -159,6 +286,7 @@ class Study:
     headline: str
     control: str
     networks: tuple[Network, ...]
+    protocol: Protocol = PROTOCOLS["s-ib"]
     unplanned: tuple[tuple[str, str, int], ...] = ()
     command: str = "sib-fast study"
     step_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -208,13 +336,16 @@ def load_study(out: Path) -> Study:
     _require(status in STATUSES, path, f"status must be one of {', '.join(STATUSES)}", status)
     baseline = document["baseline"]
     _require(baseline in variants, path, f"baseline must be one of {', '.join(variants)}", baseline)
+    name = document.get("protocol", "s-ib")
+    _require(name in PROTOCOLS, path, f"protocol must be one of {', '.join(PROTOCOLS)}", name)
+    protocol = PROTOCOLS[name]
     planned = []
     for entry in document["planned"]:
         good = isinstance(entry, list) and len(entry) == 3 and entry[0] in architectures and entry[1] in variants
         _require(good and _is_int(entry[2]), path, "planned must hold [arch, variant, seed] of the study", entry)
         planned.append(tuple(entry))
 
-    found = [_network(file) for file in sorted((out / "results").glob("[!.]*.json"))]
+    found = [_network(file, protocol.mean) for file in sorted((out / "results").glob("[!.]*.json"))]
     known = [n for n in found if (n.key in planned if planned else n.arch in architectures and n.variant in variants)]
     rows, columns = list(architectures), list(variants)
     return Study(
@@ -227,8 +358,9 @@ def load_study(out: Path) -> Study:
         status=status,
         planned=tuple(planned),
         baseline=baseline,
-        headline=document.get("headline", "sib"),
-        control=document.get("control", "unmasked"),
+        headline=document.get("headline", protocol.headline),
+        control=document.get("control", protocol.control),
+        protocol=protocol,
         networks=tuple(sorted(known, key=lambda n: (rows.index(n.arch), columns.index(n.variant), n.seed))),
         unplanned=tuple(n.key for n in found if n not in known),
         command=document.get("command", "sib-fast study"),
@@ -245,10 +377,10 @@ _STUDY_KEYS = {
     "planned": list,
     "baseline": str,
 }
-_BLOCKS = ("accuracy", "explanations", "vjp", "terms")
+_BLOCKS = ("accuracy", "explanations", "vjp", "terms", "evidence", "background")
 
 
-def _network(path: Path) -> Network:
+def _network(path: Path, mean: str) -> Network:
     record = _read(path)
     arch, variant, seed = (record.get(k) for k in ("arch", "variant", "seed"))
     for name, value in (("arch", arch), ("variant", variant)):
@@ -264,8 +396,8 @@ def _network(path: Path) -> Network:
         _require(math.isnan(value) or 0 <= value <= 1, path, f"{quantity.name} must be a share in [0, 1]", value)
     metrics = dict.fromkeys(q.metric for q in values if q.name == "explanation" and q.metric != "undefined")
     for metric in metrics:
-        six = [values.get(explanation(method, metric), math.nan) for method in REPORTED]
-        values[explanation(MEAN_OF_SIX, metric)] = math.fsum(six) / len(six)
+        several = [values.get(explanation(method, metric), math.nan) for method in MEANS[mean]]
+        values[explanation(mean, metric)] = math.fsum(several) / len(several)
     return Network(arch, variant, seed, values, settings, record.get("commit"))
 
 
@@ -282,7 +414,7 @@ def _numbers(path: Path, record: dict[str, Any]) -> Iterator[tuple[Quantity, flo
         _require(isinstance(scores, dict), path, f"explanations.{method} must be an object", scores)
         for metric, value in scores.items():
             yield explanation(method, metric), _number(path, f"explanations.{method}.{metric}", value)
-    for name, block in (("vjp", "vjp"), ("term", "terms")):
+    for name, block in (("vjp", "vjp"), ("term", "terms"), ("evidence", "evidence"), ("background", "background")):
         for metric, value in blocks[block].items():
             yield Quantity(name, "", metric), _number(path, f"{block}.{metric}", value)
     for name, value in record.items():

@@ -20,12 +20,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sib_fast.explain import METHODS, REPORTED
 from sib_fast.lab.results import write_atomically
 from sib_fast.lab.study.figures import figures, rendered
+from sib_fast.lab.study.measures import CONSTANT
 from sib_fast.lab.study.records import (
     IN_DISTRIBUTION,
-    MEAN_OF_SIX,
     METHOD_LABELS,
     METRICS,
     SHIFTED,
@@ -41,12 +40,15 @@ from sib_fast.lab.study.statistics import (
     LEVEL,
     MET,
     Difference,
+    by_method,
+    comparisons,
     counts,
     difference,
     differences,
     judged,
-    of_six,
+    primary,
     reaches,
+    secondary,
     summary_quantities,
     verdicts,
 )
@@ -135,7 +137,11 @@ def markdown(study: Study) -> str:
     """For a README: energy and accuracy, then the variants, one block per architecture."""
     blocks = [f"{text}\n" for text in status_lines(study)]
     for arch in _reported(study):
-        for table in (headline(study, arch), variants(study, arch), verdict_table(study, arch)):
+        tables = [headline(study, arch), variants(study, arch), verdict_table(study, arch)]
+        if study.protocol.secondary:
+            first = [primary_table(study)] if arch == _reported(study)[0] else []
+            tables = [*first, energies(study, arch), compared(study, arch), *secondary_tables(study, arch), tables[-1]]
+        for table in tables:
             lines = [f"**{table.title}**", ""]
             lines.append("| " + " | ".join(map(_escape, table.header)) + " |")
             lines.append("|---" + "|---:" * (len(table.header) - 1) + "|")
@@ -224,9 +230,14 @@ def _comparison(
     return Table(title, header, made, note)
 
 
+def _methods(study: Study) -> tuple[str, ...]:
+    """The protocol's, and their mean."""
+    return (*study.protocol.methods, study.protocol.mean)
+
+
 def headline(study: Study, arch: str) -> Table:
-    """Energy for the six methods and their mean, and the accuracies."""
-    rows = [(METHOD_LABELS[m], explanation(m, "energy")) for m in (*REPORTED, MEAN_OF_SIX)]
+    """Energy for the protocol's methods and their mean, and the accuracies."""
+    rows = [(METHOD_LABELS[m], explanation(m, "energy")) for m in _methods(study)]
     rows += [(q.kind.heading, q) for q in (SHIFTED, IN_DISTRIBUTION)]
     seeds = {n.seed for v in (study.baseline, study.headline) for n in study.of(arch, v)}
     areas = [a for v in study.present(arch) for a in study.values(arch, v, Quantity("mask_area")).values()]
@@ -239,7 +250,7 @@ def headline(study: Study, arch: str) -> Table:
 def variants(study: Study, arch: str) -> Table:
     """One row per variant: accuracies, energy, background, and the differences from the baseline."""
     baseline = _label(study, study.baseline)
-    columns = (SHIFTED, explanation(MEAN_OF_SIX, "energy"), explanation(MEAN_OF_SIX, "log_background"))
+    columns = (SHIFTED, *(explanation(study.protocol.mean, metric) for metric in ("energy", "log_background")))
     header = ["", "seeds", IN_DISTRIBUTION.kind.heading]
     for quantity in columns:
         header += [quantity.kind.heading, f"− {baseline} [95 %]"]
@@ -251,14 +262,14 @@ def variants(study: Study, arch: str) -> Table:
             change = Cell("") if itself else _change(difference(study, arch, variant, study.baseline, quantity))
             row += [_spread(study, arch, variant, quantity), change]
         rows.append(row)
-    note = f"Energy and background: mean of the six methods. {_NOTE}"
+    note = f"Energy and background: mean of the {study.protocol.several}. {_NOTE}"
     return Table(f"Variants, {study.architectures[arch]}", tuple(header), rows, note)
 
 
 def against_variants(study: Study, arch: str) -> Table:
     """The headline variant minus every other one: what each ingredient, and the mask itself, is worth."""
     label = _label(study, study.headline)
-    columns = (SHIFTED, IN_DISTRIBUTION, *(explanation(MEAN_OF_SIX, m) for m in ("energy", "log_background")))
+    columns = (SHIFTED, IN_DISTRIBUTION, *(explanation(study.protocol.mean, m) for m in ("energy", "log_background")))
     rows = []
     for variant, other in study.present(arch).items():
         if variant not in (study.headline, study.baseline) and study.of(arch, study.headline):
@@ -270,19 +281,19 @@ def against_variants(study: Study, arch: str) -> Table:
 
 
 def counts_table(study: Study, arch: str) -> Table:
-    """For every metric: for how many of the six methods the interval excludes 0, on which side."""
+    """For every metric: for how many of the protocol's methods the interval excludes 0, on which side."""
     others = [v for v in (study.baseline, study.control) if v in study.present(arch)]
-    header = ["of six methods"]
+    header = [f"of {study.protocol.several}"]
     for against in others:
         header += [f"better than {_label(study, against)}", "worse", "no clear change"]
     rows = []
     for metric, kind in METRICS.items():
-        if kind.direction and explanation(MEAN_OF_SIX, metric) in study.quantities(arch):
+        if kind.direction and explanation(study.protocol.mean, metric) in study.quantities(arch):
             row = [Cell(kind.heading, "head")]
             for against in others:
-                row += [Cell(str(n)) for n in counts(of_six(study, arch, study.headline, against, metric)).values()]
+                row += [Cell(str(n)) for n in counts(by_method(study, arch, study.headline, against, metric)).values()]
             rows.append(row)
-    title = f"{_label(study, study.headline)}: for how many of the six methods the interval excludes 0"
+    title = f"{_label(study, study.headline)}: for how many of the {study.protocol.several} the interval excludes 0"
     return Table(title, tuple(header), rows)
 
 
@@ -290,22 +301,98 @@ def controls(study: Study, arch: str) -> Table:
     rows = [
         (explanation(method, metric).label, explanation(method, metric))
         for metric in ("insertion", "deletion", "randomisation")
-        for method in (*REPORTED, MEAN_OF_SIX)
+        for method in _methods(study)
     ]
     return _comparison(study, arch, "Are the maps faithful, or merely prettier?", rows)
 
 
 def everything(study: Study, arch: str) -> list[Table]:
-    """All eight methods by all localisation metrics, and the VJP that training acts on."""
+    """All methods by all localisation metrics, the VJP that S-IB acts on, and what is no map's."""
     quantities = study.quantities(arch)
     made = []
     for metric in METRICS:
-        rows = [(METHOD_LABELS[m], explanation(m, metric)) for m in (*REPORTED, MEAN_OF_SIX)]
-        rows += [(f"{METHOD_LABELS[m]} (not of the six)", explanation(m, metric)) for m in METHODS if m not in REPORTED]
-        rows.append(("VJP, as in training (not of the six)", Quantity("vjp", "", metric)))
+        rows = [(METHOD_LABELS[m], explanation(m, metric)) for m in _methods(study)]
+        rows += [(f"{METHOD_LABELS[m]} ({what})", explanation(m, metric)) for m, what in study.protocol.others.items()]
+        rows.append((f"VJP, as in training (not of the {study.protocol.several.split()[0]})", Quantity("vjp", "", metric)))
+        rows += [(METRICS[metric].label, Quantity(block, "", metric)) for block in ("evidence", "background")]
         rows = [(label, quantity) for label, quantity in rows if quantity in quantities]
         if rows:
             made.append(_comparison(study, arch, METRICS[metric].heading, rows, METRICS[metric].definition))
+    return made
+
+
+def _p(value: float) -> Cell:
+    if math.isnan(value):
+        return Cell("–")
+    return Cell("< 0.0001" if value < 1e-4 else f"{value:.4f}")
+
+
+def primary_table(study: Study) -> Table:
+    """The comparison that the protocol is about, on all architectures together."""
+    ours, theirs = (_label(study, v) for v in (study.headline, study.control))
+    rows = []
+    for part, corrected in primary(study, study.headline, study.control):
+        where = Cell(f"{part.quantity.label}, {study.architectures[part.arch]}", "head")
+        spreads = [_spread(study, part.arch, v, part.quantity) for v in (study.headline, study.control)]
+        rows.append([where, Cell(str(part.n)), *spreads, _change(part), _p(part.p), _p(corrected)])
+    header = ("", "pairs", ours, theirs, "difference [95 % CI]", "p", "p, Holm")
+    return Table(f"The primary comparison: {ours} minus {theirs}", header, rows, _NOTE)
+
+
+def energies(study: Study, arch: str) -> Table:
+    """Energy inside by variant and method, with what maps score that know nothing."""
+    methods = [*_methods(study), *(m for m in study.protocol.others if m not in CONSTANT)]
+    methods = [m for m in methods if explanation(m, "energy") in study.quantities(arch)]
+    there = study.present(arch)
+    rows = [
+        [
+            Cell(label, "head"),
+            Cell(str(len(study.of(arch, v)))),
+            *(_spread(study, arch, v, explanation(m, "energy")) for m in methods),
+        ]
+        for v, label in there.items()
+    ]
+    for constant in CONSTANT:
+        # the same whatever the network; of every seed once
+        scores = {s: x for v in there for s, x in study.values(arch, v, explanation(constant, "energy")).items()}
+        if scores:
+            text = Cell(_summary(list(scores.values())))
+            rows.append([Cell(METHOD_LABELS[constant], "head"), Cell(str(len(scores))), *[text] * len(methods)])
+    header = ("", "seeds", *(METHOD_LABELS[m] + (f" ({w})" if (w := study.protocol.others.get(m)) else "") for m in methods))
+    return Table(f"{METRICS['energy'].heading}, {study.architectures[arch]}", header, rows)
+
+
+def compared(study: Study, arch: str) -> Table:
+    """The primary quantities of every comparison that was planned."""
+    rows = []
+    for variant, against in dict.fromkeys(comparisons(study, arch)):
+        parts = [difference(study, arch, variant, against, q) for q in study.protocol.primary]
+        if any(d.n for d in parts):
+            row = [Cell(f"{_label(study, variant)} − {_label(study, against)}", "head"), Cell(str(max(d.n for d in parts)))]
+            rows.append(row + [cell for d in parts for cell in (_change(d), _p(d.p))])
+    header = ("", "pairs", *(text for q in study.protocol.primary for text in (q.label, "p")))
+    return Table(f"Every comparison, primary quantities, {study.architectures[arch]}", header, rows, "p: not corrected.")
+
+
+def secondary_tables(study: Study, arch: str) -> list[Table]:
+    """The secondary quantities of the comparisons that the protocol names, each a family for Holm's correction."""
+    pairs = [
+        (study.headline, study.control),
+        *((v, study.baseline) for v in (study.headline, study.control)),
+        *study.protocol.against,
+    ]
+    made = []
+    for variant, against in pairs:
+        if {variant, against} <= study.present(arch).keys():
+            rows = []
+            for quantity, corrected in secondary(study, arch, variant, against).items():
+                part = difference(study, arch, variant, against, quantity)
+                change = _change(part)
+                tone = change.tone if corrected < 1 - LEVEL else ""
+                rows.append([Cell(quantity.label, "head"), Cell(change.text, tone), _p(part.p), _p(corrected)])
+            title = f"Secondary: {_label(study, variant)} − {_label(study, against)}"
+            note = f"Bold: Holm's p below {1 - LEVEL:.2f}, a family of {len(rows)}."
+            made.append(Table(title, ("", "difference [95 % CI]", "p", "p, Holm"), rows, note))
     return made
 
 
@@ -347,7 +434,7 @@ def not_improved(study: Study, arch: str) -> list[Table]:
                 if part.effect == "worse":
                     names = f"{_label(study, variant)} − {_label(study, against)}"
                     rows.append([Cell(names, "head"), Cell(quantity.label), _change(part)])
-    title = "Worse in the other comparisons: accuracies and means of the six methods"
+    title = f"Worse in the other comparisons: accuracies and means of the {study.protocol.several}"
     header = ("", "quantity", "difference [95 % CI]")
     tables.append(Table(title, header, rows) if rows else Table(title, (), [], "None."))
     return tables
@@ -387,7 +474,7 @@ def seen(study: Study) -> list[str]:
     What was not run is not mentioned.
     """
     ours, theirs = (_label(study, v) for v in (study.headline, study.baseline))
-    energy = explanation(MEAN_OF_SIX, "energy")
+    energy = explanation(study.protocol.mean, "energy")
     found = {}
     for arch in _reported(study):
         against = (study.baseline, study.baseline, study.baseline, study.control, study.control)
@@ -416,7 +503,7 @@ def seen(study: Study) -> list[str]:
         if all(d.n for d in parts[3:]):
             (on, on_control), (other, other_control) = control
             mask[arch] = (
-                f"{on} of the weight lies on the object with {ours}, {on_control} with a penalty that has no mask: {judged[3]}; "
+                f"{on} of the weight lies on the object with {ours}, {on_control} with {study.protocol.without}: {judged[3]}; "
                 f"{other} and {other_control} of the images on other backgrounds are recognised: {judged[4]}"
             )
     chance = f" The object covers {_mean_percent(areas)} of an image." if areas else ""
@@ -444,9 +531,9 @@ def _judged(part: Difference) -> str:
 
 
 def _by_method(study: Study, arch: str) -> str:
-    """Which of the six methods moved."""
+    """Which of the methods moved."""
     names: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    for d in of_six(study, arch, study.headline, study.baseline, "energy"):
+    for d in by_method(study, arch, study.headline, study.baseline, "energy"):
         if d.n:
             names[d.effect].append(METHOD_LABELS[d.quantity.method])
     words = {"better": "clearly more on the object for", "worse": "clearly less for", "unclear": "no clear change for"}
@@ -476,13 +563,15 @@ def answer(study: Study) -> list[str]:
         name = f"the {study.architectures[arch]}"
         six, *accuracies = (
             difference(study, arch, study.headline, study.baseline, q)
-            for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED, IN_DISTRIBUTION)
+            for q in (explanation(study.protocol.mean, "energy"), SHIFTED, IN_DISTRIBUTION)
         )
-        reached = sum(reaches(d, ENERGY_MARK) == MET for d in of_six(study, arch, study.headline, study.baseline, "energy"))
-        energy.append(f"{_moved(six)} on {name} (by at least {ENERGY_MARK:.2f} for {reached} of the six)")
+        reached = sum(reaches(d, ENERGY_MARK) == MET for d in by_method(study, arch, study.headline, study.baseline, "energy"))
+        energy.append(
+            f"{_moved(six)} on {name} (by at least {ENERGY_MARK:.2f} for {reached} of the {study.protocol.several.split()[0]})"
+        )
         for sentence, part in zip((shifted, inside), accuracies, strict=True):
             sentence.append(f"{_moved(part)} on {name}")
-        ahead = [difference(study, arch, study.headline, study.control, q) for q in (explanation(MEAN_OF_SIX, "energy"), SHIFTED)]
+        ahead = [difference(study, arch, study.headline, study.control, q) for q in study.protocol.primary[::-1]]
         if all(d.n for d in ahead):
             control.append(f"energy {_change(ahead[0]).text} and shifted accuracy {_change(ahead[1]).text} on {name}")
         tally = counts(judged(study, arch, study.headline, study.baseline))
@@ -491,7 +580,7 @@ def answer(study: Study) -> list[str]:
         return ["No network has finished yet."]
     against = f"{label} minus “{_label(study, study.control)}”: {'; '.join(control)}. " if control else ""
     return [
-        f"With {label} instead of {baseline}, energy inside the object (mean of six methods) {'; '.join(energy)}.",
+        f"With {label} instead of {baseline}, energy inside the object (mean of {study.protocol.several}) {'; '.join(energy)}.",
         f"Accuracy on shifted backgrounds {'; '.join(shifted)}. In distribution it {'; '.join(inside)}.",
         f"{against}Of all comparisons with {baseline}, methods by metrics, {'; '.join(losses)}.",
     ]
@@ -532,9 +621,9 @@ def gaps(study: Study) -> list[str]:
     lost = []
     for network in study.networks:
         where = f"{study.architectures[network.arch]}, {_label(study, network.variant)}, seed {network.seed}"
-        required = [IN_DISTRIBUTION, SHIFTED, *(explanation(m, "energy") for m in REPORTED)]
+        required = [IN_DISTRIBUTION, SHIFTED, *(explanation(m, "energy") for m in study.protocol.methods)]
         names = [q.label for q in required if q not in network.values]
-        names += [q.label for q, v in network.values.items() if math.isnan(v) and q.method != MEAN_OF_SIX]
+        names += [q.label for q, v in network.values.items() if math.isnan(v) and q.method != study.protocol.mean]
         if names:
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
             lost.append(f"Without a value: {where}: {', '.join(names[:6])}{more}.")
@@ -575,8 +664,8 @@ def _differences_csv(found: Iterable[Difference]) -> str:
     for d in found:
         seeds = (" ".join(map(str, each)) for each in (d.seeds, d.dropped))
         rows.append([d.arch, d.variant, d.against, *d.quantity, better[d.quantity.kind.direction], d.n, *seeds])
-        rows[-1] += [d.mean, d.sd, d.low, d.high, d.effect]
-    return _csv((*keys, "mean", "sd", "low", "high", "effect"), rows)
+        rows[-1] += [d.mean, d.sd, d.low, d.high, d.p, d.effect]
+    return _csv((*keys, "mean", "sd", "low", "high", "p", "effect"), rows)
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -617,6 +706,9 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
         {
             "label": study.architectures[arch],
             "verdicts": verdict_table(study, arch),
+            "corrected": [energies(study, arch), compared(study, arch), *secondary_tables(study, arch)]
+            if study.protocol.secondary
+            else [],
             "headline": headline(study, arch),
             "variants": [t for t in (variants(study, arch), against_variants(study, arch)) if t.rows],
             "counts": counts_table(study, arch),
@@ -632,6 +724,7 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
     hours = sum(s for s in seconds if math.isfinite(s)) / 3600
     return template.render(
         study=study,
+        primary=primary_table(study) if study.protocol.secondary else None,
         status=status_lines(study),
         seen=[s.replace(" %", "\u00a0%") for s in seen(study)],
         costs=[step_cost(study, arch) for arch in study.step_seconds if study.of(arch)],

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sib_fast.lab.data import OBJECT_SHARE
 from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _QUICK = {
 }
 
 
+_ADDED = ("object_share", "contrast", "randomisation")  # settings that a study from before them has at their defaults
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """Everything a study depends on; each field is an option of ``sib-fast study``.
@@ -49,9 +53,12 @@ class StudyConfig:
         variants: of :data:`sib_fast.lab.study.variants.LABELS`; ``sib:lambda_bg=3e5`` is `sib` with another weight.
         seeds: of data, initial weights and batches; networks of one seed are paired.
         epochs, batch_size, lr, weight_decay, width, train_size, image_size, correlation: of the training.
+        object_share, contrast: of the composites, see :class:`sib_fast.lab.data.EmbeddedDigits`.
         test_size: composites of each of the two test sets.
         explained: how many of the shifted composites are explained.
-        methods: explanation methods.
+        methods: explanation methods, of :data:`sib_fast.lab.study.measures.METHODS`.
+        randomisation: compare the maps with those of a network with random weights.
+        protocol: of :data:`sib_fast.lab.study.records.PROTOCOLS`: what the report compares and asks.
         jobs: networks trained at a time, one thread each.
         timing_steps: training steps of each kind to time at the end; 0 leaves the timing out.
         progress: show what is being trained and the time left.
@@ -71,21 +78,27 @@ class StudyConfig:
     train_size: int = 512
     image_size: int = 32
     correlation: float = 0.4
+    object_share: tuple[float, ...] = OBJECT_SHARE
+    contrast: float = 1.0
     test_size: int = 5000
     explained: int = 500
     methods: tuple[str, ...] = ()
+    randomisation: bool = True
+    protocol: str = "s-ib"
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     timing_steps: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
-        from sib_fast.explain import METHODS
+        from sib_fast.explain import METHODS as EXPLAINERS
+        from sib_fast.lab.study.measures import METHODS
+        from sib_fast.lab.study.records import PROTOCOLS
         from sib_fast.lab.study.variants import ARCHITECTURES, find_variant
 
-        for name in ("architectures", "variants", "seeds", "methods"):
+        for name in ("architectures", "variants", "seeds", "methods", "object_share"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "out", Path(self.out))
-        object.__setattr__(self, "methods", self.methods or tuple(METHODS))
+        object.__setattr__(self, "methods", self.methods or tuple(EXPLAINERS))
         for name, known in (("architectures", ARCHITECTURES), ("methods", METHODS)):
             chosen = getattr(self, name)
             if not chosen or not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
@@ -107,6 +120,12 @@ class StudyConfig:
             raise ValueError(f"study: explained must not exceed test_size {self.test_size}, got {self.explained}")
         if self.image_size < 16:
             raise ValueError(f"study: image_size must be at least 16, got {self.image_size}")
+        if len(self.object_share) != 2 or not 0 < self.object_share[0] <= self.object_share[1] <= 1:
+            raise ValueError(f"study: object_share must be two ascending numbers in (0, 1], got {list(self.object_share)}")
+        if not 0 < self.contrast <= 1:
+            raise ValueError(f"study: contrast must be in (0, 1], got {self.contrast}")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"study: protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         if not 0 <= self.correlation <= 1:
             raise ValueError(f"study: correlation must be in [0, 1], got {self.correlation}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -116,10 +135,10 @@ class StudyConfig:
 
     def settings(self) -> dict[str, Any]:
         """What a network's numbers depend on besides its architecture, variant and seed, as JSON keeps it."""
-        free = {"out", "jobs", "timing_steps", "progress", "architectures", "variants", "seeds"}
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        free = {"out", "jobs", "timing_steps", "progress", "protocol", "architectures", "variants", "seeds"}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if k not in free}
         # no option: it is here so that networks of the two layouts, whose rounding differs, do not mix in one folder
-        return fields | {"methods": list(self.methods), "memory_format": "channels_last"}
+        return fields | {"memory_format": "channels_last"}
 
     def command(self) -> str:
         """The command line that makes this configuration."""
@@ -128,6 +147,9 @@ class StudyConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != getattr(default, field.name) and field.name not in ("jobs", "progress"):
+                if isinstance(value, bool):
+                    words.append(f"--no-{field.name.replace('_', '-')}")
+                    continue
                 words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         return shlex.join(words)
 
@@ -136,12 +158,26 @@ class StudyConfig:
         return [(arch, variant, seed) for seed in self.seeds for arch in self.architectures for variant in self.variants]
 
 
-def run(config: StudyConfig, console: Console | None = None) -> Path:
+def missing(config: StudyConfig) -> list[Task]:
+    """The networks that are not there yet, in the order of training."""
+    from sib_fast.lab.study.records import file_stem
+
+    return [p for p in config.planned() if not (config.out / "results" / f"{file_stem(*p)}.json").exists()]
+
+
+def announce(config: StudyConfig, planned: list[Task], command: str) -> None:
+    """Write the folder's description before anything runs there. Errors: ValueError as :func:`run`."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    _save(config.out, _open(config, planned, command) | {"status": "running"})
+
+
+def run(config: StudyConfig, console: Console | None = None, part_of: tuple[list[Task], str] | None = None) -> Path:
     """Train and score what is missing in ``config.out``, then write the report.
 
     Every network is on disk before its process takes the next. On an interrupt or an error the report is still written,
     of what is there, and the same command goes on from there.
 
+    Args:    part_of: all that is planned for the folder and the command, where this is a stage of more.
     Returns: the path of report.html.
     Errors:  ValueError for settings that do not fit the folder's earlier run; ImportError without the extras; an error
              in one network is raised after the networks that were already running are done; Interrupted, whose text says
@@ -151,7 +187,6 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
         from rich.console import Console
 
         from sib_fast.lab.study.progress import Progress
-        from sib_fast.lab.study.records import file_stem
     except ImportError as error:
         raise ImportError(f"study: needs extras, got {error}; pip install 'sib_fast[lab,explain]'") from error
 
@@ -159,44 +194,44 @@ def run(config: StudyConfig, console: Console | None = None) -> Path:
     planned = config.planned()
 
     def finished() -> list[Task]:
-        return [p for p in planned if (config.out / "results" / f"{file_stem(*p)}.json").exists()]
+        left = set(missing(config))
+        return [p for p in planned if p not in left]
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
     for folder in ("results", "networks", "logs"):
         (config.out / folder).mkdir(parents=True, exist_ok=True)
-    study = _open(config)
+    study = _open(config, *part_of or (planned, config.command()))
     remove_partials(config.out)
-    done = finished()
-    missing = [p for p in planned if p not in done]
-    if done:
-        say(f"study: {len(done)} of {len(planned)} networks are there already")
-    if missing:
-        at_a_time = f", {min(config.jobs, len(missing))} at a time" if len(missing) > 1 else ""
-        say(f"study: training {len(missing)} networks{at_a_time}, into {config.out}. Ctrl-C stops; the same command goes on.")
+    todo = missing(config)
+    if len(todo) < len(planned):
+        say(f"study: {len(planned) - len(todo)} of {len(planned)} networks are there already")
+    if todo:
+        at_a_time = f", {min(config.jobs, len(todo))} at a time" if len(todo) > 1 else ""
+        say(f"study: training {len(todo)} networks{at_a_time}, into {config.out}. Ctrl-C stops; the same command goes on.")
     _save(config.out, study | {"status": "running"})
     picture = _PictureOnce(config)
     try:
-        with Progress(console, missing, config.settings(), config.progress) as progress:
+        with Progress(console, todo, config.settings(), config.progress) as progress:
             picture.make(finished(), progress.say)
 
             def report_done(task: Task, record: dict[str, Any]) -> None:
                 progress.finish(task, _line(record))
                 picture.make(finished(), progress.say)
 
-            _train(config, missing, progress, report_done)
+            _train(config, todo, progress, report_done)
         if config.timing_steps:
             _time(config, study, say)
         _save(config.out, study | {"status": "complete"})
-        for line in _write_report(config.out):
+        for line in write_pages(config.out):
             say(line)
     except BaseException as error:
         with contextlib.suppress(KeyboardInterrupt):  # a second one leaves the report as it is
             _save(config.out, study | {"status": "interrupted"})
             if finished():
                 say(f"study: stopping; the report of what is there goes to {config.out} (Ctrl-C again does without)")
-                _write_report(config.out)
+                write_pages(config.out)
         if isinstance(error, KeyboardInterrupt):
             kept = f"{len(finished())} of {len(planned)} networks are finished and kept in {config.out}"
             raise Interrupted(f"{kept}; the same command goes on from there.") from error
@@ -231,7 +266,7 @@ def _time(config: StudyConfig, study: dict[str, Any], say: Callable[[str], None]
         study["step_seconds"][arch] = time_steps(arch, config.settings(), config.timing_steps)
 
 
-def _write_report(out: Path) -> list[str]:
+def write_pages(out: Path) -> list[str]:
     """Write the report of what is there. Returns: the lines that a finished run ends with."""
     from sib_fast.lab.study.records import load_study
     from sib_fast.lab.study.report import closing_lines, write_report
@@ -252,20 +287,23 @@ def _program() -> str:
     return shlex.join([str(here), "-m", "sib_fast"])
 
 
-def _open(config: StudyConfig) -> dict[str, Any]:
+def _open(config: StudyConfig, plan: list[Task], command: str) -> dict[str, Any]:
     """The study's description: new, or the folder's with what this run adds. Errors: ValueError where settings differ."""
     from sib_fast.lab.study.variants import ARCHITECTURES, LABELS, find_variant
 
     path = config.out / "study.json"
     earlier: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": config.settings(), "planned": []}
+    defaults = {k: v for k, v in StudyConfig().settings().items() if k in _ADDED}
     for name, value in config.settings().items():
-        if earlier["settings"].get(name) != value:
+        # a folder from before there was such an option has its default
+        before = earlier["settings"].get(name, defaults.get(name))
+        if before != value:
             raise ValueError(
-                f"study: {name} must be {earlier['settings'].get(name)!r} as in the earlier run in {config.out}, got {value!r}; "
+                f"study: {name} must be {before!r} as in the earlier run in {config.out}, got {value!r}; "
                 "take another folder for other settings"
             )
     planned = [*map(tuple, earlier["planned"])]
-    planned += [p for p in config.planned() if p not in planned]
+    planned += [p for p in plan if p not in planned]
     names = {variant: arch for arch, variant, _ in reversed(planned)}
     ordered = sorted(names, key=lambda n: (list(LABELS).index(n.partition(":")[0]), n))
     return {
@@ -273,8 +311,9 @@ def _open(config: StudyConfig) -> dict[str, Any]:
         "architectures": {arch: label for arch, label in ARCHITECTURES.items() if any(arch == p[0] for p in planned)},
         "variants": {name: find_variant(names[name], name).label for name in ordered},
         "baseline": "plain" if "plain" in names else ordered[0],
+        "protocol": config.protocol,
         "planned": planned,
-        "command": " && ".join(dict.fromkeys([*filter(None, earlier.get("command", "").split(" && ")), config.command()])),
+        "command": " && ".join(dict.fromkeys([*filter(None, earlier.get("command", "").split(" && ")), command])),
         "environment": environment(1, "cpu", "auto"),
         "step_seconds": earlier.get("step_seconds", {}),
     }
@@ -385,6 +424,12 @@ def _run_task(task: Task, settings: dict[str, Any], out: Path, tell: Tell) -> di
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``sib-fast study``; their defaults are :class:`StudyConfig`'s."""
     quick = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in _QUICK.items())
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="run the stages of a file, with no option beside it but out, jobs and no-progress",
+    )
     parser.add_argument("--quick", action="store_true", help=f"a study of minutes; other defaults: {quick}")
     texts = {
         "out": ("FOLDER", "results, networks, logs and the report; an earlier run's is continued"),
@@ -399,13 +444,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train_size": ("N", "training images"),
         "image_size": ("PIXELS", "height and width of the images"),
         "correlation": ("P", "excess probability of the class's own background in training"),
+        "object_share": ("SHARE", "least and greatest side of a digit's square over the image's"),
+        "contrast": ("FACTOR", "of the ink's opacity"),
         "test_size": ("N", "composites of each test set"),
         "explained": ("N", "shifted composites that are explained"),
-        "methods": ("NAME", "explanation methods (default: all)"),
+        "methods": ("NAME", "explanation methods (default: those of sib_fast.explain)"),
+        "protocol": ("NAME", "what the report compares and asks: s-ib, evidence"),
         "jobs": ("N", "networks at a time, one thread each"),
         "timing_steps": ("N", "training steps of each kind to time at the end, 0 for none"),
     }
-    kinds: dict[str, Callable[[str], Any]] = {"out": Path, "seeds": int, "lr": float, "weight_decay": float, "correlation": float}
+    kinds: dict[str, Callable[[str], Any]] = {"out": Path, "seeds": int, "lr": float}
+    kinds |= dict.fromkeys(("weight_decay", "correlation", "object_share", "contrast"), float)
     for name in ("epochs", "batch_size", "width", "train_size", "image_size", "test_size", "explained", "jobs", "timing_steps"):
         kinds[name] = int
     for field in dataclasses.fields(StudyConfig):
@@ -421,12 +470,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, default=argparse.SUPPRESS, type=kinds.get(field.name, str), metavar=metavar, help=shown, **repeated
         )
     parser.add_argument(
+        "--no-randomisation",
+        dest="randomisation",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="leave out the comparison with the maps of random weights",
+    )
+    parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="only a line per finished network"
     )
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _run_plan(path: Path, quick: bool, given: dict[str, Any]) -> None:
+    from sib_fast.lab.study.plan import run_plan
+
+    beside = [*(["quick"] if quick else []), *(name for name in given if name not in ("out", "jobs", "progress"))]
+    if beside:
+        raise ValueError(f"study: plan must stand alone but for out, jobs and no-progress, got {', '.join(beside)}")
+    out = given.pop("out", StudyConfig.out)
+    run_plan(path, out, **given)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -437,7 +503,10 @@ def main(args: argparse.Namespace) -> int:
             from sib_fast.lab.study.variants import LABELS
 
             given["variants"] = tuple(LABELS)
-        run(StudyConfig(**(_QUICK if args.quick else {}) | given))
+        if args.plan is None:
+            run(StudyConfig(**(_QUICK if args.quick else {}) | given))
+        else:
+            _run_plan(args.plan, args.quick, given)
     except (ValueError, ImportError) as error:
         print(f"sib-fast study: {error}", file=sys.stderr)
         return 2

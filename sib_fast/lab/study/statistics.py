@@ -4,6 +4,7 @@ A seed fixes data, initial weights and order of the batches, so two variants of 
 
     d_k = variant_k − against_k        mean d̄, standard deviation s over the n seeds that both have (divisor n − 1)
     95 % interval:  d̄ ± t_{.975, n−1} · s / √n        none for n = 1
+    p:              two-sided, of the same t               none for n = 1
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from functools import cache
 
 import numpy as np
 
-from sib_fast.explain import REPORTED
 from sib_fast.lab.study.records import (
     IN_DISTRIBUTION,
-    MEAN_OF_SIX,
+    PROTOCOLS,
     SHIFTED,
     Quantity,
     Study,
@@ -38,6 +38,10 @@ DEFINITIONS = {
     "95 % interval": (
         "Student's t interval of the paired differences (standard error s/√n, n − 1 degrees of freedom); none for one seed. "
         "It is about new seeds of this recipe on this data, not about other data. Not adjusted for the number of comparisons."
+    ),
+    "p, Holm": (
+        "Two-sided p of the same paired t test, and the same corrected by Holm's procedure for the number of quantities that are "
+        "judged together: the primary ones of a comparison on all networks, or the secondary ones of a comparison on one network."
     ),
     "better, worse, no clear change": (
         "The 95 % interval of the paired difference excludes 0 on that side (“clearly more”, “clearly less”); or it contains 0 "
@@ -63,6 +67,7 @@ class Difference:
         seeds: the pairs. dropped: seeds of either side without a defined value on both.
         mean, sd: NaN without pairs, sd for one pair too.
         low, high: the ends of the 95 % interval; NaN for fewer than two pairs.
+        p: of the paired t test; NaN for fewer than two pairs, 1 where all differences are 0.
     """
 
     arch: str
@@ -75,6 +80,7 @@ class Difference:
     sd: float
     low: float
     high: float
+    p: float
 
     @property
     def n(self) -> int:
@@ -104,10 +110,45 @@ def difference(study: Study, arch: str, variant: str, against: str, quantity: Qu
     pairs = np.array([ours[seed] - theirs[seed] for seed in seeds])
     mean = float(pairs.mean()) if seeds else math.nan
     sd = float(pairs.std(ddof=1)) if len(seeds) > 1 else math.nan
-    half = _t_quantile(len(seeds) - 1) * sd / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
-    return Difference(
-        arch, variant, against, quantity, seeds, tuple(sorted(every - set(seeds))), mean, sd, mean - half, mean + half
-    )
+    error = sd / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    half = _t_quantile(len(seeds) - 1) * error if len(seeds) > 1 else math.nan
+    dropped = tuple(sorted(every - set(seeds)))
+    p = _p_value(mean, error, len(seeds) - 1)
+    return Difference(arch, variant, against, quantity, seeds, dropped, mean, sd, mean - half, mean + half, p)
+
+
+def _p_value(mean: float, error: float, freedom: int) -> float:
+    from scipy.stats import t
+
+    if not error > 0:
+        return math.nan if math.isnan(error) else float(mean == 0)
+    return float(2 * t.sf(abs(mean) / error, freedom))
+
+
+def holm(values: Iterable[float]) -> list[float]:
+    """p values of a family, corrected for their number: the i-th smallest of m times m − i + 1, never falling, at most 1.
+
+    NaN stays NaN and counts for nothing. Source: Holm 1979.
+    """
+    values = list(values)
+    order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=lambda i: values[i])
+    corrected, greatest = list(values), 0.0
+    for rank, i in enumerate(order):
+        greatest = max(greatest, min(1.0, (len(order) - rank) * values[i]))
+        corrected[i] = greatest
+    return corrected
+
+
+def secondary(study: Study, arch: str, variant: str, against: str) -> dict[Quantity, float]:
+    """Holm's p of the protocol's secondary quantities, one comparison on one architecture being a family."""
+    there = [q for q in study.protocol.secondary if q in study.quantities(arch)]
+    return dict(zip(there, holm(difference(study, arch, variant, against, q).p for q in there), strict=True))
+
+
+def primary(study: Study, variant: str, against: str) -> list[tuple[Difference, float]]:
+    """The primary quantities of a comparison with Holm's p; both quantities on all architectures are one family."""
+    parts = [difference(study, arch, variant, against, q) for arch in study.architectures for q in study.protocol.primary]
+    return [(d, p) for d, p in zip(parts, holm(d.p for d in parts), strict=True) if d.n]
 
 
 @cache
@@ -122,6 +163,7 @@ def comparisons(study: Study, arch: str) -> list[tuple[str, str]]:
     present = study.present(arch)
     pairs = [(v, study.baseline) for v in present if v != study.baseline]
     pairs += [(study.headline, v) for v in present if v not in (study.headline, study.baseline)]
+    pairs += study.protocol.against
     return [(v, w) for v, w in pairs if v in present and w in present]
 
 
@@ -136,8 +178,13 @@ def differences(study: Study) -> list[Difference]:
 
 
 def judged(study: Study, arch: str, variant: str, against: str) -> list[Difference]:
-    """What has a better direction: accuracies, every method × metric, the VJP. Not the means of six, which repeat the methods."""
-    chosen = [q for q in study.quantities(arch) if q.kind.direction and q.method != MEAN_OF_SIX]
+    """What has a better direction: accuracies, every method × metric, the VJP. Not the means of methods, which repeat them.
+
+    Of a protocol that names what is secondary, the primary quantities and those alone.
+    """
+    chosen = [q for q in study.quantities(arch) if q.kind.direction and q.method != study.protocol.mean]
+    if study.protocol.secondary:
+        chosen = [q for q in (*study.protocol.primary, *study.protocol.secondary) if q in study.quantities(arch)]
     return [d for d in (difference(study, arch, variant, against, q) for q in chosen) if d.n]
 
 
@@ -147,9 +194,9 @@ def counts(found: Iterable[Difference]) -> dict[str, int]:
     return {effect: effects.count(effect) for effect in ("better", "worse", "unclear")}
 
 
-def of_six(study: Study, arch: str, variant: str, against: str, metric: str) -> list[Difference]:
-    """One metric for each of the six reported methods."""
-    return [difference(study, arch, variant, against, explanation(method, metric)) for method in REPORTED]
+def by_method(study: Study, arch: str, variant: str, against: str, metric: str) -> list[Difference]:
+    """One metric for each of the protocol's methods."""
+    return [difference(study, arch, variant, against, explanation(method, metric)) for method in study.protocol.methods]
 
 
 @dataclass(frozen=True)
@@ -170,7 +217,41 @@ class Verdict:
 
 
 def verdicts(study: Study, arch: str) -> list[Verdict]:
-    """The expectations of docs/study/protocol.md, judged on one architecture."""
+    """The expectations of the protocol, judged on one architecture."""
+    return _evidence_verdicts(study, arch) if study.protocol is PROTOCOLS["evidence"] else _sib_verdicts(study, arch)
+
+
+def _evidence_verdicts(study: Study, arch: str) -> list[Verdict]:
+    there = study.present(arch)
+    inside, (insertion, deletion) = (
+        explanation(study.protocol.mean, "energy"),
+        (explanation(study.protocol.mean, metric) for metric in ("insertion", "deletion")),
+    )
+
+    def gain(variant: str, against: str, quantity: Quantity, mark: float) -> Iterable[Verdict]:
+        if {variant, against} <= there.keys():
+            part = difference(study, arch, variant, against, quantity)
+            what = "Energy inside, mean of five not optimised" if quantity is inside else "Accuracy, shifted"
+            yield Verdict(
+                arch, f"{there[variant]} over {there[against]}: {what}, ≥ {mark:+.2f}", reaches(part, mark), "", (part,)
+            )
+
+    found: list[Verdict] = []
+    for variant in ("area", "share"):
+        found += gain(variant, "plain", inside, 0.15)
+        found += gain(variant, "plain", SHIFTED, 0.05)
+        for against in ("sib", "unmasked"):
+            found += gain(variant, against, SHIFTED, ACCURACY_MARK)
+        if {variant, "plain"} <= there.keys():
+            parts = tuple(difference(study, arch, variant, "plain", q) for q in (insertion, deletion))
+            each = [not_worse(d) for d in parts]
+            name = f"{there[variant]} over {there['plain']}: insertion and deletion not worse, mean of five not optimised"
+            found.append(Verdict(arch, name, at_least(2, each), f"{each.count(MET)} of 2", parts))
+        found += gain(f"sib_{variant}", "plain", inside, 0.22)
+    return found
+
+
+def _sib_verdicts(study: Study, arch: str) -> list[Verdict]:
     pair = (study.headline, study.baseline)
     ahead = (study.headline, study.control)
     label = study.variants.get(study.headline, study.headline)
@@ -186,10 +267,10 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
         part = difference(study, arch, *against, quantity)
         return Verdict(arch, expectation, reaches(part, mark), "", (part,))
 
-    six = len(REPORTED)
-    energy = of_six(study, arch, *pair, "energy")
-    background = of_six(study, arch, *pair, "log_background")
-    faithful = [difference(study, arch, *pair, explanation(MEAN_OF_SIX, metric)) for metric in ("insertion", "deletion")]
+    six = len(study.protocol.methods)
+    energy = by_method(study, arch, *pair, "energy")
+    background = by_method(study, arch, *pair, "log_background")
+    faithful = [difference(study, arch, *pair, explanation(study.protocol.mean, metric)) for metric in ("insertion", "deletion")]
     result = [
         counted(
             f"Energy inside up by ≥ {ENERGY_MARK:.2f} for at least {METHODS_NEEDED} of the six methods",
@@ -207,7 +288,7 @@ def verdicts(study: Study, arch: str) -> list[Verdict]:
     result += [
         counted(
             f"{label} ahead of “{control}”: energy inside higher for at least {METHODS_NEEDED} of the six methods",
-            of_six(study, arch, *ahead, "energy"),
+            by_method(study, arch, *ahead, "energy"),
             METHODS_NEEDED,
             lambda d: reaches(d, 0.0),
         ),
@@ -246,6 +327,6 @@ def at_least(needed: int, each: list[str]) -> str:
 
 
 def summary_quantities(study: Study, arch: str) -> list[Quantity]:
-    """What a variant is summed up by: accuracies, and the mean of six of every metric."""
-    means = [q for q in study.quantities(arch) if q.method == MEAN_OF_SIX and q.kind.direction]
+    """What a variant is summed up by: accuracies, and the mean over methods of every metric."""
+    means = [q for q in study.quantities(arch) if q.method == study.protocol.mean and q.kind.direction]
     return [IN_DISTRIBUTION, SHIFTED, *means]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sib_fast
-from sib_fast.lab.data import NUM_CLASSES, EmbeddedDigits
+from sib_fast.lab.data import NUM_CLASSES
 from sib_fast.lab.naive import naive_sib_loss
 from sib_fast.lab.networks import build_network
+from sib_fast.lab.study.composites import composites
 from sib_fast.lab.study.variants import find_variant
 
 LABELS = {
@@ -49,7 +50,7 @@ def time_steps(arch: str, settings: dict[str, Any], count: int) -> dict[str, flo
 
 
 def _steps(arch: str, settings: dict[str, Any], images: int) -> dict[str, Callable[[], None]]:
-    data = EmbeddedDigits("train", images, image_size=settings["image_size"], seed=0)
+    data = composites("train", settings | {"train_size": images}, 0)
     sib = find_variant(arch, "sib").sib
     assert sib is not None
 

@@ -24,7 +24,7 @@ from sib_fast.explain.metrics import EnergyPointingGame
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import load_network
-from sib_fast.lab.study import network, progress, report, run, timing
+from sib_fast.lab.study import measures, network, progress, report, run, timing
 from sib_fast.lab.study.records import file_stem
 from sib_fast.lab.study.run import StudyConfig
 from sib_fast.lab.study.variants import ARCHITECTURES, LABELS, find_variant, variants
@@ -185,7 +185,7 @@ def test_ctrl_c_at_any_moment_keeps_what_is_finished_and_the_next_run_ends_alike
     options = {"seeds": (0,), "variants": ("plain",)}
     owner, name = {
         "training": (torch.optim.AdamW, "step"),
-        "scoring": (network, "explain"),
+        "scoring": (measures, "explain"),
         "writing a network": (os, "replace"),
         "writing the report": (report, "figures"),
     }[moment]
@@ -312,7 +312,8 @@ def test_variants_differ_in_what_they_say(arch):
     made = variants(arch)
     assert list(made) == list(LABELS)
     assert isinstance(made["plain"].criterion(model), torch.nn.CrossEntropyLoss)
-    criteria = {name: v.criterion(torch.nn.Sequential(*model)) for name, v in made.items() if name != "plain"}
+    at_the_image = {name: v for name, v in made.items() if v.sib is not None and v.layer is None}
+    criteria = {name: v.criterion(torch.nn.Sequential(*model)) for name, v in at_the_image.items()}
     sib = criteria["sib"]
     assert all(isinstance(c, SIBLoss) for c in criteria.values())
     assert (criteria["foreground_only"].lambda_bg, criteria["background_only"].lambda_fg) == (0.0, 0.0)
@@ -322,7 +323,7 @@ def test_variants_differ_in_what_they_say(arch):
     assert not criteria["unmasked"].mask(vjp).any()
     assert criteria["lazy_sum"].every == criteria["lazy_mean"].every == 4
     assert criteria["sib_relative"].background is not sib.background
-    assert [name for name, v in made.items() if v.mask == "true"] == ["true_mask"]
+    assert [name for name, v in made.items() if v.mask == "true"] == ["true_mask", "share_true"]
     assert [name for name, v in made.items() if v.precision != "32-true"] == ["sib_bf16"]
     for name in ("lazy_sum", "lazy_mean", "true_mask", "sib_bf16"):
         assert (criteria[name].lambda_fg, criteria[name].lambda_bg) == (sib.lambda_fg, sib.lambda_bg), name

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sib_fast.lab.shortcut.images import Images
-from sib_fast.lab.shortcut.versions import (
-    MIXED_RAND,
-    MIXED_SAME,
-    ONLY_BG_T,
-    ONLY_FG,
-    Backgrounds,
-    Shot,
-    compose,
-)
+from sib_fast.lab.shortcut.answers import Answers
+from sib_fast.lab.shortcut.versions import MIXED_RAND, MIXED_SAME, ONLY_BG_T, ONLY_FG, compose
 
 _SIDE = 160  # greatest side in pixels
 _QUALITY = 82
@@ -44,75 +36,50 @@ class Strip:
     cells: tuple[Cell, ...]
 
 
-def example_strip(
-    images: Images,
-    own: Backgrounds,
-    shots: Sequence[Shot],
-    predictions: np.ndarray,
-    probabilities: np.ndarray,
-    names: Sequence[str],
-) -> Strip:
+def example_strip(answers: Answers) -> Strip:
     """The first image that has most versions, each version once."""
-    first = {shot.version: c for c, shot in reversed(list(enumerate(shots)))}
-    columns = sorted(first.values())
-    index = int((predictions[:, columns] >= 0).sum(axis=1).argmax())
-    return _strip(images, own, shots, predictions, probabilities, names, index, columns)
+    columns = sorted({shot.version: column for column, shot in reversed(list(enumerate(answers.shots)))}.values())
+    index = int((answers.predictions[:, columns] >= 0).sum(axis=1).argmax())
+    return _strip(answers, index, columns)
 
 
-def worst_strips(
-    images: Images,
-    own: Backgrounds,
-    shots: Sequence[Shot],
-    predictions: np.ndarray,
-    probabilities: np.ndarray,
-    names: Sequence[str],
-    maps: Mapping[str, Tensor | str],
-    count: int,
-) -> tuple[Strip, ...]:
-    """Where another background takes most from the true class: first the images whose right answer it makes wrong.
+def worst_first(answers: Answers) -> list[tuple[int, int]]:
+    """(image, its worst shot of Mixed-Rand) where another background takes probability from the true class, most first.
 
-    Every one with its worst background of Mixed-Rand, and the first method's map where the image was explained.
+    Images whose right answer it makes wrong come before all others.
     """
-    labels = images.labels.numpy()
-    of = {v: [c for c, shot in enumerate(shots) if shot.version == v] for v in (MIXED_SAME, MIXED_RAND)}
-    truth = np.take_along_axis(probabilities, labels[:, None, None], axis=2)[:, :, 0]
-    random = np.where(np.isfinite(truth[:, of[MIXED_RAND]]), truth[:, of[MIXED_RAND]], np.inf)
-    worst = np.array(of[MIXED_RAND])[random.argmin(axis=1)]
-    fall = truth[:, 0] - random.min(axis=1)
-    at = np.arange(len(labels))
-    turned = (predictions[:, 0] == labels) & (predictions[at, worst] != labels)
-    order = sorted(np.flatnonzero(np.isfinite(fall) & (fall > 0)), key=lambda i: (not turned[i], -fall[i]))
-    single = [c for c, shot in enumerate(shots) if shot.version in (ONLY_BG_T, ONLY_FG)]
-    method = next((name for name, values in maps.items() if isinstance(values, Tensor)), None)
+    labels, columns = answers.labels, np.array(answers.columns(MIXED_RAND))
+    random = answers.truth[:, columns]
+    least = np.where(np.isfinite(random), random, np.inf).argmin(axis=1)
+    worst, at = columns[least], np.arange(len(labels))
+    fall = answers.truth[:, 0] - random[at, least]
+    turned = (answers.predictions[:, 0] == labels) & (answers.predictions[at, worst] != labels)
+    order = sorted(np.flatnonzero(fall > 0).tolist(), key=lambda i: (not turned[i], -fall[i]))
+    return [(i, int(worst[i])) for i in order]
+
+
+def worst_strips(answers: Answers, worst: Sequence[tuple[int, int]], maps: Tensor | None, method: str) -> tuple[Strip, ...]:
+    """Of `worst_first`. maps [len(worst), 1, H, W]: where the network finds the evidence for its answer to the original."""
+    single = [column for version in (ONLY_FG, ONLY_BG_T) for column in answers.columns(version)]
     strips = []
-    for i in order[:count]:
-        strip = _strip(
-            images, own, shots, predictions, probabilities, names, int(i), [0, of[MIXED_SAME][0], int(worst[i]), *single]
-        )
-        if method is not None and i < len(maps[method]):
-            strip = Strip(strip.name, strip.label, (*strip.cells, _map_cell(maps[method][i], images.masks[i], method)))
+    for place, (i, shot) in enumerate(worst):
+        strip = _strip(answers, i, [0, answers.columns(MIXED_SAME)[0], shot, *single])
+        if maps is not None:
+            cell = _map_cell(maps[place], answers.images.masks[i], method)
+            strip = Strip(strip.name, strip.label, (*strip.cells, cell))
         strips.append(strip)
     return tuple(strips)
 
 
-def _strip(
-    images: Images,
-    own: Backgrounds,
-    shots: Sequence[Shot],
-    predictions: np.ndarray,
-    probabilities: np.ndarray,
-    names: Sequence[str],
-    index: int,
-    columns: Sequence[int],
-) -> Strip:
-    cells = []
+def _strip(answers: Answers, index: int, columns: Sequence[int]) -> Strip:
+    cells, images = [], answers.images
     for column in columns:
-        picture = compose(shots[column], images.pixels, images.masks, own, index)
+        picture = compose(answers.shots[column], images.pixels, images.masks, answers.own, index)
         if picture is None:
             continue
-        answer = int(predictions[index, column])
-        said = f"{names[answer]}, {probabilities[index, column, answer]:.2f}"
-        cells.append(Cell(shots[column].version, jpeg(picture), said, answer == int(images.labels[index])))
+        answer = int(answers.predictions[index, column])
+        said = f"{answers.names[answer]}, {answers.probabilities[index, column, answer]:.2f}"
+        cells.append(Cell(answers.shots[column].version, jpeg(picture), said, answer == int(images.labels[index])))
     return Strip(images.names[index], images.classes[int(images.labels[index])], tuple(cells))
 
 

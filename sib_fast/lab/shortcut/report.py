@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _SHOWN_CLASSES = 12
 _SHOWN_LEFT_OUT = 40
-_SHOWN_CLASS_NAMES = 60
 
 DEFINITIONS = {
     "Object and background": (
@@ -63,11 +62,14 @@ _MEASURES = {
 
 def html(diagnosis: Diagnosis) -> str:
     """The page; loads nothing."""
-    kind = diagnosis.verdict.kind
+    verdict = diagnosis.verdict
     return render(
         "shortcut/report.html.j2",
         d=diagnosis,
-        tone="better" if kind == NO_SIGN else "worse" if kind == LEANS else "",
+        headline=_unbroken(verdict.headline),
+        sentences=[_unbroken(sentence) for sentence in verdict.sentences],
+        advice=verdict.advice,
+        tone={NO_SIGN: "better", LEANS: "worse"}.get(verdict.kind, ""),
         versions=_versions(diagnosis),
         measures=_measures(diagnosis),
         energy=_energy(diagnosis),
@@ -83,6 +85,10 @@ def html(diagnosis: Diagnosis) -> str:
         environment={name: _text(value) for name, value in diagnosis.environment.items()},
         definitions=DEFINITIONS,
     )
+
+
+def _unbroken(sentence: str) -> str:
+    return sentence.replace(" %", "\u00a0%").replace(" points", "\u00a0points")
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:
@@ -130,16 +136,12 @@ def _versions(d: Diagnosis) -> Table:
             name = f"worst of {d.settings['backgrounds_each']} Mixed-Rand"
             rows.append([Cell(name, "head"), _share(worst), Cell(""), Cell(""), Cell(""), Cell(str(worst.n))])
     note = (
-        f"Always answering “{_commonest(d)}” would be right in {percent(d.guessing)}. In a version with an object "
+        f"Always answering “{d.always}” would be right in {percent(d.guessing)}. In a version with an object "
         f"({', '.join(WITH_OBJECT)}) a right answer is good; in one without, it was read from the background. Right answers "
         f"under {ONLY_BG_T} above that of always one class mean that the network knows the backgrounds."
     )
     header = ("version", "right answers [95 %]", "probability of the class", "moved", "changed [95 %]", "images")
     return Table("Right answers by version", header, rows, note)
-
-
-def _commonest(d: Diagnosis) -> str:
-    return max(d.per_class, key=lambda c: c.images).name
 
 
 def _measures(d: Diagnosis) -> Table:

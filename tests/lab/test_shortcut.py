@@ -721,13 +721,13 @@ def test_timm_and_safetensors(tmp_path):
 def test_files_that_are_not_the_network(tmp_path):
     torch.save({"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}, tmp_path / "bare.pt")
     (tmp_path / "text.pt").write_text("no network")
-    with pytest.raises(ValueError, match="weights of another program need --arch NAME$"):
+    with pytest.raises(ValueError, match=r"weights of another program need --arch NAME$"):
         open_network(tmp_path / "bare.pt")
     with pytest.raises(ValueError, match=r"must hold the weights of resnet18, got \d+ missing \(conv1.weight"):
         open_network(tmp_path / "bare.pt", "resnet18")
     with pytest.raises(ValueError, match=r"must hold weights of squeezenet1_1, got no classifier\.1\.weight"):
         open_network(tmp_path / "bare.pt", "squeezenet1_1")
-    with pytest.raises(ValueError, match="must be a state dict without code in it"):
+    with pytest.raises(ValueError, match="must be a state dict without code"):
         open_network(tmp_path / "text.pt", "resnet18")
 
 

@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         from sib_fast.lab.shortcut.report import lines
 
-        _require_extras(args)
+        _require_rich()
         if args.out.is_file():
             raise ValueError(f"{_OP}: out must be a folder, got the file {args.out}")
         torch.set_num_threads(args.threads or before)
@@ -115,7 +115,8 @@ def main(args: argparse.Namespace) -> int:
             found = diagnose(
                 subject, data, mapping=None if args.map is None else read_mapping(args.map), images=args.count,
                 explained=args.explained, methods=args.methods, layer=args.layer, backgrounds_each=args.backgrounds,
-                batch_size=args.batch_size, shown=args.shown, seed=args.seed, command=_command(args), tell=tell,
+                batch_size=args.batch_size, shown=args.shown, seed=args.seed, tell=tell,
+                command=shlex.join(["sib-fast", *sys.argv[1:]]),
             )  # fmt: skip
         try:
             files = found.save(args.out)
@@ -161,16 +162,11 @@ def _open_data(args: argparse.Namespace, subject: Subject) -> Any:
     return data
 
 
-def _require_extras(args: argparse.Namespace) -> None:
-    for module, extra in (("torchvision", "lab"), ("scipy", "lab"), ("rich", "lab"), ("torchmetrics", "lab")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise ImportError(f"{_OP}: {module} must be installed, got {error}; pip install 'sib_fast[{extra}]'") from error
-
-
-def _command(args: argparse.Namespace) -> str:
-    return args.repeat if getattr(args, "repeat", None) else shlex.join(["sib-fast", *sys.argv[1:]])
+def _require_rich() -> None:
+    try:
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{_OP}: rich must be installed, got {error}; pip install 'sib_fast[lab]'") from error
 
 
 @contextmanager

@@ -176,7 +176,10 @@ def _energy(d: Diagnosis) -> Table | None:
         else:
             above = _points(e.above_constant, more_is="better")
             rows.append([name, _share(e.share), above, _points(e.above_place, more_is="better"), Cell(str(e.share.n))])
-    reasons = [f"{name.replace('_', ' ')}: {e.reason}." for name, e in d.energy.items() if e.reason]
+    named: dict[str, list[str]] = {}
+    for method, e in d.energy.items():
+        named.setdefault(e.reason, []).append(method.replace("_", " "))
+    reasons = [f"{', '.join(methods)}: {reason}." for reason, methods in named.items() if reason]
     note = " ".join(["Points above and below are paired. An image whose map is zero everywhere counts in no row.", *reasons])
     header = ("method", "inside the mask [95 %]", "beside a constant map", "beside the usual place", "images")
     return Table("Where explanations put their weight", header, rows, note)

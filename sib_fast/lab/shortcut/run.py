@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -213,6 +214,7 @@ def diagnose(
             raise ValueError(f"{_OP}: {name} must be an int of at least {least}, got {value!r}")
     if explained < 0 or shown < 0 or seed < 0:
         raise ValueError(f"{_OP}: explained, shown and seed must not be negative, got {explained}, {shown} and {seed}")
+    _require_extras(methods if explained else ())
     begin = time.perf_counter()
     subject = as_subject(network, data, mean, std)
     tell("reading images", 0.0)
@@ -264,6 +266,18 @@ def diagnose(
     return _summary(subject.name, answers, maps, settings, where, strips, command)
 
 
+def _require_extras(methods: Sequence[str]) -> None:
+    """Now, not after minutes. Errors: ImportError that names the extra."""
+    needed = {"scipy": "lab", "PIL": "lab"}
+    if methods:
+        needed |= {"torchmetrics": "explain", "captum": "explain", "pytorch_grad_cam": "explain"}
+    for module, extra in needed.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"{_OP}: {module} must be installed, got {error}; pip install 'sib_fast[{extra}]'") from error
+
+
 def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step: Callable[[int], None]) -> Tensor | str:
     """Maps [N, 1, H, W] on the CPU for the network's own answers, or why there are none."""
     found = []
@@ -277,7 +291,7 @@ def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step
                 warnings.filterwarnings("ignore", message=".*guided_backprop is defined for rectifiers only")
                 found.append(explain(subject.model, subject.prepared(part), None, method, **options).cpu())
         except UndefinedMethodError as error:
-            return str(error).split(": ", 1)[1]
+            return str(error).split(": ")[1]  # the rule and what was found, without the op and the advice
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

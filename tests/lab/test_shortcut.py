@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,12 @@ def test_a_function_that_torch_cannot_differentiate_has_accuracies_all_the_same(
     found = diagnose(with_numpy, made(), methods=("saliency",), explained=4)
     assert found.verdict.kind == LEANS
     assert "cannot differentiate" in found.energy["saliency"].reason
+
+
+def test_outputs_of_hugging_face_are_answers_without_maps():
+    found = diagnose(lambda x: SimpleNamespace(logits=READS_OBJECT(x)), made(), methods=("saliency",), explained=4)
+    assert found.accuracy[ORIGINAL].mean == 1
+    assert "must return logits" in found.energy["saliency"].reason
 
 
 def test_the_page_needs_nothing_else_and_holds_what_the_json_does(tmp_path):
@@ -567,6 +574,7 @@ def test_data_that_cannot_be_tested(data, error, words):
         ({"methods": ("lime",)}, ValueError, "methods must be one of"),
         ({"explained": -1}, ValueError, "must not be negative"),
         ({"mean": (0.5,)}, ValueError, "mean and std must be given together"),
+        ({"layer": "nowhere"}, ValueError, "layer must be a name in the network's named_modules"),
     ],
 )
 def test_bad_options(options, error, words):

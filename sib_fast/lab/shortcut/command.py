@@ -151,7 +151,7 @@ def _open_data(args: argparse.Namespace, subject: Subject) -> Any:
         )
     noted = notes if name == notes["data"] else {}
     root, options = args.root or noted.get("root"), {}
-    if name == "digits":
+    if name in ("digits", "cutouts"):
         options = {"correlation": noted.get("correlation"), "seed": noted.get("seed"), "size": noted.get("test_size")}
     if args.correlation is not None:
         options["correlation"] = args.correlation

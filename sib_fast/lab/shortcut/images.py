@@ -60,11 +60,9 @@ def gather(
              attributes by default; without them "0", "1", …, and pixels as they are, which must then lie in [0, 1].
     Errors:  ValueError where nothing can be used, for labels out of range, for images of several sizes.
     """
-    op_mean, op_std = (
-        value if value is not None else getattr(data, name, None) for value, name in ((mean, "mean"), (std, "std"))
-    )
-    if (op_mean is None) != (op_std is None):
-        raise ValueError(f"{_OP}: mean and std must be given together, got {op_mean} and {op_std}")
+    mean, std = (given if given is not None else getattr(data, name, None) for given, name in ((mean, "mean"), (std, "std")))
+    if (mean is None) != (std is None):
+        raise ValueError(f"{_OP}: mean and std must be given together, got {mean} and {std}")
     pixels, labels, masks, names, left_out = [], [], [], [], []
     for name, item in _items(data, seed):
         try:
@@ -86,7 +84,7 @@ def gather(
                 f"{_OP}: data must give images of one size, got {list(pixels[0].shape)} and {list(image.shape)} ({name}): "
                 "resize and crop image and mask together"
             )
-        pixels.append(_to_pixels(image, op_mean, op_std))
+        pixels.append(_to_pixels(image, mean, std))
         labels.append(label)
         masks.append(mask)
         names.append(name)
@@ -103,7 +101,7 @@ def gather(
     kind = getattr(data, "mask_kind", "segmentation")
     together = torch.stack(pixels)
     if together.min() < -_OUTSIDE or together.max() > 1 + _OUTSIDE:
-        hint = "normalised images need their mean and std" if op_mean is None else "mean and std are not those of the images"
+        hint = "normalised images need their mean and std" if mean is None else "mean and std are not those of the images"
         raise ValueError(
             f"{_OP}: data must give images in [0, 1] after its normalisation is undone, "
             f"got {float(together.min()):g} to {float(together.max()):g}: {hint}"
@@ -116,8 +114,7 @@ def _items(data: Any, seed: int) -> Iterator[tuple[str, Any]]:
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         # A torch generator would be the global one's neighbour; this one is nobody's.
         for index in np.random.default_rng(seed).permutation(len(data)).tolist():
-            samples = getattr(data, "samples", None)
-            name = _file_of(samples[index]) if samples is not None and len(samples) == len(data) else f"item {index}"
+            name = _name(data, index)
             try:
                 yield name, data[index]
             except (ValueError, OSError) as error:
@@ -143,8 +140,12 @@ def _nth(mask: Any, i: int) -> Any:
     return GivenMask(mask[0][i], mask[1][i]) if isinstance(mask, (tuple, list)) and len(mask) == 2 else mask[i]
 
 
-def _file_of(sample: Any) -> str:
-    return str(getattr(sample, "image", None) or (sample[0] if isinstance(sample, (tuple, list)) else sample))
+def _name(data: Any, index: int) -> str:
+    """The file, where a data set lists its samples as this package's or torchvision's do."""
+    samples = getattr(data, "samples", ())
+    sample = samples[index] if len(samples) == len(data) else None
+    path = sample[0] if isinstance(sample, tuple) and sample else None  # a Sample's first field too
+    return str(path) if isinstance(path, (str, Path)) else f"item {index}"
 
 
 def _read(item: Any) -> tuple[Tensor, int, Tensor | None]:

@@ -217,6 +217,8 @@ def diagnose(
     _require_extras(methods if explained else ())
     begin = time.perf_counter()
     subject = as_subject(network, data, mean, std)
+    if layer is not None and layer not in dict(subject.model.named_modules()):
+        raise ValueError(f"{_OP}: layer must be a name in the network's named_modules(), got {layer!r}")
     tell("reading images", 0.0)
     pictures = gather(
         data, images, classes=classes, mean=mean, std=std, seed=seed, tell=lambda share: tell("reading images", _READING * share)
@@ -292,10 +294,11 @@ def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step
                 found.append(explain(subject.model, subject.prepared(part), None, method, **options).cpu())
         except UndefinedMethodError as error:
             return str(error).split(": ")[1]  # the rule and what was found, without the op and the advice
+        except ValueError as error:  # outputs that are no tensor, a layer that is no feature map: the answers need neither
+            return str(error).partition(": ")[2]
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            # A function that torch does not follow has no gradients. Accuracies need none, so the rest is told.
             return f"torch cannot differentiate this network: {str(error).splitlines()[0]}"
         step(len(part))
     maps = torch.cat(found)

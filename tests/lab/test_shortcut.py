@@ -133,6 +133,19 @@ def test_a_network_that_reads_the_object_alone_does_not():
     assert "No image: on no background did the probability" in found.to_html()
 
 
+def test_what_pasting_does_is_no_gap():
+    """A network that fails on every pasted object, whatever is behind it."""
+
+    def disturbed(x):
+        whole = x[:, 2].sum((1, 2)) > 80  # the object with the inside of its ring
+        return torch.where(whole[:, None], READS_OBJECT(x), READS_OBJECT(x).roll(1, dims=1))
+
+    found = quick(disturbed, made())
+    assert (found.accuracy[ORIGINAL].mean, found.accuracy[MIXED_SAME].mean) == (1, 0)
+    assert (found.measures["gap"].mean, found.measures["loss"].mean, found.measures["paste"].mean) == (0, 1, 1)
+    assert found.verdict.kind == NO_SIGN
+
+
 def test_images_that_all_agree_rule_a_gap_out_only_if_they_are_enough():
     assert quick(READS_OBJECT, made(32)).verdict.kind == UNDECIDED
 

@@ -206,6 +206,8 @@ def test_energies_stand_beside_maps_that_know_nothing():
     data = made(12)
     found = diagnose(READS_OBJECT, data, methods=("saliency", "grad_cam"), explained=6, shown=0)
     assert found.energy["saliency"].share.mean == 1  # the gradient is at the greatest value of the object
+    assert found.energy["saliency"].above_constant.mean == pytest.approx(1 - found.constant.mean)
+    assert found.energy["saliency"].above_place.mean == pytest.approx(1 - found.place.mean)
     assert found.energy["saliency"].above_constant.low > 0
     assert found.constant.mean == pytest.approx(72 / SIZE**2)
     assert found.place.mean > found.constant.mean  # the objects overlap

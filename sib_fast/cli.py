@@ -9,6 +9,7 @@ from sib_fast import _interrupts, doctor
 from sib_fast._version import __version__
 from sib_fast.lab import panel, train
 from sib_fast.lab.results import report_interrupt
+from sib_fast.lab.shortcut import command as diagnose
 from sib_fast.lab.study import run as study
 from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
 from sib_fast.nn.inspect import main as inspect_main
@@ -26,6 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help=what, description=what)
     panel.add_arguments(command)
     command.set_defaults(main=panel.main)
+    what = "the shortcut test: does a network, anybody's, look at the background? (extras [lab,explain])"
+    command = commands.add_parser("diagnose", help=what, description=what)
+    diagnose.add_arguments(command)
+    command.set_defaults(main=diagnose.main)
     what = "train networks in several ways over seeds, explain and score them, write a report (extras [lab,explain])"
     command = commands.add_parser("study", help=what, description=what)
     study.add_arguments(command)

@@ -111,6 +111,7 @@ def test_sdist_holds_the_sources(sdist):
         "LICENSE",
         "README.md",
         "sib_fast/py.typed",
+        "sib_fast/lab/page.html.j2",
         "sib_fast/lab/study/report.html.j2",
     } <= names
     assert not [name for name in names if name.endswith(".so")]
@@ -135,7 +136,12 @@ def test_sdist_to_wheel_to_import(toolchain, sdist, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "sib_fast/lib/libsib_fast_cpu.so" in names
     assert ("sib_fast/lib/libsib_fast_cuda.so" in names) == (toolchain is with_nvcc)
-    assert {"sib_fast/py.typed", "sib_fast/ops/foreground_mask/README.md", "sib_fast/lab/study/report.html.j2"} <= names
+    assert {
+        "sib_fast/py.typed",
+        "sib_fast/ops/foreground_mask/README.md",
+        "sib_fast/lab/page.html.j2",
+        "sib_fast/lab/study/report.html.j2",
+    } <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "_blocks" in name or name.startswith(("tests", "benchmarks"))]
     succeed(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel, cwd=tmp_path)

@@ -7,19 +7,16 @@ Needs the extra [lab]; importing this module does not.
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from sib_fast.lab.page import Cell, Table, data_url, render
 from sib_fast.lab.results import write_atomically
 from sib_fast.lab.study.figures import figures, rendered
 from sib_fast.lab.study.measures import CONSTANT
@@ -64,23 +61,6 @@ _NOTE = (
 )
 
 
-class Cell(NamedTuple):
-    """tone: "better", "worse" or "" as the interval says; "head" for a row's title."""
-
-    text: str
-    tone: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table for the console, Markdown and HTML alike."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[list[Cell]]
-    note: str = ""
-
-
 def write_report(study: Study) -> list[Path]:
     """Write results.csv, differences.csv, table.md, figures/*.png and *.svg and report.html; each in one step.
 
@@ -99,7 +79,7 @@ def write_report(study: Study) -> list[Path]:
         for name, (figure, caption) in figures(study, arch).items():
             files_of = rendered(figure)
             encoded |= {f"figures/{name}-{arch}.{kind}": content for kind, content in files_of.items()}
-            pictures.append((_data_url("svg+xml", files_of["svg"]), caption))
+            pictures.append((data_url("svg+xml", files_of["svg"]), caption))
     encoded |= {name: text.encode() for name, text in contents.items()}
     encoded["report.html"] = _html(study, pictures).encode()
     for name, content in encoded.items():
@@ -156,15 +136,6 @@ def markdown(study: Study) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _unbroken(text: str) -> str:
-    """Where a narrow screen may break a number: before ± and before an interval, not within."""
-    return re.sub(r"\[[^]]*\]|\(n = \d+\)|± \S+", lambda found: found[0].replace(" ", "\u00a0"), text)
-
-
-def _plain(text: str) -> str:
-    return text.replace("**", "")
 
 
 # ---- numbers as text ----------------------------------------------------------------------------------------------------
@@ -676,17 +647,13 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _panel(path: Path) -> str | None:
     """panel.png as a data URL, made smaller if it would be most of the page; None where there is none."""
     if not path.is_file():
         return None
     content = path.read_bytes()
     if len(content) <= _PANEL_BYTES:
-        return _data_url("png", content)
+        return data_url("png", content)
     from PIL import Image
 
     smaller = io.BytesIO()
@@ -694,14 +661,10 @@ def _panel(path: Path) -> str | None:
         image = image.convert("RGB")
         image.thumbnail((1600, 2400))
         image.save(smaller, "JPEG", quality=85)
-    return _data_url("jpeg", smaller.getvalue())
+    return data_url("jpeg", smaller.getvalue())
 
 
 def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files(__package__) / "report.html.j2").read_text(encoding="utf-8"))
     architectures = [
         {
             "label": study.architectures[arch],
@@ -722,7 +685,8 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
     ]
     seconds = [n.values.get(Quantity("train_seconds"), math.nan) for n in study.networks]
     hours = sum(s for s in seconds if math.isfinite(s)) / 3600
-    return template.render(
+    return render(
+        "study/report.html.j2",
         study=study,
         primary=primary_table(study) if study.protocol.secondary else None,
         status=status_lines(study),
@@ -738,6 +702,4 @@ def _html(study: Study, pictures: list[tuple[str, str]]) -> str:
         definitions=DEFINITIONS,
         gaps=gaps(study),
         chance=(1 - LEVEL) / 2,
-        plain=_plain,
-        unbroken=_unbroken,
     )

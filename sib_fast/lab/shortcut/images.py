@@ -1,0 +1,304 @@
+"""The images that a network is asked about: gathered from any data set that gives (image, label, mask), or from two folders."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sib_fast.masks import GivenMask, collate
+
+_OP = "diagnose"
+_PATIENCE = 20  # items without one that can be used, after which the reason is an error: all will be like them
+_OUTSIDE = 1e-3  # by this much may a pixel leave [0, 1]: rounding
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is tested, in memory: 0.6 MB an image at 224 px.
+
+    Attributes:
+        pixels: [N, C, H, W] float32 in [0, 1]. labels: [N] int64. masks: [N, 1, H, W] bool.
+        names: of each image: its file, or its place in the data.
+        classes: in the order of the labels.
+        mask_kind: "segmentation" or "box".
+        left_out: (name, reason) of what could not be tested.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    masks: Tensor
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    mask_kind: str
+    left_out: tuple[tuple[str, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def gather(
+    data: Any,
+    count: int,
+    *,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    tell: Any = lambda share: None,
+) -> Images:
+    """`count` images with a usable mask: a random sample of a data set with a length, the first ones of another iterable.
+
+    Args:    data: items (image [C, H, W], label, mask), or batches of them. The mask: [1, H, W] or [H, W] as
+             `sib_fast.masks.collate` takes it, boxes [K, 4], None or a GivenMask. classes, mean, std: of the data's own
+             attributes by default; without them "0", "1", …, and pixels as they are, which must then lie in [0, 1].
+    Errors:  ValueError where nothing can be used, for labels out of range, for images of several sizes.
+    """
+    mean, std = (given if given is not None else getattr(data, name, None) for given, name in ((mean, "mean"), (std, "std")))
+    if (mean is None) != (std is None):
+        raise ValueError(f"{_OP}: mean and std must be given together, got {mean} and {std}")
+    pixels, labels, masks, names, left_out = [], [], [], [], []
+    for name, item in _items(data, seed):
+        try:
+            if isinstance(item, Exception):
+                raise item
+            image, label, mask = _read(item)
+            reason = _unusable(mask)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+            image = None
+        if reason:
+            left_out.append((name, reason))
+            if not pixels and len(left_out) >= _PATIENCE:
+                break
+            continue
+        assert image is not None
+        if pixels and image.shape != pixels[0].shape:
+            raise ValueError(
+                f"{_OP}: data must give images of one size, got {list(pixels[0].shape)} and {list(image.shape)} ({name}): "
+                "resize and crop image and mask together"
+            )
+        pixels.append(_to_pixels(image, mean, std))
+        labels.append(label)
+        masks.append(mask)
+        names.append(name)
+        tell(len(pixels) / count)
+        if len(pixels) == count:
+            break
+    if len(pixels) < 2:
+        why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
+        raise ValueError(f"{_OP}: data must give two images or more with object and background, got {len(pixels)}{why}")
+    greatest, known = max(labels), tuple(map(str, classes or getattr(data, "classes", ())))
+    known = known or tuple(map(str, range(greatest + 1)))
+    if min(labels) < 0 or greatest >= len(known):
+        raise ValueError(f"{_OP}: labels must lie in [0, {len(known)}), as there are {len(known)} classes, got {greatest}")
+    kind = getattr(data, "mask_kind", "segmentation")
+    together = torch.stack(pixels)
+    if together.min() < -_OUTSIDE or together.max() > 1 + _OUTSIDE:
+        hint = "normalised images need their mean and std" if mean is None else "mean and std are not those of the images"
+        raise ValueError(
+            f"{_OP}: data must give images in [0, 1] after its normalisation is undone, "
+            f"got {float(together.min()):g} to {float(together.max()):g}: {hint}"
+        )
+    return Images(together.clamp_(0, 1), torch.tensor(labels), torch.stack(masks), tuple(names), known, kind, tuple(left_out))
+
+
+def _items(data: Any, seed: int) -> Iterator[tuple[str, Any]]:
+    """(name, item), or the exception in the place of an item that cannot be read. Batches are taken apart."""
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        # A torch generator would be the global one's neighbour; this one is nobody's.
+        for index in np.random.default_rng(seed).permutation(len(data)).tolist():
+            name = _name(data, index)
+            try:
+                yield name, data[index]
+            except (ValueError, OSError) as error:
+                yield name, error
+        return
+    number = 0
+    for item in data:
+        image = item[0]
+        if isinstance(image, Tensor) and image.ndim == 4:
+            for i in range(len(image)):
+                mask = item[2]
+                yield f"item {number}", (image[i], item[1][i], _nth(mask, i))
+                number += 1
+        else:
+            yield f"item {number}", item
+            number += 1
+
+
+def _nth(mask: Any, i: int) -> Any:
+    if mask is None:
+        return None
+    # A NamedTuple collates to itself with batched fields
+    return GivenMask(mask[0][i], mask[1][i]) if isinstance(mask, (tuple, list)) and len(mask) == 2 else mask[i]
+
+
+def _name(data: Any, index: int) -> str:
+    """The file, where a data set lists its samples as this package's or torchvision's do."""
+    samples = getattr(data, "samples", ())
+    sample = samples[index] if len(samples) == len(data) else None
+    path = sample[0] if isinstance(sample, tuple) and sample else None  # a Sample's first field too
+    return str(path) if isinstance(path, (str, Path)) else f"item {index}"
+
+
+def _read(item: Any) -> tuple[Tensor, int, Tensor | None]:
+    """Image, label and mask bool [1, H, W], None for "not annotated"."""
+    try:
+        image, label, mask = item
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{_OP}: data must give (image, label, mask), got {type(item).__name__}") from error
+    if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"{_OP}: data must give images as floating-point tensors [C, H, W], got {got}")
+    if isinstance(mask, GivenMask):
+        mask = mask.values if bool(mask.annotated) else None
+    if isinstance(mask, Tensor) and mask.ndim == 4 and len(mask) == 1:
+        mask = mask[0]
+    given = collate([mask], *image.shape[1:])
+    return image.detach().float().cpu(), int(label), (given.values[0] >= 0.5) if given.annotated[0] else None
+
+
+def _unusable(mask: Tensor | None) -> str:
+    """Why an image cannot be tested; empty if it can."""
+    if mask is None:
+        return "no mask: not annotated"
+    if not mask.any():
+        return "an empty mask: no object in what the network sees"
+    return "a full mask: no background in what the network sees" if mask.all() else ""
+
+
+def _to_pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    if mean is None or std is None:
+        return image
+    shift, scale = (image.new_tensor(tuple(value)).view(-1, 1, 1) for value in (mean, std))
+    return image * scale + shift
+
+
+# ---- a folder of images, and masks or boxes beside it -------------------------------------------------------------------
+
+
+def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size: int) -> Any:
+    """A data set of `images/<class>/<image>` with `masks/<class>/<same name>.<any suffix>`, or a CSV of boxes.
+
+    A mask is an image of the picture's proportions. Object is what is not zero; where the values go up to 255, as in soft and in
+    JPEG masks, what is at least 128. Colours count by their brightest channel, and opacity where the colours are all alike.
+    A CSV has the columns image, x0, y0, x1, y1: the path below `images`, corners in pixels of that file; several lines make a
+    union. A picture without a mask or box is left out, and named.
+
+    Errors:  FileNotFoundError, ValueError.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, is_hidden
+
+    if (masks is None) == (boxes is None):
+        raise ValueError(f"{_OP}: masks or boxes must be given with images, one of the two, got {masks} and {boxes}")
+    for name, path in (("images", images), ("masks", masks)):
+        if path is not None and not path.is_dir():
+            raise FileNotFoundError(f"{_OP}: {name} must be an existing folder, got {path}")
+    folders = sorted(p for p in images.iterdir() if p.is_dir() and not is_hidden(p.name))
+    files = {
+        folder.name: sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not any(map(is_hidden, p.parts[-2:]))
+        )
+        for folder in folders
+    }
+    classes = tuple(name for name, found in files.items() if found)
+    if not classes:
+        raise ValueError(f"{_OP}: images must hold <class>/<image>, got no image in a class folder of {images}")
+    corners = {} if boxes is None else _read_boxes(boxes)
+    found_masks = {} if masks is None else _by_stem(masks)
+    samples = []
+    for label, name in enumerate(classes):
+        for path in files[name]:
+            place = path.relative_to(images)
+            annotation = corners.get(place.as_posix()) if masks is None else found_masks.get(place.with_suffix("").as_posix())
+            samples.append(Sample(str(path), label, annotation))
+    if boxes is not None and not any(sample.annotation for sample in samples):
+        raise ValueError(
+            f"{_OP}: boxes must name images by their path below {images}, got none of them in {boxes}: "
+            f"{next(iter(corners), '')!r}"
+        )
+    read = _read_mask if boxes is None else _read_box
+    return ImageFiles(Listing(classes, samples, "segmentation" if boxes is None else "box", read), image_size, augment=False)
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Masks by their path below the folder without suffix; a name that ends in _mask or -mask counts without it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            place = path.relative_to(folder).with_suffix("").as_posix()
+            for ending in ("_mask", "-mask"):
+                place = place.removesuffix(ending)
+            found.setdefault(place, str(path))
+    return found
+
+
+def _read_mask(sample: Any, height: int, width: int) -> Tensor:
+    from PIL import Image
+
+    if sample.annotation is None:
+        raise ValueError(f"{_OP}: masks must hold a file for every image, got none of its name: no mask")
+    try:
+        with Image.open(sample.annotation) as file:
+            values = np.array(file)
+    except Exception as error:  # whatever a decoder throws at a damaged file
+        raise ValueError(f"{_OP}: mask must be a readable image, got {error!r} in {sample.annotation}") from error
+    if values.ndim == 3:
+        colours = values[..., :3] if values.shape[2] in (3, 4) else values[..., :1]
+        opacity = values[..., -1] if values.shape[2] in (2, 4) else None
+        plain = opacity is not None and (colours == colours[:1, :1]).all()
+        values = opacity if plain else colours.max(axis=2)
+    inside = values >= 128 if values.dtype == np.uint8 and values.max() == 255 else values != 0
+    its_height, its_width = inside.shape
+    if abs(width * its_height - its_width * height) > max(width, height, its_width, its_height):
+        raise ValueError(
+            f"{_OP}: mask must have the image's proportions, got {its_width}x{its_height} for {width}x{height} "
+            f"in {sample.annotation}"
+        )
+    mask = Image.fromarray(inside.astype(np.uint8) * 255)
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(mask) >= 128)[None]
+
+
+def _read_box(sample: Any, height: int, width: int) -> Tensor:
+    from sib_fast.lab.datasets.files import box_mask
+
+    if sample.annotation is None:
+        raise ValueError(f"{_OP}: boxes must have a line for every image, got none: no box")
+    return box_mask(_OP, sample.image, sample.annotation, height, width)
+
+
+def _read_boxes(path: Path) -> dict[str, list[tuple[float, ...]]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{_OP}: boxes must be an existing file, got {path}")
+    wanted = ["image", "x0", "y0", "x1", "y1"]
+    found: dict[str, list[tuple[float, ...]]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames is None or not set(wanted) <= set(reader.fieldnames):
+            raise ValueError(f"{_OP}: boxes must have the columns {', '.join(wanted)}, got {reader.fieldnames} in {path}")
+        for row in reader:
+            try:
+                corners = tuple(float(row[name]) for name in wanted[1:])
+                if not (corners[0] < corners[2] and corners[1] < corners[3]):
+                    raise ValueError("x0 < x1 and y0 < y1")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{_OP}: boxes must have four numbers a line, got {dict(row)} in {path}: {error}") from error
+            found.setdefault(Path(row["image"]).as_posix(), []).append(corners)
+    return found
+
+
+def first_of(names: Iterable[str], most: int = 6) -> str:
+    """A list of names for a sentence, cut where it is long."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")

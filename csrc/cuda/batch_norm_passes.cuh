@@ -41,11 +41,11 @@ struct Arguments {
   using T = typename Op::T;
   const E* in[Op::kInputs];
   E* out[Op::kOutputs];  // null: not asked for
-  typename Op::Channels of;
-  Geometry at;
-  double* partial;    // [C, kSums, parts]
-  T* coefficients;    // [kCoefficients, C]
-  bool sums, writes;  // both: the block's part is the whole channel
+  typename Op::Channels of{};
+  Geometry at{};
+  double* partial = nullptr;          // [C, kSums, parts]
+  T* coefficients = nullptr;          // [kCoefficients, C]
+  bool sums = false, writes = false;  // both: the block's part is the whole channel
 
   SIB_HOST_DEVICE bool any_output() const {
     bool any = false;

@@ -52,10 +52,10 @@ struct Arguments {
   const E* in[Op::kInputs];  // null: zeros
   E* out[Op::kOutputs];      // null: not asked for
   const T* parameters[Op::kParameters + 1];
-  typename Op::Rows of;
-  Geometry at;
-  double* partial;  // [units, unit_sums]
-  T* coefficients;  // [kCoefficients, rows]
+  typename Op::Rows of{};
+  Geometry at{};
+  double* partial = nullptr;  // [units, unit_sums]
+  T* coefficients = nullptr;  // [kCoefficients, rows]
 };
 
 // Three inputs in packs of eight: more registers a thread, fewer threads.

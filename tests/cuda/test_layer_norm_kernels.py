@@ -236,7 +236,7 @@ def test_what_protects_memory_is_checked(registered):
         registered._layer_norm_backward(x, x, None, row.float(), row, *rows, *needs)
     with pytest.raises(RuntimeError, match="invstd must have 12 elements, got 11"):
         registered._layer_norm_backward(x, x, None, row, row[1:], *rows, *needs)
-    with pytest.raises(RuntimeError, match="u must have the shape of x"):
+    with pytest.raises(RuntimeError, match="u must be contiguous, in the shape of x"):
         registered._layer_norm_double_backward(x[:2], None, None, x, x, None, row, row, *rows, *needs)
     with pytest.raises(RuntimeError, match="u_bias must have 5 elements, got 6"):
         registered._layer_norm_double_backward(x, None, torch.ones(6), x, x, None, row, row, *rows, *needs)

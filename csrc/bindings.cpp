@@ -45,7 +45,7 @@ std::tuple<int64_t, int64_t, std::vector<double>> rank_window(double level, doub
                                                               bool is_double) {
   const RankWindows windows({level}, temperature, pixels, is_double);
   const RankWindow& w = windows.data()[0];
-  return {w.first, w.nearest, std::vector<double>(w.weights, w.weights + w.length)};
+  return {w.first, w.nearest, std::vector<double>(windows.weights(), windows.weights() + w.length)};
 }
 
 template <class T>
@@ -79,18 +79,6 @@ Array<T> sigmoid(const Array<T>& values, const std::string& capability) {
   return out;
 }
 
-// What the CUDA kernels compute in place of rank_window.
-std::tuple<int64_t, int64_t, std::vector<double>> soft_ranks(double level, double temperature, int64_t pixels,
-                                                             bool is_double) {
-  const cuda::SoftRanks ranks = cuda::soft_ranks(level, temperature, pixels, is_double);
-  std::vector<double> weights(ranks.length);
-  for (int64_t j = 0; j < ranks.length; ++j) {
-    const int64_t rank = ranks.first + j;
-    weights[j] = rank < 0 || rank >= pixels ? 0.0 : ranks.weight(j);
-  }
-  return {ranks.first, ranks.nearest, weights};
-}
-
 template <class T>
 py::array_t<uint64_t> magnitude_keys(const Array<T>& values) {
   py::array_t<uint64_t> out(values.size());
@@ -111,7 +99,6 @@ PYBIND11_MODULE(_blocks, m) {
   m.def("sigmoid_float32", &sigmoid<float>);
   m.def("sigmoid_float64", &sigmoid<double>);
 
-  m.def("cuda_soft_ranks", &soft_ranks);
   m.def("cuda_magnitude_keys_float32", &magnitude_keys<float>);
   m.def("cuda_magnitude_keys_float64", &magnitude_keys<double>);
   m.def("cuda_bin_shift", [](uint64_t span, int log2_bins) { return cuda::bin_shift(span, log2_bins); });

@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> hsic_objective_backward(std::optional<Tensor>
   const double to_variance =
       (to_loss * of.slope_background(total[1]) + scalar("grad_background", grad_background)) * batch.mean;
   const auto matrix = [&](bool need) {
-    return need ? torch::stable::new_empty(gram_vjp, {N, N}) : torch::stable::new_empty(gram_vjp, {0});
+    return need ? torch::stable::new_empty(gram_vjp, {N, N}) : Tensor();
   };
   Tensor grad_vjp = matrix(need_vjp), grad_x = matrix(need_x);
-  Tensor grad_variance = torch::stable::new_empty(gram_vjp, {need_variance ? N : 0});
+  Tensor grad_variance = need_variance ? torch::stable::new_empty(gram_vjp, {N}) : Tensor();
   if (need_variance) std::fill_n(out(grad_variance), N, to_variance);
   if (need_vjp || need_x) {
     const double* row = in(rows);

@@ -109,15 +109,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regio
     return out;
   };
   const auto gram = [&](int64_t which) { return full_gram(sums.grams.data() + which * gram_size, sums.rows, vjp, N); };
-  const auto none = [&] { return torch::stable::new_empty(vjp, {0}, ScalarType::Double); };
   return {gram(0),
           gram(1),
           vector(0, true),
           vector(1, true),
           vector(0, false),
           vector(1, false),
-          background_grams ? gram(2) : none(),
-          background_grams ? gram(3) : none()};
+          background_grams ? gram(2) : Tensor(),
+          background_grams ? gram(3) : Tensor()};
 }
 
 // grad + gradᵀ in T, padded with zero rows to the register tile.
@@ -200,11 +199,10 @@ std::tuple<Tensor, Tensor, Tensor> region_statistics_backward(Tensor grad_gram_v
   const bool is_double = accumulation_type(vjp.scalar_type()) == ScalarType::Double;
   const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
   const auto grad_like = [&](const Tensor& map, bool need) {
-    return need ? empty_like(map, acc) : torch::stable::new_empty(map, {0}, acc);
+    return need ? empty_like(map, acc) : Tensor();
   };
   Tensor grad_vjp = grad_like(vjp, need_vjp), grad_x = grad_like(x, need_x);
-  Tensor grad_mask =
-      need_mask ? torch::stable::new_empty(mask, {N, 1, geo.height, geo.width}) : torch::stable::new_empty(mask, {0});
+  Tensor grad_mask = need_mask ? torch::stable::new_empty(mask, {N, 1, geo.height, geo.width}) : Tensor();
   const auto run = is_double ? run_backward<double> : run_backward<float>;
   run(geo, grams, variance, vjp, x, mask, need_vjp ? &grad_vjp : nullptr, need_x ? &grad_x : nullptr,
       need_mask ? &grad_mask : nullptr);

@@ -193,7 +193,7 @@ int64_t check_hsic_grams(const Tensor& gram_vjp, const Tensor& gram_x) {
 }
 
 const double* hsic_in(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
-double* hsic_out(const Tensor& t) { return t.numel() == 0 ? nullptr : static_cast<double*>(t.mutable_data_ptr()); }
+double* hsic_out(const Tensor& t) { return !t.defined() ? nullptr : static_cast<double*>(t.mutable_data_ptr()); }
 dim3 hsic_grid(int64_t N) { return dim3(static_cast<unsigned>((N + kHsicWarps - 1) / kHsicWarps)); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hsic_objective(Tensor base, Tensor gram_vjp, Tensor gram_x,
@@ -228,10 +228,10 @@ std::tuple<Tensor, Tensor, Tensor> hsic_objective_backward(std::optional<Tensor>
   check_plain(kHsic, "totals", totals, ScalarType::Double, 4);
   const DeviceGuard guard(gram_vjp.get_device_index());
   const auto matrix = [&](bool need) {
-    return need ? torch::stable::new_empty(gram_vjp, {N, N}) : torch::stable::new_empty(gram_vjp, {0});
+    return need ? torch::stable::new_empty(gram_vjp, {N, N}) : Tensor();
   };
   Tensor grad_vjp = matrix(need_vjp), grad_x = matrix(need_x);
-  Tensor grad_variance = torch::stable::new_empty(gram_vjp, {need_variance ? N : 0});
+  Tensor grad_variance = need_variance ? torch::stable::new_empty(gram_vjp, {N}) : Tensor();
   const Objective objective{lambda_fg, lambda_bg, static_cast<int>(kind)};
   launch(kHsic, hsic_gradient_kernel, hsic_grid(N), dim3(kHsicThreads), 0, current_stream(gram_vjp),
          hsic_scalar("grad_loss", grad_loss), hsic_scalar("grad_foreground", grad_foreground),

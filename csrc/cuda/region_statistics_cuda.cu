@@ -135,7 +135,7 @@ void check_inputs(const Tensor& vjp, const Tensor& x, const Tensor& mask, const 
 Tensor new_float64(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {size}, ScalarType::Double);
 }
-double* float64_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+double* float64_of(const Tensor& t) { return t.defined() ? static_cast<double*>(t.mutable_data_ptr()) : nullptr; }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regio
   const DeviceGuard guard(vjp.get_device_index());
   const int64_t N = vjp.size(0);
   const auto gram = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(vjp, {N, N}, ScalarType::Double) : new_float64(vjp, 0);
+    return wanted ? torch::stable::new_empty(vjp, {N, N}, ScalarType::Double) : Tensor();
   };
   const Statistics out{{gram(true), gram(true), gram(background_grams), gram(background_grams)},
                        {new_float64(vjp, N), new_float64(vjp, N)},
@@ -403,11 +403,10 @@ std::tuple<Tensor, Tensor, Tensor> region_statistics_backward(Tensor grad_gram_v
 
   const ScalarType acc = accumulation_type(vjp.scalar_type());
   const auto grad_like = [&](const Tensor& map, bool need) {
-    return need ? empty_like(map, acc) : torch::stable::new_empty(map, {0}, acc);
+    return need ? empty_like(map, acc) : Tensor();
   };
   Tensor grad_vjp = grad_like(vjp, need_vjp), grad_x = grad_like(x, need_x);
-  Tensor grad_mask = need_mask ? torch::stable::new_empty(mask, {N, 1, vjp.size(2), vjp.size(3)})
-                               : torch::stable::new_empty(mask, {0});
+  Tensor grad_mask = need_mask ? torch::stable::new_empty(mask, {N, 1, vjp.size(2), vjp.size(3)}) : Tensor();
   grads.grad_vjp = need_vjp ? &grad_vjp : nullptr;
   grads.grad_x = need_x ? &grad_x : nullptr;
   grads.grad_mask = need_mask ? &grad_mask : nullptr;

@@ -32,7 +32,7 @@ from benchmarks.provenance import provenance, write_json  # noqa: E402
 
 # Where the tests of a file stand; the first that fits.
 NEAR = [
-    (r".*/triton\.py", ["tests/ops", "tests/triton", "-k", "triton"]),
+    (r".*/triton(/.*)?\.py", ["tests/ops", "tests/triton", "-k", "triton"]),
     (r"csrc/.*|sib_fast/ops/.*", ["tests/ops", "tests/cuda"]),
     (r"sib_fast/nn/.*|sib_fast/network_checks\.py", ["tests/nn"]),
     (r"sib_fast/lab/.*", ["tests/lab"]),
@@ -50,6 +50,7 @@ STATS_HEADER = "csrc/cpu/region_statistics_kernels.h"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.h", "csrc/cpu/activation_cpu.cpp"
 BN_OP, HANDOVER = "sib_fast/ops/batch_norm/__init__.py", "sib_fast/ops/_handover.py"
+TRITON_MASK, TRITON_STATS = "sib_fast/ops/foreground_mask/triton/", "sib_fast/ops/region_statistics/triton/"
 RUNNING_BN = "sib_fast/ops/batch_norm/running.py"
 CUDA_ACT, LAYOUT, PACK = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h", "csrc/cuda/pack.cuh"
 BITS, BITS_CPU, BITS_HOST = (
@@ -386,8 +387,18 @@ FAULTS = [
     ("cuda block: a warp's part of a scan lost", "csrc/cuda/block.cuh", "if (w < warp_of_thread()) before += shared[w];", "if (w + 1 < warp_of_thread()) before += shared[w];"),
     ("cuda statistics: halves of a word swapped", "csrc/cuda/region_statistics_maps.cuh", "word[i / 2] >> (i % 2 * 16)", "word[i / 2] >> ((1 - i % 2) * 16)"),
     ("triton objective: products of means counted once", "sib_fast/ops/hsic_objective/triton.py", "- 2.0 * n * tl.sum(mean_product, axis=0)", "- n * tl.sum(mean_product, axis=0)"),
-    ("triton statistics: variance about the first pixel", "sib_fast/ops/region_statistics/triton.py", "tl.sum(square_v, axis=1) - total_v * total_v / n", "tl.sum(square_v, axis=1)"),
-    ("triton mask: sigmoid without its bound", "sib_fast/ops/foreground_mask/triton.py", "    x = tl.where(x < -bound, -bound, x)\n", ""),
+    ("triton statistics: variance about the first pixel", TRITON_STATS + "grams.py", "tl.sum(square_v, axis=1) - total_v * total_v / n", "tl.sum(square_v, axis=1)"),
+    ("triton statistics: x's Gram merged with the VJP's number of splits", TRITON_STATS + "grams.py", "x_diagonal_ptr, x_diagonal_splits", "x_diagonal_ptr, diagonal_splits"),
+    ("triton statistics: partial sums as wide as one map asks", TRITON_STATS + "__init__.py", "for of_map in cuts for cut in of_map", "for of_map in cuts[:1] for cut in of_map"),
+    ("triton statistics: shares of grad_mask beyond eight", TRITON_STATS + "gradient.py", "for first in range(0, slots, 8):", "for first in range(0, 8, 8):"),
+    ("triton statistics: cut for an H200 wherever it runs", TRITON_STATS + "tiles.py", "properties.multi_processor_count)", "132)"),
+    ("triton statistics: the small half of a product", TRITON_STATS + "operands.py", "return big, t - big", "return big, t"),
+    ("triton mask: sigmoid without its bound", TRITON_MASK + "box.py", "    x = tl.where(x < -bound, -bound, x)\n", ""),
+    ("triton mask: a rank of t beyond the tile's own columns", TRITON_MASK + "box.py", "near_x = (tl.abs(x - pixel % width) <= reach_x)", "near_x = (x == pixel % width)"),
+    ("triton mask: the ranks of lo, hi and gate by no program", TRITON_MASK + "box.py", "== tiles - 1:", "== tiles:"),
+    ("triton mask: tickets of the image before", TRITON_MASK + "box.py", "    if tile == 0:\n        tl.store(tickets + n, 0)\n", ""),
+    ("triton mask: keys of the sub-bins before", TRITON_MASK + "select.py", "        base += before\n", ""),
+    ("triton mask: as long a window as there is", MASK_OP, "if length > limits.window:", "if length > 2 * limits.window:"),
     ("synchronised batch norm: means of processes not merged", "sib_fast/ops/batch_norm/synchronised.py", "(m2 + counts * (means - mean).square()).sum(0)", "m2.sum(0)"),
     ("synchronised batch norm: one of two B·T", "sib_fast/ops/batch_norm/synchronised.py", "omega_hat - 2 * scale * B * T", "omega_hat - scale * B * T"),
     ("convolution: phases for a dilated kernel", "sib_fast/ops/convolution/choice.py", "or min(stride) < 2 or max(dilation) > 1:", "or min(stride) < 2:"),
@@ -471,7 +482,7 @@ def pytest(tree: Path, *arguments: str, **more: str) -> tuple[bool, str]:
 def near(file: str) -> tuple[list[str], dict[str, str]]:
     """pytest's arguments and environment for the tests next to a file: of an op its own, where they can be told by name."""
     arguments = next(arguments for pattern, arguments in NEAR if re.fullmatch(pattern, file))
-    if file.endswith("triton.py"):
+    if "/triton" in file:
         return arguments, {"TRITON_INTERPRET": "1"}
     ops = sorted((path.name for path in (ROOT / "sib_fast/ops").iterdir() if path.is_dir()), key=len, reverse=True)
     if arguments[0] == "tests/ops" and (op := next((op for op in ops if op in file), None)):

@@ -105,6 +105,10 @@ PYBIND11_MODULE(_blocks, m) {
   m.def("cuda_log2_bins", &cuda::log2_bins_of);
   m.def("cuda_fraction_bits", &cuda::fraction_bits);
   m.def("cuda_window_pixels", &cuda::window_pixels);
+  m.def("cuda_cut", [](int64_t pixels) {
+    const cuda::Cut cut = cuda::cut_of(pixels);
+    return std::pair(cut.pixels, cut.chunks);
+  });
   // Whether (key, pixel) pairs order like tuples: first < second.
   m.def("cuda_compound_less", [](uint64_t key, uint32_t pixel, uint64_t other_key, uint32_t other_pixel) {
     return cuda::compound(key, pixel) < cuda::compound(other_key, other_pixel);

@@ -83,6 +83,24 @@ inline int64_t capacity_of(int64_t pixels) {
   return bins < 4096 ? bins : 4096;
 }
 
+// ---- chunks ---------------------------------------------------------------------------------------------------------
+
+constexpr int kThreads = 256;
+constexpr uint32_t kBatch = 4 * kThreads;       // pixels that a block reads at once
+constexpr int64_t kMostPixels = 32 * kThreads;  // of a block of the passes over a plane
+
+// How an image's pixels are shared out: a block a chunk.
+struct Cut {
+  int64_t pixels;   // a chunk
+  uint32_t chunks;  // an image
+};
+// Equal chunks of whole batches, the last one shorter: 7 of 7,168 for 224².
+inline Cut cut_of(int64_t pixels) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t chunk = divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;
+  return {chunk, static_cast<uint32_t>(divide_up(pixels, chunk))};
+}
+
 // ---- fixed point: sums of h in (0, 1) over a window, exact and in any order -----------------------------------------
 
 // Fraction bits such that `count` values of at most 1 cannot overflow an unsigned sum of `sum_bits` bits, nor reach its

@@ -18,13 +18,6 @@ namespace sib_fast::cuda {
 namespace {
 
 constexpr const char* kOp = "foreground_mask";
-constexpr int64_t kMostPixels = 32 * kThreads;  // of a block of the passes over a plane
-
-// Equal chunks of whole batches, the last one shorter: 7 of 7,168 for 224².
-Cut cut_of(int64_t pixels) {
-  const int64_t chunk = divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;
-  return {chunk, static_cast<uint32_t>(divide_up(pixels, chunk))};
-}
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 

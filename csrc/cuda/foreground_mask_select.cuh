@@ -13,7 +13,6 @@
 
 namespace sib_fast::cuda {
 
-constexpr int kThreads = 256;
 constexpr int kMaxWindows = 3;
 // Candidates that are ranked by counting, n² comparisons: 512² are 1,024 a thread.
 constexpr int kRankable = 512;
@@ -63,12 +62,6 @@ struct SelectionState {
   uint32_t not_finite;          // set where a value cannot be ordered: the image's quantile is then NaN
 };
 
-// How an image's pixels are shared out: a block a chunk, of whole batches (kBatch).
-struct Cut {
-  int64_t pixels;   // a chunk
-  uint32_t chunks;  // an image
-};
-
 template <class Plane>
 struct Selection {
   using Key = typename Plane::Key;
@@ -93,7 +86,6 @@ struct Selection {
 // Calls visit(image[i], i, inside) for i from begin to end - 1, four loads a thread under way at once. All threads of
 // the block make the same number of calls; beyond the end, `inside` is false. Indices within an image are 32-bit and
 // whole batches need no test: these passes are bound by instructions.
-constexpr uint32_t kBatch = 4 * kThreads;
 template <class Value, class Visit>
 __device__ __forceinline__ void visit_chunk(const Value* image, uint32_t begin, uint32_t end, const Visit& visit) {
   uint32_t base = begin;

@@ -50,7 +50,7 @@ def statistics(images, precision, dtype=torch.float32, pixels=(16, 24)):
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 @pytest.mark.parametrize("images", [16, 32, 64, 128])
 def test_the_grams_staging_meets_in_no_bank(images, precision):
-    """Whole tiles, so that all lanes do the same. The quads of a row would lie in the same eight banks without the panels' gap."""
+    """Whole tiles, so that all lanes do the same. Without the panels' gap a row's quads would lie in the same eight banks."""
     grams = statistics(images, precision)[0]
     for kind, (transfers, times) in grams.items():
         assert times == transfers > 0, kind

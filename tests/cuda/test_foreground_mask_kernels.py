@@ -1,4 +1,4 @@
-"""The CUDA kernels of foreground_mask on their own edges: crowds beyond the buffers, the longest windows, wide rows, any split."""
+"""The CUDA kernels of foreground_mask on their own edges: crowds beyond the buffers, the longest windows, wide rows, splits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_windows_of_any_length(kind, temperature, kernel):
 def test_the_registered_ops_refuse_what_their_kernels_do_not_take(registered):
     vjp, wide = torch.randn(1, 2, 40, 48), torch.randn(1, 1, 1, 12289)
     with pytest.raises(
-        RuntimeError, match="temperature must leave a rank window of at most 32 entries .* got 0.9, which takes 35"
+        RuntimeError, match=r"temperature must leave a rank window of at most 32 entries .* got 0\.9, which takes 35"
     ):
         registered._foreground_mask(vjp, None, *DEFAULTS._replace(temperature=0.9))
     with pytest.raises(RuntimeError, match="vjp must be at most 12288 pixels wide for the CUDA kernels, got 12289"):

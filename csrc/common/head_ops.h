@@ -104,7 +104,8 @@ struct MaskOps {
     const typename Kernels::Guard guard(mask);
     const Tensor grad_plane = torch::stable::new_empty(mask, {N, 1, o.height, o.width});
     const MaskOutputs of{mask, mean_map, levels, rank_pixels};
-    by_accumulation(acc, [&](auto t) { Kernels::template backward<decltype(t)>(o, channels, grad_mask, of, grad_plane); });
+    by_accumulation(acc,
+                    [&](auto t) { Kernels::template backward<decltype(t)>(o, channels, grad_mask, of, grad_plane); });
     return grad_plane;
   }
 
@@ -153,9 +154,9 @@ struct StatisticsOps {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor vjp, Tensor x,
-                                                                                           Tensor mask,
-                                                                                           bool background_grams,
-                                                                                           std::string precision) {
+                                                                                            Tensor mask,
+                                                                                            bool background_grams,
+                                                                                            std::string precision) {
     const StatisticsInputs in{vjp, x, mask, check(vjp, x, mask, precision)};
     const typename Kernels::Guard guard(vjp);
     const int64_t N = vjp.size(0);
@@ -173,8 +174,9 @@ struct StatisticsOps {
                                                      Tensor grad_background_variance, Tensor grad_vjp_variance,
                                                      std::optional<Tensor> grad_background_gram_vjp,
                                                      std::optional<Tensor> grad_background_gram_x, Tensor vjp, Tensor x,
-                                                     Tensor mask, Tensor background_mean, Tensor vjp_mean, bool need_vjp,
-                                                     bool need_x, bool need_mask, std::string precision) {
+                                                     Tensor mask, Tensor background_mean, Tensor vjp_mean,
+                                                     bool need_vjp, bool need_x, bool need_mask,
+                                                     std::string precision) {
     const StatisticsInputs in{vjp, x, mask, check(vjp, x, mask, precision)};
     SIB_CHECK(kOp, grad_background_gram_vjp.has_value() == grad_background_gram_x.has_value(),
               "the gradients of both background Grams must be given, or neither");
@@ -197,12 +199,9 @@ struct StatisticsOps {
     }
     const typename Kernels::Guard guard(vjp);
     const ScalarType acc = accumulation_type(vjp.scalar_type());
-    const auto grad_like = [&](const Tensor& map, bool need) {
-      return need ? empty_like(map, acc) : Tensor();
-    };
+    const auto grad_like = [&](const Tensor& map, bool need) { return need ? empty_like(map, acc) : Tensor(); };
     const Tensor grad_vjp = grad_like(vjp, need_vjp), grad_x = grad_like(x, need_x);
-    const Tensor grad_mask =
-        need_mask ? torch::stable::new_empty(mask, {N, 1, vjp.size(2), vjp.size(3)}) : Tensor();
+    const Tensor grad_mask = need_mask ? torch::stable::new_empty(mask, {N, 1, vjp.size(2), vjp.size(3)}) : Tensor();
     grads.grad_vjp = need_vjp ? &grad_vjp : nullptr;
     grads.grad_x = need_x ? &grad_x : nullptr;
     grads.grad_mask = need_mask ? &grad_mask : nullptr;

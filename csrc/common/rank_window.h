@@ -42,8 +42,9 @@ inline RankWindow rank_window(double level, double temperature, int64_t pixels, 
   const int64_t half = rank_window_half(temperature, pixels, is_double);
   const double position = level * static_cast<double>(pixels - 1), nearest = std::floor(position + 0.5);
   const int64_t first = static_cast<int64_t>(std::floor(position)) - half;
-  RankWindow window{first,    2 * half + 1, static_cast<int64_t>(nearest) - first, position, std::abs(nearest - position),
-                    temperature, 1.0};
+  RankWindow window{
+      first,       2 * half + 1, static_cast<int64_t>(nearest) - first, position, std::abs(nearest - position),
+      temperature, 1.0};
   double total = 0.0;
   for (int64_t j = 0; j < window.length; ++j) {
     if (first + j >= 0 && first + j < pixels) total += window.weight(j);

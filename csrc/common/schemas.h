@@ -20,8 +20,8 @@ void define_schemas(Library& m) {
   m.def(
       "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
       "int channels, int window_size, float temperature, float slope, float[] quantiles, float eps) -> Tensor");
-  // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's undefined unless asked for), variances and
-  // means [N]. precision: "ieee", "tf32x3" or "tf32"; float64 and the CPU are always "ieee".
+  // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's undefined unless asked for),
+  // variances and means [N]. precision: "ieee", "tf32x3" or "tf32"; float64 and the CPU are always "ieee".
   m.def(
       "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor "
       "gram_vjp, Tensor gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor "

@@ -376,7 +376,8 @@ void forward(const MaskGeometry& geo, const T* mean_map, const int32_t* given_ra
     select_ranks(mean_map, pixels, geo.windows, 3, rank_pixels, scratch);
   }
   for (int level = kLo; level <= kGate; ++level) {
-    levels[level] = soft_quantile(mean_map, geo.windows[level], geo.weights + level * length, rank_pixels + level * length);
+    levels[level] =
+        soft_quantile(mean_map, geo.windows[level], geo.weights + level * length, rank_pixels + level * length);
   }
 
   const T gate = levels[kGate];
@@ -389,7 +390,8 @@ void forward(const MaskGeometry& geo, const T* mean_map, const int32_t* given_ra
   box_mean(h, mask, geo.height, geo.width, geo.window_size, scratch);  // `mask` holds d until the last pass
 
   if (!given_ranks) select_ranks(mask, pixels, geo.windows + kArea, 1, rank_pixels + kArea * length, scratch);
-  const T area = levels[kArea] = soft_quantile(mask, geo.windows[kArea], geo.weights + kArea * length, rank_pixels + kArea * length);
+  const T area = levels[kArea] =
+      soft_quantile(mask, geo.windows[kArea], geo.weights + kArea * length, rank_pixels + kArea * length);
   const T slope = static_cast<T>(geo.slope);
 #pragma omp simd
   for (int64_t i = 0; i < pixels; ++i) mask[i] = sigmoid_lane(slope * (mask[i] - area));

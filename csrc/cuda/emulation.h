@@ -232,8 +232,8 @@ inline void run_block() {
 // warp's k-th access of a kind is one instruction, and the hardware serves 128 bytes of it at a time, each of the 32
 // banks one word. For launches whose lanes all do the same; a lane that skips an access would be paired wrongly.
 struct Banks {
-  static constexpr int kKinds = 3;                          // as Access
-  static constexpr int64_t kFields = 2 * kKinds;            // of each kind: transfers of 128 bytes, times they take
+  static constexpr int kKinds = 3;                // as Access
+  static constexpr int64_t kFields = 2 * kKinds;  // of each kind: transfers of 128 bytes, times they take
   struct Access {
     int64_t word;  // of shared memory
     int words;
@@ -449,12 +449,14 @@ T* dynamic_shared() {
 
 enum class Access { copy, read, write };
 inline void expect_access(Access access, const void* address, int bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % std::min(bytes, 16)) throw std::runtime_error("emulation: a pack off its boundary");
+  if (reinterpret_cast<uintptr_t>(address) % std::min(bytes, 16))
+    throw std::runtime_error("emulation: a pack off its boundary");
   emulation::Banks& banks = emulation::banks;
   const int64_t at = static_cast<const unsigned char*>(address) - emulation::block->shared();
   if (!banks.on || at < 0 || at >= static_cast<int64_t>(emulation::block->shared_bytes)) return;
   for (int64_t part = 0; part < bytes; part += 16)
-    banks.of_thread[emulation::block->running][static_cast<int>(access)].push_back({(at + part) / 4, std::min(bytes, 16) / 4});
+    banks.of_thread[emulation::block->running][static_cast<int>(access)].push_back(
+        {(at + part) / 4, std::min(bytes, 16) / 4});
 }
 
 template <class... Parameters, class... Arguments>

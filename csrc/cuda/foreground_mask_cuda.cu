@@ -33,7 +33,8 @@ struct MapView {
 //
 // Shapes    vjp [N, C, H, W], any strides; out mean_map [N, P], ranges [N, chunks, 2]; zeroes what later kernels of the
 //           forward count in.
-// Launch    256 threads, one block a chunk of an image. A load is 16 bytes of V pixels where planes are contiguous, of A
+// Launch    256 threads, one block a chunk of an image. A load is 16 bytes of V pixels where planes are contiguous, of
+// A
 //           channels where a pixel's channels are (channels_last), else V = A = 1; a store 16 bytes of V pixels.
 // Traffic   reads vjp once, writes mean_map.
 // Order     channels in ascending order, in T, whatever the layout: the same bits.
@@ -312,7 +313,8 @@ void run_backward(const MaskOptions& o, int64_t channels, const Tensor& grad_mas
   const GradSource<T> source{const_data_of<T>(grad_mask), const_data_of<T>(of.mask), static_cast<T>(o.slope), totals,
                              arrived};
   launch_row_sums(source, rows, o, N, stream);
-  const int64_t shared = 32 * sizeof(double) + kLongestWindow * (sizeof(double) + 2 * sizeof(int32_t)) + sizeof(uint32_t);
+  const int64_t shared =
+      32 * sizeof(double) + kLongestWindow * (sizeof(double) + 2 * sizeof(int32_t)) + sizeof(uint32_t);
   launch(kOp, column_grads_kernel<T>, grid_of(blocks), dim3(kThreads), shared, stream, columns, grad,
          static_cast<const T*>(rows));
 }
@@ -321,7 +323,8 @@ struct MaskKernels {
   using Guard = TensorGuard;
 
   static void check(const MaskOptions& o) {
-    SIB_CHECK(kOp, o.width <= kWidest, "vjp must be at most ", kWidest, " pixels wide for the CUDA kernels, got ", o.width);
+    SIB_CHECK(kOp, o.width <= kWidest, "vjp must be at most ", kWidest, " pixels wide for the CUDA kernels, got ",
+              o.width);
     SIB_CHECK(kOp, o.length <= kLongestWindow, "temperature must leave a rank window of at most ", kLongestWindow,
               " entries for the CUDA kernels, got ", o.temperature, ", which takes ", o.length);
   }

@@ -455,7 +455,8 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
   write_levels(s, n, shared->sums);
 }
 
-// ---- ranks that are given --------------------------------------------------------------------------------------------
+// ---- ranks that are given
+// --------------------------------------------------------------------------------------------
 
 // given_ranks_kernel: levels from ranks that the caller chose (tests: SPEC 7). One block an image.
 template <class Plane>

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kHsicThreads)
   const int lane = lane_of_thread();
   const int64_t i = int64_t{blockIdx.x} * kHsicWarps + warp_of_thread();
   if (i >= N) return;
-  double *const __restrict__ grad_vjp = to.grad_vjp, *const __restrict__ grad_x = to.grad_x;
+  double* const __restrict__ grad_vjp = to.grad_vjp, * const __restrict__ grad_x = to.grad_x;
   const double to_loss = to.to_loss.read();
   if (to.grad_variance != nullptr && lane == 0) {
     to.grad_variance[i] = (to_loss * objective.slope_background(totals[1]) + to.to_background.read()) * batch.mean;

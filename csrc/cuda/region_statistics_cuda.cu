@@ -238,8 +238,7 @@ void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) 
   const Tensor variance =
       torch::stable::new_empty(mask, {N * static_cast<int64_t>(sizeof(VarianceGrad<T>) / sizeof(T))}, type);
   PrepareArguments<T> prepare{};
-  for (int64_t i = 0; i < grams; ++i)
-    prepare.grad_gram[i] = const_data_of<double>(*grads.grad_gram[i]);
+  for (int64_t i = 0; i < grams; ++i) prepare.grad_gram[i] = const_data_of<double>(*grads.grad_gram[i]);
   for (int i = 0; i < 2; ++i) {
     prepare.grad_variance[i] = const_data_of<double>(*grads.grad_variance[i]);
     prepare.mean[i] = const_data_of<double>(*grads.mean[i]);

@@ -21,7 +21,7 @@ struct GramTiles {
   static constexpr int kSumSize = kSubTiles * Math::kAcc * 32;  // elements of a tile in the order of the warps' sums
   static constexpr int kQuads = DEPTH / 4;                      // of a row
   static constexpr int kOwnQuads = 2 * TILE * kQuads / kThreads;
-  static constexpr int kRowStep = kThreads / kQuads;          // rows between the quads of a thread
+  static constexpr int kRowStep = kThreads / kQuads;  // rows between the quads of a thread
   // On G_R's diagonal: one set of sums a quad, and what each image's are relative to.
   static constexpr int kMomentBytes = TILE * (kQuads * 4 * 8 + 2 * static_cast<int>(sizeof(T)));
   static_assert(Math::kRows == Math::kCols && kSubTiles * kGroups == WARPS, "a warp has one square sub-tile");
@@ -249,8 +249,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     T* const values = values_of(slot);
     T* const masks = values + stage_size;
     // Of this thread's quads: how many of their elements there are.
-    const int64_t behind = planes ? shape.pixels - int64_t{chunk / channels} * kDepth
-                                  : shape.elements - int64_t{chunk} * kDepth;
+    const int64_t behind =
+        planes ? shape.pixels - int64_t{chunk / channels} * kDepth : shape.elements - int64_t{chunk} * kDepth;
     const int left = static_cast<int>(min(behind - own.k, int64_t{4}));
 #pragma unroll 1
     for (int i = 0; i < own_quads; ++i) {

@@ -98,9 +98,8 @@ __device__ __forceinline__ Pack<T, 4> widen_quad(const T* slot, Element element)
   for (int i = 0; i < 4; ++i) {
     using torch::headeronly::Half;
     const uint16_t bits = halves.value[i];
-    wide.value[i] = element == Element::bfloat16
-                        ? static_cast<T>(__uint_as_float(static_cast<uint32_t>(bits) << 16))
-                        : static_cast<T>(static_cast<float>(Half(bits, Half::from_bits())));
+    wide.value[i] = element == Element::bfloat16 ? static_cast<T>(__uint_as_float(static_cast<uint32_t>(bits) << 16))
+                                                 : static_cast<T>(static_cast<float>(Half(bits, Half::from_bits())));
   }
   return wide;
 }

@@ -186,11 +186,24 @@ class SIBLoss(nn.Module):
         self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
         self._open_step: bool | None = None  # inside `one_step`: whether a training call was made there
         self._warned_of_eval_mode = False
-        self.terms: dict[str, Tensor] = {}
+        self.terms = {}
         self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
         self._attachment: Attachment | None = None
         self._graph_checked = False
         self._looked_at: set[str] = set()  # arguments on a device whose values the first batch's check has read
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Detached 0-d tensors of the latest call. The mask's mean is taken when they are read, so that who does not look pays no
+        pass over the mask: until then, or until the next call, the mask is held (detached, without its graph)."""
+        if self._unread_mask is not None:
+            with torch.inference_mode(False):
+                self._terms["mask_area"], self._unread_mask = self._unread_mask.mean(), None
+        return self._terms
+
+    @terms.setter
+    def terms(self, terms: dict[str, Tensor]) -> None:
+        self._terms, self._unread_mask = terms, None
 
     # ---- attaching --------------------------------------------------------------------------------------------------
 
@@ -247,7 +260,14 @@ class SIBLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A hook cannot travel: a copy starts detached.
-        fresh = {"_attachment": None, "terms": {}, "_graph_checked": False, "_looked_at": set(), "_open_step": None}
+        fresh = {
+            "_attachment": None,
+            "_terms": {},
+            "_unread_mask": None,
+            "_graph_checked": False,
+            "_looked_at": set(),
+            "_open_step": None,
+        }
         return {**self.__dict__, **fresh}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
@@ -417,8 +437,12 @@ class SIBLoss(nn.Module):
             "base": base.detach(),
             "foreground": foreground,
             "background": background,
-            "mask_area": mask.detach().mean(),
         }
+        self._unread_mask = mask.detach()
+        # A compiled step returns the terms, a captured one fills them at every replay, and a given mask is its giver's to change.
+        captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or captured or not mask.requires_grad:
+            self.terms  # noqa: B018
         if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))

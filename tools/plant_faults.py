@@ -32,7 +32,7 @@ from benchmarks.provenance import provenance, write_json  # noqa: E402
 
 # Where the tests of a file stand; the first that fits.
 NEAR = [
-    (r".*/triton\.py", ["tests/ops", "tests/triton", "-k", "triton"]),
+    (r".*/triton(/.*)?\.py", ["tests/ops", "tests/triton", "-k", "triton"]),
     (r"csrc/.*|sib_fast/ops/.*", ["tests/ops", "tests/cuda"]),
     (r"sib_fast/nn/.*|sib_fast/network_checks\.py", ["tests/nn"]),
     (r"sib_fast/lab/.*", ["tests/lab"]),
@@ -53,6 +53,7 @@ ARGUMENTS, CUDA_NORM = "csrc/common/arguments.h", "csrc/cuda/norm.cuh"
 WINDOW, SIMD, BN = "csrc/common/rank_window.h", "csrc/cpu/simd.h", "csrc/cpu/batch_norm_kernels.cpp"
 BN_HOST, ACT, ACT_HOST = "csrc/cpu/batch_norm_cpu.cpp", "csrc/common/activation.h", "csrc/cpu/activation_cpu.cpp"
 BN_OP, HANDOVER = "sib_fast/ops/batch_norm/__init__.py", "sib_fast/ops/_handover.py"
+TRITON_MASK, TRITON_STATS = "sib_fast/ops/foreground_mask/triton/", "sib_fast/ops/region_statistics/triton/"
 RUNNING_BN = "sib_fast/ops/batch_norm/running.py"
 CUDA_ACT, LAYOUT, PACK = "csrc/cuda/activation_cuda.cu", "csrc/common/layout.h", "csrc/cuda/pack.cuh"
 BITS, BITS_CPU, BITS_HOST = (
@@ -86,6 +87,7 @@ CUDA_LN, CUDA_LN_FORMULAS, CUDA_LN_COLUMNS = (
     "csrc/cuda/layer_norm_columns.cuh",
 )
 CUDA_MASK, ARITHMETIC = "csrc/cuda/foreground_mask_cuda.cu", "csrc/cuda/foreground_mask_arithmetic.cuh"
+HEAD = "csrc/common/head_ops.h"
 
 # (what, file, text, replacement). The text must occur exactly once.
 FAULTS = [
@@ -103,7 +105,7 @@ FAULTS = [
     ("alpha forgotten", MASK, "const double weight_of[3] = {-rho, rho, -alpha};", "const double weight_of[3] = {-rho, rho, 0.0};"),
     ("gradient where hi <= lo", MASK, "rho = levels[kHi] <= levels[kLo] ? 0.0 : rho / geo.slope;", "rho = rho / geo.slope;"),
     ("sign of g in the gradient", MASK, "const T sign = m > T(0) ? inverse_channels : m < T(0) ? -inverse_channels : T(0);\n    grad_plane[i]", "const T sign = inverse_channels;\n    grad_plane[i]"),
-    ("temperature ignored", WINDOW, "std::abs(static_cast<double>(rank) - position)) / temperature);", "std::abs(static_cast<double>(rank) - position)) / 0.1);"),
+    ("temperature ignored", WINDOW, "- position)) / temperature) / total;", "- position)) / 0.1) / total;"),
     ("nearest rank rounded down", WINDOW, "std::floor(position + 0.5)", "std::floor(position)"),
     ("exp 1e-6 off", SIMD, "float p = 1.98412698412698e-4f;", "float p = 1.98412698412698e-4f + 0.05f;"),
     ("float64 sigmoid of float accuracy", SIMD, "p = p * r + 1.0 / 6.0;", "p = p * r + 1.0 / 6.0000001;"),
@@ -167,7 +169,7 @@ FAULTS = [
     ("second derivative a silent zero", MASK_OP, "def backward(ctx, *_):\n        raise NotImplementedError(", "def backward(ctx, *_):\n        return (None,) * 8\n        raise NotImplementedError("),
     ("saved mask scaled in place", MASK_OP, "        mask, mean_map, levels, ranks = ctx.saved_tensors\n", "        mask, mean_map, levels, ranks = ctx.saved_tensors\n        with torch.no_grad():\n            mask.detach().mul_(0.9)\n"),
     # CUDA sources, through their emulation
-    ("objective: row's norm has no gradient", OBJ_HOST, 'to_vjp[own] -= along.vjp', 'to_vjp[own] -= 0.0 * along.vjp'),
+    ("objective: row's norm has no gradient", OBJ_HOST, 'to.grad_vjp[own] -= along.vjp', 'to.grad_vjp[own] -= 0.0 * along.vjp'),
     ('objective: gradient through a norm at the floor', OBJ_HEADER, 'return diagonal > kNormFloor * kNormFloor;', 'return diagonal > 0.0;'),
     ("objective: x's gradient centred with R's mean", OBJ, '(row_vjp[j] * own_vjp * columns.inverse_vjp[j] + (shift_vjp - columns.mean_vjp[j]))', '(row_vjp[j] * own_vjp * columns.inverse_vjp[j] + (shift_vjp - columns.mean_x[j]))'),
     ('objective: products of means counted once', OBJ_HEADER, '2.0 * images * mean_products', 'images * mean_products'),
@@ -175,12 +177,11 @@ FAULTS = [
     ('objective: sign of the foreground', OBJ_HEADER, 'return kind == 1 ? -lambda_fg : -lambda_fg * exp(-foreground);', 'return kind == 1 ? lambda_fg : -lambda_fg * exp(-foreground);'),
     ('objective: expm1 by exp', OBJ_HEADER, 'lambda_bg * expm1(background)', 'lambda_bg * (exp(background) - 1.0)'),
     ('objective: variance not averaged', OBJ_HOST, 'total[1] = variance * scale.mean;', 'total[1] = variance;'),
-    ('objective: cotangent of the foreground dropped', OBJ_HOST, '+ scalar("grad_foreground", grad_foreground)) * batch.hsic', ') * batch.hsic'),
+    ('objective: cotangent of the foreground dropped', OBJ_HOST, '+ to.to_foreground.read()) * batch.hsic', ') * batch.hsic'),
     ("grams: a ring of one stage", CUDA_STATS, "SIB_CHECK(kStatistics, fit >= 2,", "SIB_CHECK(kStatistics, fit >= 0,"),
-    ('objective: last row of a block left out', CUDA_OBJ, 'const bool has_row = i < N;', 'const bool has_row = i < N && i % 33 != 32;'),
+    ('objective: last row of a block left out', CUDA_OBJ, 'const bool has_row = i < end;', 'const bool has_row = i < end && i % 33 != 32;'),
     ('objective: columns overwritten while read', CUDA_OBJ, '__syncthreads();  // the columns before these have been read', ''),
-    ('objective: columns read before they are there', CUDA_OBJ, '    __syncthreads();\n    if (!has_row) continue;', '    if (!has_row) continue;'),
-    ("objective: half a warp's sum", CUDA_OBJ, 'for (int bits = 16; bits > 0; bits /= 2)', 'for (int bits = 8; bits > 0; bits /= 2)'),
+    ('objective: columns read before they are there', CUDA_OBJ, '        __syncthreads();\n      }\n      if (!has_row) continue;', '      }\n      if (!has_row) continue;'),
     ('objective: diagonal by the wrong lane', CUDA_OBJ, 'if (lane != i % 32) return;', 'if (lane != 0) return;'),
     ("objective: diagonal's own term dropped", CUDA_OBJ, 'diagonal_vjp = grad_k * pair_vjp;', 'diagonal_vjp = 0.0;'),
     ('objective: partial sums of one warp lost', CUDA_OBJ, 'for (int w = 0; w < kHsicWarps; ++w) sums[s]', 'for (int w = 1; w < kHsicWarps; ++w) sums[s]'),
@@ -190,10 +191,9 @@ FAULTS = [
     ('cuda mask: mean not divided by C', CUDA_MASK, 'out.value[v] = sum[v] * scale;', 'out.value[v] = sum[v];'),
     ('cuda mask: ties by the higher pixel', SELECT, 'below += shared->chosen[j] < mine;', 'below += (shared->chosen[j] ^ 0xffffffffu) < (mine ^ 0xffffffffu);'),
     ('cuda mask: one rank too high', SELECT, 'static_cast<int64_t>(range.base) + below - window.first;', 'static_cast<int64_t>(range.base) + below - window.first + 1;'),
-    ('cuda mask: histogram flushed without its barrier', SELECT, '  __syncthreads();\n  finish_histogram(s, n, low, shift, s.chunks', '  finish_histogram(s, n, low, shift, s.chunks'),
+    ('cuda mask: histogram flushed without its barrier', SELECT, '  __syncthreads();\n  finish_histogram(s, n, low, shift, s.cut', '  finish_histogram(s, n, low, shift, s.cut'),
     ('cuda mask: prefix sums read without their barrier', BOX, 'prefix[x] = sum += prefix[x];\n  __syncwarp();', 'prefix[x] = sum += prefix[x];'),
     ('cuda mask: candidates ranked without their barrier', SELECT, '    if (rank < 0 || rank >= pixels) rank_pixels[j] = -1;\n  }\n  __syncthreads();\n  for (uint32_t i', '    if (rank < 0 || rank >= pixels) rank_pixels[j] = -1;\n  }\n  for (uint32_t i'),
-    ("cuda mask: wide row's first pixel never leaves", BOX, 'if (x - reach - 1 >= 0) step -=', 'if (x - reach - 1 > 0) step -='),
     ('cuda mask: fixed point truncates', BOX, 'uint32_t) { return __float2uint_rn(h * one); }', 'uint32_t) { return static_cast<uint32_t>(h * one); }'),
     ('cuda mask: ten bits of fraction', CUDA_MASK, 'sizeof(Sum) == 4 ? 24 : 30', 'sizeof(Sum) == 4 ? 10 : 30'),
     ('cuda mask: window sums overflow', ARITHMETIC, 'const int bits = sum_bits - bit_length(', 'const int bits = 2 + sum_bits - bit_length('),
@@ -203,30 +203,38 @@ FAULTS = [
     ('cuda mask: alpha of the first image for all', BOX, 'alpha += g.sums[2 * (n * blocks + b)];', 'alpha += g.sums[2 * b];'),
     ('cuda mask: rank terms of t within the wrong reach', BOX, 'if (across <= g.reach_x && -across <= g.reach_x)', 'if (across <= c.reach && -across <= c.reach)'),
     ('cuda mask: rank terms of t forgotten', BOX, 'if (down <= c.reach && -down <= c.reach) sum -= spike_weight[k];', ''),
-    ('cuda mask: rank terms of a long window added', BOX, '-= static_cast<T>(window.weight(j) * total);', '+= static_cast<T>(window.weight(j) * total);'),
     ('cuda mask: one zero too few is a tie', SELECT, 'stop < state.ties;', 'stop <= state.ties;'),
     ('cuda mask: NaN hidden', SELECT, 'if (s.state[n].not_finite != 0) quantile = NAN;', ''),
-    ('cuda mask: top digit not sorted', SELECT, 'bit < static_cast<int>(8 * sizeof(typename Plane::Key));', 'bit < static_cast<int>(8 * sizeof(typename Plane::Key)) - kDigitBits;'),
-    ('cuda mask: counters not cleared', CUDA_MASK, 'clear(counters.state_d[n]);', ''),
+    ('cuda mask: counters not cleared', CUDA_MASK, '    counters[w] = 0;', '    if (w % 2 == 0) counters[w] = 0;'),
     ('cuda mask: narrowing forgets what lies below', SELECT, 'range.base += shared->found[1];', ''),
     ('cuda mask: gradient where hi <= lo', BOX, 'rho = level[kHi] <= level[kLo] ? 0.0 : rho / g.slope;', 'rho = rho / g.slope;'),
     ('cuda mask: packed channels lose one', CUDA_MASK, 'for (int v = 0; v < V * A; ++v) sum[v % V]', 'for (int v = 0; v < V * A - (A > 1); ++v) sum[v % V]'),
-    ('cuda mask: range of the first chunk only', SELECT, 'const Key* range = ranges + 2 * (n * s.chunks + c);', 'const Key* range = ranges + 2 * n * s.chunks;'),
+    ('cuda mask: range of the first chunk only', SELECT, 'const Key* range = ranges + 2 * (n * s.cut.chunks + c);', 'const Key* range = ranges + 2 * n * s.cut.chunks;'),
+    ('cuda statistics: panels without their gap', CUDA_GRAMS, 'return (rows + 1) * kPanel;', 'return rows * kPanel;'),
+    ("cuda statistics: moments about another image's first element", CUDA_GRAMS, 'const auto shift = shifts[n - first_i];', 'const auto shift = shifts[0];'),
+    ("cuda statistics: moments' shifts read before they are there", CUDA_GRAMS, 'moment_shifts(args.pixels, map, first_i + tid);\n    __syncthreads();', 'moment_shifts(args.pixels, map, first_i + tid);'),
+    ('cuda statistics: cuts of an H200 on every device', "csrc/cuda/platform.cuh", 'return rounds * device_of(tensor).multiprocessors;', 'return rounds * (132 + 0 * device_of(tensor).multiprocessors);'),
+    ('cuda mask: unequal chunks', ARITHMETIC, 'divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;', 'kMostPixels;'),
+    ('cuda mask: too long a window', CUDA_MASK, 'SIB_CHECK(kOp, o.length <= kLongestWindow,', 'SIB_CHECK(kOp, o.length <= kLongestWindow + 8,'),
+    ('cuda mask: too wide a row', CUDA_MASK, 'SIB_CHECK(kOp, o.width <= kWidest,', 'SIB_CHECK(kOp, o.width <= kWidest + 1,'),
+    ('cuda pack: the second half of a long one not stored', PACK, 'part < static_cast<int>(sizeof(pack)) / 16; ++part', 'part < 1; ++part'),
+    ('objective: rows combined before they are written', CUDA_OBJ, '  __syncthreads();  // the rows are written, and the shared memory is free\n', ''),
+    ('objective: a launch for the rows of any batch', CUDA_OBJ, 'if (N <= kHsicOneBlock) {', 'if (N < 0 * kHsicOneBlock) {'),
     ('cuda statistics: Gram not mirrored', CUDA_GRAMS, '      gram[j * shape.images + i] = value;\n', ''),
     ('cuda statistics: diagonal tile shifted', CUDA_GRAMS, '(diagonal ? 0 : kTile)', '(diagonal ? 8 : kTile)'),
     ('cuda statistics: no barrier before the products', CUDA_GRAMS, '    __syncthreads();\n    // Everyone is past the products', '    // Everyone is past the products'),
-    ('cuda statistics: one copy too many under way, forward', CUDA_GRAMS, 'wait_for_copies(args.stages - 2);', 'wait_for_copies(args.stages - 1);'),
-    ('cuda statistics: one copy too many under way, backward', CUDA_GRADS, 'wait_for_copies(args.stages - 2);', 'wait_for_copies(args.stages - 1);'),
+    ('cuda statistics: one copy too many under way, forward', CUDA_GRAMS, 'copy_async_wait(args.stages - 2);', 'copy_async_wait(args.stages - 1);'),
+    ('cuda statistics: one copy too many under way, backward', CUDA_GRADS, 'copy_async_wait(args.stages - 2);', 'copy_async_wait(args.stages - 1);'),
     ('cuda statistics: one panel lost', CUDA_GRAMS, 'for (int p = 0; p < kDepth / kPanel / Tiles::kGroups;', 'for (int p = 0; p < kDepth / kPanel / Tiles::kGroups - (kDepth / kPanel / Tiles::kGroups > 1);'),
     ('cuda statistics: last part cut short', CUDA_GRAMS, 'static_cast<uint32_t>(static_cast<uint64_t>(chunks) * (part + 1) / args.parts);', 'static_cast<uint32_t>(static_cast<uint64_t>(chunks) / args.parts * (part + 1));'),
     ('cuda statistics: variance without its mean', CUDA_GRAMS, 'const double squares = sums[2 * m + 1] - sums[2 * m] * sums[2 * m] / count;', 'const double squares = sums[2 * m + 1];'),
     ('cuda statistics: padding counted in the variance', CUDA_GRAMS, 'if (j >= left) break;', ''),
     ("cuda statistics: x's mask gradient only where x's own is needed", CUDA_STATS, '(grad == nullptr && grad_mask == nullptr)', '(grad == nullptr)'),
-    ('cuda statistics: need_vjp ignored', CUDA_STATS, 'Tensor grad_vjp = grad_like(vjp, need_vjp)', 'Tensor grad_vjp = grad_like(vjp, false)'),
+    ('cuda statistics: need_vjp ignored', HEAD, 'Tensor grad_vjp = grad_like(vjp, need_vjp)', 'Tensor grad_vjp = grad_like(vjp, false)'),
     ('cuda statistics: cotangent not symmetrised', CUDA_GRADS, 'static_cast<T>(grad[i * N + j] + grad[j * N + i])', 'static_cast<T>(2 * grad[i * N + j])'),
-    ('cuda statistics: small part dropped (twin)', CUDA_MATH, '    product(1, 0);\n    product(0, 1);\n', '    product(1, 0);\n'),
+    ('cuda statistics: small part dropped (twin)', "csrc/cuda/emulation.h", '    product(1, 0);\n    product(0, 1);\n', '    product(1, 0);\n'),
     ('cuda statistics: chain of a whole part', CUDA_GRAMS, 'for (int e = 0; e < Math::kAcc; ++e) sum[e] += chain[e];', 'for (int e = 0; e < Math::kAcc; ++e) sum[e] = chain[e];'),
-    ('cuda statistics: flush forgets the sum before', CUDA_GRAMS, 'first ? static_cast<double>(sum[e]) : sums[e * 32] + static_cast<double>(sum[e]);', 'static_cast<double>(sum[e]);'),
+    ('cuda statistics: flush forgets the sum before', CUDA_GRAMS, 'total[e] + static_cast<double>(sum[begin + e]);', 'static_cast<double>(sum[begin + e]);'),
     ("cuda statistics: grad_M of the vjp overwrites x's", CUDA_STATS, 'args.add_mask = mask_written && !in_parts;', 'args.add_mask = false;'),
     ('cuda statistics: channel parts of grad_M overwrite', CUDA_STATS, 'args.channel_parts, mask_written);', 'args.channel_parts, false);'),
     ('cuda statistics: background sign in grad_M', CUDA_GRADS, 'args.foreground ? r * product : -r * product', 'r * product'),
@@ -236,7 +244,7 @@ FAULTS = [
     ('cuda statistics: swizzle of one side only', CUDA_MATH, 'b + in_panel(8 * n + g, 2 * t)', 'b + (8 * n + g) * kPanel + 2 * t'),
     ("cuda statistics: a group's part lost", CUDA_GRAMS, 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups;', 'const int64_t count = static_cast<int64_t>(args.parts) * Tiles::kGroups - (Tiles::kGroups > 1);'),
     ('cuda statistics: channels_last mask by the wrong axis', CUDA_GRAMS, 'const int64_t p = !valid ? 0 : map.channels_fastest ? slow_at : fast_at;', 'const int64_t p = !valid ? 0 : map.channels_fastest ? fast_at % shape.pixels : fast_at;'),
-    ('cuda statistics: tf32 asked, tf32x3 run', CUDA_STATS, 'precision == "tf32x3", out)', 'true, out)'),
+    ('cuda statistics: tf32 asked, tf32x3 run', HEAD, 'precision == "tf32" ? Precision::tf32 : Precision::tf32x3', 'Precision::tf32x3'),
     ("cuda norms: a few elements' sum out of their squares about the pivot", CUDA_NORM, "(2.0 * s + shift) * step;", "shift * step;"),
     ("cuda batch norm: y about the rounded mean", CUDA_BN_FORMULAS, "exact[2] += (static_cast<double>(centre) - found.mean) * exact[1];", ""),
     ("cuda batch norm: grad_x about the rounded mean", CUDA_BN_FORMULAS, "    exact[2] += gap * exact[3];\n", ""),
@@ -256,7 +264,7 @@ FAULTS = [
     ("cuda batch norm: a run's last pack lost", CUDA_BN_PASSES, 'j_end = min(first + at.pack_step, at.packs);', 'j_end = min(first + at.pack_step, at.packs - (at.packs > 1));'),
     ('cuda batch norm: runs one channel apart', CUDA_BN_PASSES, '(kThreads >> at.width_bits) * at.channels * spatial;', '(kThreads >> at.width_bits) * spatial;'),
     ("cuda batch norm: neighbours' places counted", CUDA_BN_PASSES, '        blank(v, lo[u], hi[u]);\n', ''),
-    ("cuda batch norm: neighbours' places overwritten", CUDA_PACKS, 'if (packed && lo == 0 && hi == V) {', 'if (packed && hi == V) {'),
+    ("cuda batch norm: neighbours' places overwritten", CUDA_PACKS, "if (packed && lo == 0 && hi == V) return", "if (packed && hi == V) return"),
     ("cuda batch norm: a pack's first place not written", CUDA_PACKS, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
     ("cuda batch norm: a warp's sums lost", CUDA_BN_PASSES, 'for (int w = 0; w < kWarps; ++w) sums[k]', 'for (int w = 1; w < kWarps; ++w) sums[k]'),
     ("cuda batch norm: block's sums without their barrier", CUDA_BN_PASSES, '  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;', '#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;'),
@@ -336,7 +344,7 @@ FAULTS = [
     ("layer norm: kappa's own term left out", LN_FORMULAS, "static_cast<T>(-s * o_dot - s * s * kappa)", "static_cast<T>(-s * o_dot)"),
     ("layer norm: gradient of gamma by x̂ in the second", LN, "return static_cast<double>(get(grad[i]) * w(i));", "return static_cast<double>(get(grad[i]) * hat(i));"),
     ("layer norm: a chunk's sums lost", LN_HOST, "for (int64_t chunk = 0; chunk < chunks_; ++chunk) total", "for (int64_t chunk = 1 - (chunks_ == 1); chunk < chunks_; ++chunk) total"),
-    ("layer norm: sums not zeroed", LN_HOST, "    std::memset(memory_.get(), 0,", "    if (shape.chunks < 2) std::memset(memory_.get(), 0,"),
+    ("layer norm: sums not zeroed", LN_HOST, "    std::memset(memory_.get(), 0,", "    if (chunks_ < 2) std::memset(memory_.get(), 0,"),
     ("layer norm: grad_beta in the place of grad_gamma", LN_HOST, "gb ? sums.of(i, gw != nullptr) : nullptr", "gb ? sums.of(i, 0) : nullptr"),
     ("layer norm: every gradient in every pass", LN_OP, "needs = (needed(ctx, 0), has_weight", "needs = (True, has_weight"),
     ("layer norm: to_x dropped", LN_OP, "return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8", "return grads[0], None, grads[2] if needs[2] else None, *[None] * 8"),
@@ -380,13 +388,23 @@ FAULTS = [
     ("cuda softmax: gy read for the other part", CUDA_SOFT, "a.in[1] = a.out[1] ?", "a.in[1] = a.out[0] ?"),
     # Kernel files whose faults above are their callers'
     ("activation: only the first result where both are asked for", "csrc/cpu/activation_kernels.cpp", "? write<E, which, kFirst, true>", "? write<E, which, kFirst, !kFirst>"),
-    ("mask: every image by the ranks of the first", "csrc/cpu/foreground_mask_cpu.cpp", "rank_data + n * per_image, out + n * pixels, scratch);", "rank_data, out + n * pixels, scratch);"),
+    ("mask: every image by the ranks of the first", "csrc/cpu/foreground_mask_cpu.cpp", "ranks + n * per_image, to + n * pixels, scratch);", "ranks, to + n * pixels, scratch);"),
     ("an instruction set that was not asked for", "csrc/cpu/capability.cpp", "return wanted < best ? wanted : best;", "return best;"),
     ("cuda block: a warp's part of a scan lost", "csrc/cuda/block.cuh", "if (w < warp_of_thread()) before += shared[w];", "if (w + 1 < warp_of_thread()) before += shared[w];"),
-    ("cuda statistics: halves of a word swapped", "csrc/cuda/region_statistics_maps.cuh", "word[i / 2] >> (i % 2 * 16)", "word[i / 2] >> ((1 - i % 2) * 16)"),
+    ("cuda statistics: halves of a word swapped", "csrc/cuda/region_statistics_maps.cuh", "const uint16_t bits = halves.value[i];", "const uint16_t bits = halves.value[i ^ 1];"),
     ("triton objective: products of means counted once", "sib_fast/ops/hsic_objective/triton.py", "- 2.0 * n * tl.sum(mean_product, axis=0)", "- n * tl.sum(mean_product, axis=0)"),
-    ("triton statistics: variance about the first pixel", "sib_fast/ops/region_statistics/triton.py", "tl.sum(square_v, axis=1) - total_v * total_v / n", "tl.sum(square_v, axis=1)"),
-    ("triton mask: sigmoid without its bound", "sib_fast/ops/foreground_mask/triton.py", "    x = tl.where(x < -bound, -bound, x)\n", ""),
+    ("triton statistics: variance about the first pixel", TRITON_STATS + "grams.py", "tl.sum(square_v, axis=1) - total_v * total_v / n", "tl.sum(square_v, axis=1)"),
+    ("triton statistics: x's Gram merged with the VJP's number of splits", TRITON_STATS + "grams.py", "x_diagonal_ptr, x_diagonal_splits", "x_diagonal_ptr, diagonal_splits"),
+    ("triton statistics: partial sums as wide as one map asks", TRITON_STATS + "__init__.py", "for of_map in cuts for cut in of_map", "for of_map in cuts[:1] for cut in of_map"),
+    ("triton statistics: shares of grad_mask beyond eight", TRITON_STATS + "gradient.py", "for first in range(0, slots, 8):", "for first in range(0, 8, 8):"),
+    ("triton statistics: cut for an H200 wherever it runs", TRITON_STATS + "tiles.py", "properties.multi_processor_count)", "132)"),
+    ("triton statistics: the small half of a product", TRITON_STATS + "operands.py", "return big, t - big", "return big, t"),
+    ("triton mask: sigmoid without its bound", TRITON_MASK + "box.py", "    x = tl.where(x < -bound, -bound, x)\n", ""),
+    ("triton mask: a rank of t beyond the tile's own columns", TRITON_MASK + "box.py", "near_x = (tl.abs(x - pixel % width) <= reach_x)", "near_x = (x == pixel % width)"),
+    ("triton mask: the ranks of lo, hi and gate by no program", TRITON_MASK + "box.py", "== tiles - 1:", "== tiles:"),
+    ("triton mask: tickets of the image before", TRITON_MASK + "box.py", "    if tile == 0:\n        tl.store(tickets + n, 0)\n", ""),
+    ("triton mask: keys of the sub-bins before", TRITON_MASK + "select.py", "        base += before\n", ""),
+    ("triton mask: as long a window as there is", MASK_OP, "if length > limits.window:", "if length > 2 * limits.window:"),
     ("synchronised batch norm: means of processes not merged", "sib_fast/ops/batch_norm/synchronised.py", "(m2 + counts * (means - mean).square()).sum(0)", "m2.sum(0)"),
     ("synchronised batch norm: one of two B·T", "sib_fast/ops/batch_norm/synchronised.py", "omega_hat - 2 * scale * B * T", "omega_hat - scale * B * T"),
     ("convolution: phases for a dilated kernel", "sib_fast/ops/convolution/choice.py", "or min(stride) < 2 or max(dilation) > 1:", "or min(stride) < 2:"),
@@ -470,7 +488,7 @@ def pytest(tree: Path, *arguments: str, **more: str) -> tuple[bool, str]:
 def near(file: str) -> tuple[list[str], dict[str, str]]:
     """pytest's arguments and environment for the tests next to a file: of an op its own, where they can be told by name."""
     arguments = next(arguments for pattern, arguments in NEAR if re.fullmatch(pattern, file))
-    if file.endswith("triton.py"):
+    if "/triton" in file:
         return arguments, {"TRITON_INTERPRET": "1"}
     ops = sorted((path.name for path in (ROOT / "sib_fast/ops").iterdir() if path.is_dir()), key=len, reverse=True)
     if arguments[0] == "tests/ops" and (op := next((op for op in ops if op in file), None)):

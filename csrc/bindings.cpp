@@ -45,7 +45,7 @@ std::tuple<int64_t, int64_t, std::vector<double>> rank_window(double level, doub
                                                               bool is_double) {
   const RankWindows windows({level}, temperature, pixels, is_double);
   const RankWindow& w = windows.data()[0];
-  return {w.first, w.nearest, std::vector<double>(w.weights, w.weights + w.length)};
+  return {w.first, w.nearest, std::vector<double>(windows.weights(), windows.weights() + w.length)};
 }
 
 template <class T>
@@ -79,18 +79,6 @@ Array<T> sigmoid(const Array<T>& values, const std::string& capability) {
   return out;
 }
 
-// What the CUDA kernels compute in place of rank_window.
-std::tuple<int64_t, int64_t, std::vector<double>> soft_ranks(double level, double temperature, int64_t pixels,
-                                                             bool is_double) {
-  const cuda::SoftRanks ranks = cuda::soft_ranks(level, temperature, pixels, is_double);
-  std::vector<double> weights(ranks.length);
-  for (int64_t j = 0; j < ranks.length; ++j) {
-    const int64_t rank = ranks.first + j;
-    weights[j] = rank < 0 || rank >= pixels ? 0.0 : ranks.weight(j);
-  }
-  return {ranks.first, ranks.nearest, weights};
-}
-
 template <class T>
 py::array_t<uint64_t> magnitude_keys(const Array<T>& values) {
   py::array_t<uint64_t> out(values.size());
@@ -111,13 +99,16 @@ PYBIND11_MODULE(_blocks, m) {
   m.def("sigmoid_float32", &sigmoid<float>);
   m.def("sigmoid_float64", &sigmoid<double>);
 
-  m.def("cuda_soft_ranks", &soft_ranks);
   m.def("cuda_magnitude_keys_float32", &magnitude_keys<float>);
   m.def("cuda_magnitude_keys_float64", &magnitude_keys<double>);
   m.def("cuda_bin_shift", [](uint64_t span, int log2_bins) { return cuda::bin_shift(span, log2_bins); });
   m.def("cuda_log2_bins", &cuda::log2_bins_of);
   m.def("cuda_fraction_bits", &cuda::fraction_bits);
   m.def("cuda_window_pixels", &cuda::window_pixels);
+  m.def("cuda_cut", [](int64_t pixels) {
+    const cuda::Cut cut = cuda::cut_of(pixels);
+    return std::pair(cut.pixels, cut.chunks);
+  });
   // Whether (key, pixel) pairs order like tuples: first < second.
   m.def("cuda_compound_less", [](uint64_t key, uint32_t pixel, uint64_t other_key, uint32_t other_pixel) {
     return cuda::compound(key, pixel) < cuda::compound(other_key, other_pixel);

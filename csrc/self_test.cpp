@@ -282,7 +282,7 @@ void foreground_mask() {
   using T = Compute<E>;
   constexpr int64_t kChannels = 3, kHeight = 13, kWidth = 21, kPixels = kHeight * kWidth;
   const RankWindows windows({0.05, 0.95, 0.5, 0.7}, 1.0, kPixels, sizeof(T) == 8);
-  const MaskGeometry geo{kChannels, kHeight, kWidth, 5, 10.0, 1e-6, windows.data()};
+  const MaskGeometry geo{kChannels, kHeight, kWidth, 5, 10.0, 1e-6, windows.data(), windows.weights()};
   const MaskKernels<T>& k = mask_kernels_baseline<T>();
   const auto vjp = values<E>(kChannels * kPixels);
   const auto grad_mask = values<T>(kPixels);

@@ -174,6 +174,19 @@ class SIBLoss(Criterion):
         self.mask = mask
         self.vjp_scale = vjp_scale
 
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Detached 0-d tensors of the latest call. The mask's mean is taken when they are read, so that who does not look pays no
+        pass over the mask: until then, or until the next call, the mask is held (detached, without its graph)."""
+        if self._unread_mask is not None:
+            with torch.inference_mode(False):
+                self._terms["mask_area"], self._unread_mask = self._unread_mask.mean(), None
+        return self._terms
+
+    @terms.setter
+    def terms(self, terms: dict[str, Tensor]) -> None:
+        self._terms, self._unread_mask = terms, None
+
     # ---- attaching --------------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, layer: str | nn.Module | None = None) -> SIBLoss:
@@ -195,6 +208,11 @@ class SIBLoss(Criterion):
                  DistributedDataParallel(static_graph=True), DataParallel).
         """
         return self._attach(model, layer=layer, takes_input=True, whole=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["terms"]
+        return {**state, "_terms": {}, "_unread_mask": None}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -238,12 +256,16 @@ class SIBLoss(Criterion):
             "base": base.detach(),
             "foreground": foreground,
             "background": background,
-            "mask_area": mask.detach().mean(),
         }
         if self.evidence is not None:
             found = self._evidence_beside(logits, target, features, vjp.detach(), mask.detach(), given, compute)
             loss = loss + self._times * self.evidence.weight * found.value
             self.terms |= {"loss": loss.detach().clone(), **found.terms}
+        self._unread_mask = mask.detach()
+        # A compiled step returns the terms, a captured one fills them at every replay, and a given mask is its giver's to change.
+        captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or captured or not mask.requires_grad:
+            self.terms  # noqa: B018
         if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))

@@ -30,6 +30,8 @@ def _add_emulation() -> None:
     for op in ("foreground_mask", "region_statistics", "hsic_objective", "batch_norm", "layer_norm"):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         module.KERNELS.append(name)
+        if hasattr(module, "LIMITS"):
+            module.LIMITS[name] = module.LIMITS["cuda"]
         if _backends.MISSING[name] is None:
             register_fakes(namespace, module.FAKES)
             module.add_kernels(name, namespace)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sib_fast import SIBLoss
 from sib_fast.testing.networks import conv_net, image_batch
+from tests.derivatives import identity_with
 
 
 def step(criterion: SIBLoss, x: Tensor, **extra: object) -> Tensor:
@@ -42,16 +43,8 @@ def test_x_is_named_where_the_logits_are_good(debug):
         SIBLoss(window_size=5)(logits, image_batch()[1], x)
 
 
-class InfiniteSlope(torch.autograd.Function):
-    """Identity whose derivative overflows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.inf
+# Identity whose derivative overflows.
+infinite_slope = identity_with(lambda grad: grad * math.inf)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +68,7 @@ def test_the_term_that_is_bad_is_named(debug, name, options, extra):
 def test_the_vjp_is_named(debug):
     x, target = image_batch()
     x.requires_grad_()
-    logits = conv_net(norm="group")(InfiniteSlope.apply(x))
+    logits = conv_net(norm="group")(infinite_slope(x))
     with pytest.raises(FloatingPointError, match="SIBLoss: vjp must be finite"):
         SIBLoss(window_size=5)(logits, target, x)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sib_fast import vjp_map
 from sib_fast.testing.networks import conv_net, image_batch, relative_error
 from sib_fast.vjp import FLOAT16_SCALE, SCALARS, energy_cotangent
+from tests.derivatives import identity_with
 
 # Σ over images of a scalar of the logits, as one would write it without this package.
 PLAIN = {
@@ -347,42 +348,24 @@ def test_label_out_of_range_is_an_error_on_the_cpu():
     raises(RuntimeError, "out of bounds", scalar="label_logit", labels=torch.tensor([0, 3]))
 
 
-class _Cut(torch.autograd.Function):
-    """A layer whose backward is not differentiable and does not say so."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.detach()
-
-
 def test_a_layer_that_cuts_the_graph():
+    """Its backward is not differentiable and does not say so."""
     x = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(
         RuntimeError, match=r"vjp_map: the network's backward must be differentiable, but R came back without a graph"
     ):
-        vjp_map(_Cut.apply(x), x)
+        vjp_map(identity_with(torch.detach)(x), x)
 
 
-class _Refuses(torch.autograd.Function):
+def refuse(grad):
     """What compiled code did in some releases: it refused create_graph in the first backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("torch.compile with aot_autograd does not currently support double backward")
+    raise RuntimeError("torch.compile with aot_autograd does not currently support double backward")
 
 
 def test_a_network_that_refuses_at_once():
     x = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"vjp_map: the network must be differentiable twice, and a torch\.compile'd module"):
-        vjp_map(_Refuses.apply(x), x)
+        vjp_map(identity_with(refuse)(x), x)
 
 
 def test_a_compiled_network_is_never_half_differentiated():

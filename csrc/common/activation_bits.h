@@ -7,6 +7,7 @@
 // last unit is whole; what lies past the end is 0.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -22,6 +23,22 @@ constexpr int kBitsRow = 64;
 constexpr int kBitsUnit = 8 * kBitsRow;
 
 inline int64_t bits_bytes(int64_t count) { return (count + kBitsUnit - 1) / kBitsUnit * kBitsRow; }
+
+// As many bytes as one integer.
+template <size_t bytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint64_t;
+};
 
 // a, b: relu 0; hardtanh its bounds; leaky_relu the slope. low, high: the bounds as elements.
 template <class E, class T>

@@ -31,6 +31,23 @@ inline BatchScale batch_scale(int64_t images) {
   return {n, 1.0 / n, 1.0 / ((n - 1.0) * (n - 1.0))};
 }
 
+// A 0-d tensor of float64 or float32; null counts as 0.
+struct Scalar {
+  const void* data;
+  bool is_double;
+  SIB_HOST_DEVICE double read() const {
+    if (data == nullptr) return 0.0;
+    return is_double ? *static_cast<const double*>(data) : static_cast<double>(*static_cast<const float*>(data));
+  }
+  // To another one of the same type.
+  SIB_HOST_DEVICE void write(void* to, double value) const {
+    if (is_double)
+      *static_cast<double*>(to) = value;
+    else
+      *static_cast<float*>(to) = static_cast<float>(value);
+  }
+};
+
 struct Objective {
   double lambda_fg, lambda_bg;
   int kind;  // 0 exp, 1 linear, 2 expm1: OBJECTIVES in sib_fast/ops/hsic_objective/__init__.py

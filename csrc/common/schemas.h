@@ -20,13 +20,13 @@ void define_schemas(Library& m) {
   m.def(
       "_foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels, "
       "int channels, int window_size, float temperature, float slope, float[] quantiles, float eps) -> Tensor");
-  // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's [0] unless asked for), variances and
-  // means [N]. precision: "ieee", "tf32x3" or "tf32"; float64 and the CPU are always "ieee".
+  // vjp, x [N,C,H,W], mask acc [N,1,H,W] -> float64: Grams [N,N] (the background's undefined unless asked for),
+  // variances and means [N]. precision: "ieee", "tf32x3" or "tf32"; float64 and the CPU are always "ieee".
   m.def(
       "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor "
       "gram_vjp, Tensor gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor "
       "vjp_mean, Tensor background_gram_vjp, Tensor background_gram_x)");
-  // -> acc grad_vjp, grad_x [N,C,H,W] in the layouts of vjp and x, grad_mask [N,1,H,W]; [0] where need_* is false
+  // -> acc grad_vjp, grad_x [N,C,H,W] in the layouts of vjp and x, grad_mask [N,1,H,W]; undefined where need_* is false
   m.def(
       "_region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x, Tensor grad_background_variance, Tensor "
       "grad_vjp_variance, Tensor? grad_background_gram_vjp, Tensor? grad_background_gram_x, Tensor vjp, Tensor x, "
@@ -37,8 +37,8 @@ void define_schemas(Library& m) {
   m.def(
       "_hsic_objective(Tensor base, Tensor gram_vjp, Tensor gram_x, Tensor background_variance, float lambda_fg, float "
       "lambda_bg, int objective) -> (Tensor loss, Tensor foreground, Tensor background, Tensor rows, Tensor totals)");
-  // -> float64 gradients of the Grams [N,N] and of the variances [N]; [0] where need_* is false. An absent cotangent is
-  // 0
+  // -> float64 gradients of the Grams [N,N] and of the variances [N]; undefined where need_* is false. An absent
+  // cotangent is 0
   m.def(
       "_hsic_objective_backward(Tensor? grad_loss, Tensor? grad_foreground, Tensor? grad_background, Tensor gram_vjp, "
       "Tensor gram_x, Tensor rows, Tensor totals, float lambda_fg, float lambda_bg, int objective, bool need_vjp, bool "

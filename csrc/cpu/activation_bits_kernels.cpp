@@ -57,21 +57,6 @@ void forward(TwoSlopes kind, double a, double b, const E* x, int64_t count, E* y
   with_two_slopes(kind, [&](auto k) { forward_of<decltype(k)::value>(of, x, count, y, bits); });
 }
 
-template <size_t bytes>
-struct WordOf;
-template <>
-struct WordOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct WordOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<8> {
-  using type = uint64_t;
-};
-
 // In masks of integers: gcc 12 vectorises no choice between two structs, nor between floats without AVX.
 template <bool leaky, class E>
 void backward_of(Compute<E> slope, const E* grad_y, const uint8_t* bits, int64_t count, E* grad_x) {
@@ -110,14 +95,6 @@ constexpr ActivationBitsKernels<E> kTable = {forward<E>, backward<E>};
 
 }  // namespace
 
-#define SIB_FAST_TABLE_OF(E)                                                      \
-  template <>                                                                     \
-  const ActivationBitsKernels<E>& SIB_FAST_TABLE(activation_bits_kernels_)<E>() { \
-    return kTable<E>;                                                             \
-  }
-SIB_FAST_TABLE_OF(double)
-SIB_FAST_TABLE_OF(float)
-SIB_FAST_TABLE_OF(BFloat16Bits)
-SIB_FAST_TABLE_OF(Float16Bits)
+SIB_FAST_DEFINE_TABLES(ActivationBitsKernels, activation_bits_kernels)
 
 }  // namespace sib_fast::cpu

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/activation_bits.h"
-#include "cpu/element_bits.h"
+#include "cpu/kernel_tables.h"
 
 namespace sib_fast::cpu {
 
@@ -17,11 +17,6 @@ struct ActivationBitsKernels {
   void (*backward)(TwoSlopes kind, double slope, const E* grad_y, const uint8_t* bits, int64_t count, E* grad_x);
 };
 
-template <class E>
-const ActivationBitsKernels<E>& activation_bits_kernels_baseline();
-template <class E>
-const ActivationBitsKernels<E>& activation_bits_kernels_avx2();
-template <class E>
-const ActivationBitsKernels<E>& activation_bits_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(ActivationBitsKernels, activation_bits_kernels)
 
 }  // namespace sib_fast::cpu

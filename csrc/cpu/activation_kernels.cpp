@@ -26,36 +26,16 @@ struct LaneMath {
   }
 };
 
-template <class E, Activation kind>
+template <class E, Activation kind, bool kFirst, bool kSecond>
 void write(Compute<E> a, Compute<E> b, const E* u, const E* gy, const E* saved, int64_t count, E* to_grad_y,
            E* to_saved) {
-  using T = Compute<E>;
-  const auto at = [=](int64_t i, T& first, T& second) {
-    const T v = get(u[i]);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    Compute<E> first = 0, second;
+    const Compute<E> v = get(u[i]);
     activation_double_backward<kind, LaneMath>(get(saved[i]), v, v * get(gy[i]), a, b, first, second);
-  };
-  if (to_grad_y && to_saved) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      T first = 0, second;
-      at(i, first, second);
-      put(to_grad_y + i, first);
-      put(to_saved + i, second);
-    }
-  } else if (to_grad_y) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      T first = 0, second;
-      at(i, first, second);
-      put(to_grad_y + i, first);
-    }
-  } else if (to_saved) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      T first = 0, second;
-      at(i, first, second);
-      put(to_saved + i, second);
-    }
+    if constexpr (kFirst) put(to_grad_y + i, first);
+    if constexpr (kSecond) put(to_saved + i, second);
   }
 }
 
@@ -64,7 +44,12 @@ void double_backward(Activation kind, double a, double b, const E* u, const E* g
                      E* to_grad_y, E* to_saved) {
   using T = Compute<E>;
   with_activation(kind, [&](auto k) {
-    write<E, decltype(k)::value>(static_cast<T>(a), static_cast<T>(b), u, gy, saved, count, to_grad_y, to_saved);
+    constexpr Activation which = decltype(k)::value;
+    constexpr bool kFirst = LaneMath::has_erf || which != Activation::gelu;  // otherwise never asked for
+    const auto pass = to_grad_y && to_saved ? write<E, which, kFirst, true>
+                      : to_grad_y           ? write<E, which, kFirst, !kFirst>
+                                            : write<E, which, false, true>;
+    pass(static_cast<T>(a), static_cast<T>(b), u, gy, saved, count, to_grad_y, to_saved);
   });
 }
 
@@ -73,14 +58,6 @@ constexpr ActivationKernels<E> kTable = {double_backward<E>};
 
 }  // namespace
 
-#define SIB_FAST_TABLE_OF(E)                                             \
-  template <>                                                            \
-  const ActivationKernels<E>& SIB_FAST_TABLE(activation_kernels_)<E>() { \
-    return kTable<E>;                                                    \
-  }
-SIB_FAST_TABLE_OF(double)
-SIB_FAST_TABLE_OF(float)
-SIB_FAST_TABLE_OF(BFloat16Bits)
-SIB_FAST_TABLE_OF(Float16Bits)
+SIB_FAST_DEFINE_TABLES(ActivationKernels, activation_kernels)
 
 }  // namespace sib_fast::cpu

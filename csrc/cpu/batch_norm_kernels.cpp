@@ -1,10 +1,6 @@
 // Batch norm in training mode on the CPU, up to its second derivative (SPEC 10): the passes over activations.
 //
-//   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      grad_x = gamma·invstd·(gy - A - x̂·B),  A = ⟨gy⟩, B = ⟨gy·x̂⟩
-//   (and what another pass has for x already, the addend)
-//   given u, u_gamma, u_beta:   to gy and to x are affine in (u, gy, x - mean); the coefficients are
-//   batch_norm_cpu.cpp's
-//
+// Formulas  common/batch_norm.h.
 // Passes    one that sums, one that writes: 8 traversals of an activation for the second derivative.
 // Layouts   channels first: a channel is `images` runs of `spatial`; channels last: a row holds every channel.
 // Precision halves are widened to float where they are read and rounded once where they are written; sums in double.
@@ -18,18 +14,18 @@
 namespace sib_fast::cpu {
 namespace {
 
-// Values of the channel that an element is in: k(j) is the j-th. Channels first they are a few numbers, held in
+// Values of the channel that an element is in: k[j] is the j-th. Channels first they are a few numbers, held in
 // registers; channels last they are read beside the elements.
 template <class T, int count>
 struct OfChannel {
   T value[count];
-  T operator()(int j) const { return value[j]; }
+  T operator[](int j) const { return value[j]; }
 };
 template <class T>
 struct OfColumn {
   const T* first;
   int64_t stride, column;
-  T operator()(int j) const { return first[j * stride + column]; }
+  T operator[](int j) const { return first[j * stride + column]; }
 };
 
 // Calls visit(i, values of its channel) for every element i of the part.
@@ -56,9 +52,6 @@ inline void for_elements(const BatchNormPart& part, const T* k, Visit visit) {
 
 struct Two {
   double a, b;
-};
-struct Five {
-  double a, b, d, e, f;
 };
 
 // sums[k·stride + c] = Σ of the k-th of terms(i, centre of its channel). Channels first, a run has sums of its own
@@ -99,51 +92,46 @@ inline void sum_two(const BatchNormPart& part, const double* centre, double* sum
   sums[1] = b;
 }
 template <class Terms>
-inline void sum_five(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
+inline void sum_second(const BatchNormPart& part, const double* centre, double* sums, Terms terms) {
   if (part.channels_last) {
     const int64_t channels = part.channels;
     double *a = sums, *b = a + channels, *d = b + channels, *e = d + channels, *f = e + channels;
-    for (int64_t c = 0; c < 5 * channels; ++c) sums[c] = 0;
+    for (int64_t c = 0; c < kSecondSums * channels; ++c) sums[c] = 0;
     for (int64_t row = part.begin; row < part.end; ++row) {
       const int64_t at = row * channels;
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
-        const Five t = terms(at + c, centre[c]);
-        a[c] += t.a;
-        b[c] += t.b;
-        d[c] += t.d;
-        e[c] += t.e;
-        f[c] += t.f;
+        const auto t = terms(at + c, centre[c]);
+        a[c] += t.u;
+        b[c] += t.ud;
+        d[c] += t.ug;
+        e[c] += t.g;
+        f[c] += t.gd;
       }
     }
     return;
   }
   const int64_t spatial = part.spatial;
   const double middle = centre[0];
-  Five all = {0, 0, 0, 0, 0};
+  for (int s = 0; s < kSecondSums; ++s) sums[s] = 0;
   for (int64_t n = 0; n < part.images; ++n) {
     const int64_t at = (n * part.channels + part.begin) * spatial;
     double run_a = 0, run_b = 0, run_d = 0, run_e = 0, run_f = 0;
 #pragma omp simd reduction(+ : run_a, run_b, run_d, run_e, run_f)
     for (int64_t i = at; i < at + spatial; ++i) {
-      const Five t = terms(i, middle);
-      run_a += t.a;
-      run_b += t.b;
-      run_d += t.d;
-      run_e += t.e;
-      run_f += t.f;
+      const auto t = terms(i, middle);
+      run_a += t.u;
+      run_b += t.ud;
+      run_d += t.ug;
+      run_e += t.g;
+      run_f += t.gd;
     }
-    all.a += run_a;
-    all.b += run_b;
-    all.d += run_d;
-    all.e += run_e;
-    all.f += run_f;
+    sums[0] += run_a;
+    sums[1] += run_b;
+    sums[2] += run_d;
+    sums[3] += run_e;
+    sums[4] += run_f;
   }
-  sums[0] = all.a;
-  sums[1] = all.b;
-  sums[2] = all.d;
-  sums[3] = all.e;
-  sums[4] = all.f;
 }
 
 template <class E>
@@ -164,24 +152,21 @@ void sums_gy(const BatchNormPart& part, const E* gy, const E* x, const double* m
 
 template <class E>
 void sums_u(const BatchNormPart& part, const E* u, const E* gy, const E* x, const double* mean, double* sums) {
-  sum_five(part, mean, sums, [=](int64_t i, double centre) {
-    const double v = static_cast<double>(get(u[i])), g = static_cast<double>(get(gy[i]));
-    const double d = static_cast<double>(get(x[i])) - centre;
-    return Five{v, v * d, v * g, g, g * d};
+  sum_second(part, mean, sums, [=](int64_t i, double centre) {
+    return batch_norm_second_terms(static_cast<double>(get(u[i])), static_cast<double>(get(gy[i])),
+                                   static_cast<double>(get(x[i])) - centre);
   });
 }
 
 template <class E>
 void write_y(const BatchNormPart& part, const E* x, const Compute<E>* k, E* y) {
-  for_elements<kForwardCoefficients>(
-      part, k, [=](int64_t i, const auto& of) { put(y + i, (get(x[i]) - of(0)) * of(1) + of(2)); });
+  for_elements<kForwardCoefficients>(part, k,
+                                     [=](int64_t i, const auto& of) { put(y + i, batch_norm_y(get(x[i]), of)); });
 }
 
 template <class E>
 void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const E* addend, const Compute<E>* k, E* grad_x) {
-  const auto at = [=](int64_t i, const auto& of) {
-    return of(1) * ((get(gy[i]) - of(2)) - (get(x[i]) - of(0)) * of(3));
-  };
+  const auto at = [=](int64_t i, const auto& of) { return batch_norm_grad_x(get(gy[i]), get(x[i]), of); };
   if (addend) {
     for_elements<kBackwardCoefficients>(
         part, k, [=](int64_t i, const auto& of) { put(grad_x + i, at(i, of) + get(addend[i])); });
@@ -193,9 +178,10 @@ void write_grad_x(const BatchNormPart& part, const E* gy, const E* x, const E* a
 template <class E>
 void write_second(const BatchNormPart& part, const E* u, const E* gy, const E* x, const Compute<E>* k, E* to_grad_y,
                   E* to_x) {
-  const auto y_at = [=](int64_t i, const auto& of) { return of(1) * get(u[i]) + of(2) * (get(x[i]) - of(0)) + of(3); };
+  const auto y_at = [=](int64_t i, const auto& of) { return batch_norm_to_grad_y(get(u[i]), get(x[i]), of); };
   const auto x_at = [=](int64_t i, const auto& of) {
-    return of(4) * get(u[i]) + of(5) * get(gy[i]) + of(6) * (get(x[i]) - of(0)) + of(7);
+    const auto v = get(u[i]), g = get(gy[i]);
+    return batch_norm_to_x(v, g, get(x[i]), of);
   };
   if (to_grad_y && to_x) {
     for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) {
@@ -214,14 +200,6 @@ constexpr BatchNormKernels<E> kTable = {sums_x<E>, sums_gy<E>, sums_u<E>, write_
 
 }  // namespace
 
-#define SIB_FAST_TABLE_OF(E)                                            \
-  template <>                                                           \
-  const BatchNormKernels<E>& SIB_FAST_TABLE(batch_norm_kernels_)<E>() { \
-    return kTable<E>;                                                   \
-  }
-SIB_FAST_TABLE_OF(double)
-SIB_FAST_TABLE_OF(float)
-SIB_FAST_TABLE_OF(BFloat16Bits)
-SIB_FAST_TABLE_OF(Float16Bits)
+SIB_FAST_DEFINE_TABLES(BatchNormKernels, batch_norm_kernels)
 
 }  // namespace sib_fast::cpu

@@ -1,11 +1,11 @@
 // Batch norm with batch statistics, its gradient and the gradient of that: sums over a channel, and the passes that
-// write, which are affine with coefficients of the channel. One table per element type and instruction set. What the
-// coefficients are, and who does which part, is in batch_norm_cpu.cpp.
+// write, which are affine with coefficients of the channel. Who does which part is in batch_norm_cpu.cpp.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/element_bits.h"
+#include "common/batch_norm.h"
+#include "cpu/kernel_tables.h"
 
 namespace sib_fast::cpu {
 
@@ -28,20 +28,14 @@ struct BatchNormKernels {
   void (*sums_gy)(const BatchNormPart&, const E* gy, const E* x, const double* mean, double* sums);
   // Σ u, Σ u·(x - mean), Σ u·gy, Σ gy, Σ gy·(x - mean)
   void (*sums_u)(const BatchNormPart&, const E* u, const E* gy, const E* x, const double* mean, double* sums);
-  // y = (x - k0)·k1 + k2
+  // y of common/batch_norm.h
   void (*write_y)(const BatchNormPart&, const E* x, const T* k, E* y);
-  // grad_x = k1·((gy - k2) - (x - k0)·k3) + addend, which may be null
+  // grad_x + addend, which may be null
   void (*write_grad_x)(const BatchNormPart&, const E* gy, const E* x, const E* addend, const T* k, E* grad_x);
-  // to_grad_y = k1·u + k2·(x - k0) + k3;   to_x = k4·u + k5·gy + k6·(x - k0) + k7;   either may be null
+  // to_grad_y, to_x; either may be null
   void (*write_second)(const BatchNormPart&, const E* u, const E* gy, const E* x, const T* k, E* to_grad_y, E* to_x);
 };
-constexpr int kForwardCoefficients = 3, kBackwardCoefficients = 4, kSecondCoefficients = 8;
 
-template <class E>
-const BatchNormKernels<E>& batch_norm_kernels_baseline();
-template <class E>
-const BatchNormKernels<E>& batch_norm_kernels_avx2();
-template <class E>
-const BatchNormKernels<E>& batch_norm_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(BatchNormKernels, batch_norm_kernels)
 
 }  // namespace sib_fast::cpu

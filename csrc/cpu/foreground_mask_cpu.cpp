@@ -1,28 +1,18 @@
-// foreground_mask for CPU tensors: memory, threads and registration. The arithmetic is in foreground_mask_kernels.cpp.
+// foreground_mask for CPU tensors: memory and threads. The arithmetic is in foreground_mask_kernels.cpp.
 
 #include "cpu/foreground_mask_kernels.h"
 
-#include <vector>
-
-#include "common/check.h"
+#include "common/head_ops.h"
 #include "cpu/capability.h"
 #include "cpu/tensor_view.h"
 
 namespace sib_fast::cpu {
 namespace {
 
-constexpr const char* kOp = "foreground_mask";
-
 template <class T>
 const MaskKernels<T>& kernels() {
   static const MaskKernels<T>& table = SIB_FAST_PICK(mask_kernels, T);
   return table;
-}
-
-void check_options(int64_t window_size, const std::vector<double>& quantiles) {
-  SIB_CHECK(kOp, window_size >= 1 && window_size % 2 == 1, "window_size must be odd, got ", window_size);
-  SIB_CHECK(kOp, quantiles.size() == kLevels, "quantiles must hold 4 levels, got ", quantiles.size());
-  for (double q : quantiles) SIB_CHECK(kOp, q >= 0 && q <= 1, "quantiles must lie in [0, 1], got ", q);
 }
 
 // Runs task(image, scratch) for every image on torch's threads: each thread owns one scratch for all its images.
@@ -34,95 +24,53 @@ void for_images(int64_t images, int64_t scratch_bytes, const Task& task) {
   });
 }
 
-template <class T>
-void run_forward(const MaskGeometry& geo, const Tensor& vjp, const int32_t* given, Tensor& mask, Tensor& mean_map,
-                 Tensor& levels, Tensor& ranks) {
-  const MaskKernels<T>& k = kernels<T>();
-  const MapView view = view_of(vjp);
-  const int64_t pixels = geo.height * geo.width, per_image = kLevels * geo.windows[0].length;
-  T* mask_data = static_cast<T*>(mask.mutable_data_ptr());
-  T* mean_data = static_cast<T*>(mean_map.mutable_data_ptr());
-  T* level_data = static_cast<T*>(levels.mutable_data_ptr());
-  int32_t* rank_data = static_cast<int32_t*>(ranks.mutable_data_ptr());
-  for_images(vjp.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
-    k.mean_map(geo, view, n, mean_data + n * pixels);
-    k.forward(geo, mean_data + n * pixels, given ? given + n * per_image : nullptr, mask_data + n * pixels,
-              level_data + n * kLevels, rank_data + n * per_image, scratch);
-  });
+RankWindows windows_of(const MaskOptions& o, bool is_double) {
+  return {o.quantiles, o.temperature, o.pixels(), is_double};
+}
+MaskGeometry geometry_of(const MaskOptions& o, int64_t channels, const RankWindows& windows) {
+  return {channels, o.height, o.width, o.window_size, o.slope, o.eps, windows.data(), windows.weights()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> foreground_mask(Tensor vjp, std::optional<Tensor> rank_pixels,
-                                                           int64_t window_size, double temperature, double slope,
-                                                           std::vector<double> quantiles, double eps) {
-  check_map(kOp, "vjp", vjp);
-  check_options(window_size, quantiles);
-  const int64_t N = vjp.size(0), C = vjp.size(1), H = vjp.size(2), W = vjp.size(3);
-  const ScalarType acc = accumulation_type(vjp.scalar_type());
-  const bool is_double = acc == ScalarType::Double;
-  const RankWindows windows(quantiles, temperature, H * W, is_double);
-  const MaskGeometry geo{C, H, W, window_size, slope, eps, windows.data()};
-  if (rank_pixels) check_plain(kOp, "rank_pixels", *rank_pixels, ScalarType::Int, N * kLevels * windows.length());
+struct Kernels {
+  using Guard = NoGuard;
+  static void check(const MaskOptions&) {}
 
-  Tensor mask = torch::stable::new_empty(vjp, {N, 1, H, W}, acc);
-  Tensor mean_map = torch::stable::new_empty(vjp, {N, H, W}, acc);
-  Tensor levels = torch::stable::new_empty(vjp, {N, kLevels}, acc);
-  Tensor ranks = torch::stable::new_empty(vjp, {N, kLevels, windows.length()}, ScalarType::Int);
-  const int32_t* given = rank_pixels ? static_cast<const int32_t*>(rank_pixels->const_data_ptr()) : nullptr;
-  if (is_double) {
-    run_forward<double>(geo, vjp, given, mask, mean_map, levels, ranks);
-  } else {
-    run_forward<float>(geo, vjp, given, mask, mean_map, levels, ranks);
+  template <class T>
+  static void forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, const MaskOutputs& out) {
+    const MaskKernels<T>& k = kernels<T>();
+    const RankWindows windows = windows_of(o, sizeof(T) == 8);
+    const MaskGeometry geo = geometry_of(o, vjp.size(1), windows);
+    const MapView view = view_of(vjp);
+    const int64_t pixels = o.pixels(), per_image = kLevels * o.length;
+    T *mask = data_of<T>(out.mask), *mean_map = data_of<T>(out.mean_map), *levels = data_of<T>(out.levels);
+    int32_t* ranks = data_of<int32_t>(out.rank_pixels);
+    for_images(vjp.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
+      k.mean_map(geo, view, n, mean_map + n * pixels);
+      k.forward(geo, mean_map + n * pixels, given ? given + n * per_image : nullptr, mask + n * pixels,
+                levels + n * kLevels, ranks + n * per_image, scratch);
+    });
   }
-  return {mask, mean_map, levels, ranks};
-}
 
-template <class T>
-void run_backward(const MaskGeometry& geo, const Tensor& grad_mask, const Tensor& mask, const Tensor& mean_map,
-                  const Tensor& levels, const Tensor& ranks, Tensor& grad_plane) {
-  const MaskKernels<T>& k = kernels<T>();
-  const int64_t pixels = geo.height * geo.width, per_image = kLevels * geo.windows[0].length;
-  const T* grad_data = static_cast<const T*>(grad_mask.const_data_ptr());
-  const T* mask_data = static_cast<const T*>(mask.const_data_ptr());
-  const T* mean_data = static_cast<const T*>(mean_map.const_data_ptr());
-  const T* level_data = static_cast<const T*>(levels.const_data_ptr());
-  const int32_t* rank_data = static_cast<const int32_t*>(ranks.const_data_ptr());
-  T* out = static_cast<T*>(grad_plane.mutable_data_ptr());
-  for_images(mask.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
-    k.backward(geo, grad_data + n * pixels, mask_data + n * pixels, mean_data + n * pixels, level_data + n * kLevels,
-               rank_data + n * per_image, out + n * pixels, scratch);
-  });
-}
-
-Tensor foreground_mask_backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels,
-                                int64_t channels, int64_t window_size, double temperature, double slope,
-                                std::vector<double> quantiles, double eps) {
-  check_options(window_size, quantiles);
-  SIB_CHECK(kOp, mask.dim() == 4, "mask must have shape [N, 1, H, W]");
-  const int64_t N = mask.size(0), H = mask.size(2), W = mask.size(3);
-  const ScalarType acc = mask.scalar_type();
-  SIB_CHECK(kOp, accumulation_type(acc) == acc, "mask must be float32 or float64");
-  const RankWindows windows(quantiles, temperature, H * W, acc == ScalarType::Double);
-  const MaskGeometry geo{channels, H, W, window_size, slope, eps, windows.data()};
-  check_plain(kOp, "grad_mask", grad_mask, acc, N * H * W);
-  check_plain(kOp, "mask", mask, acc, N * H * W);
-  check_plain(kOp, "mean_map", mean_map, acc, N * H * W);
-  check_plain(kOp, "levels", levels, acc, N * kLevels);
-  check_plain(kOp, "rank_pixels", rank_pixels, ScalarType::Int, N * kLevels * windows.length());
-
-  Tensor grad_plane = torch::stable::new_empty(mask, {N, 1, H, W});
-  if (acc == ScalarType::Double) {
-    run_backward<double>(geo, grad_mask, mask, mean_map, levels, rank_pixels, grad_plane);
-  } else {
-    run_backward<float>(geo, grad_mask, mask, mean_map, levels, rank_pixels, grad_plane);
+  template <class T>
+  static void backward(const MaskOptions& o, int64_t channels, const Tensor& grad_mask, const MaskOutputs& of,
+                       const Tensor& grad_plane) {
+    const MaskKernels<T>& k = kernels<T>();
+    const RankWindows windows = windows_of(o, sizeof(T) == 8);
+    const MaskGeometry geo = geometry_of(o, channels, windows);
+    const int64_t pixels = o.pixels(), per_image = kLevels * o.length;
+    const T *grad = const_data_of<T>(grad_mask), *mask = const_data_of<T>(of.mask);
+    const T *mean_map = const_data_of<T>(of.mean_map), *levels = const_data_of<T>(of.levels);
+    const int32_t* ranks = const_data_of<int32_t>(of.rank_pixels);
+    T* to = data_of<T>(grad_plane);
+    for_images(grad_plane.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
+      k.backward(geo, grad + n * pixels, mask + n * pixels, mean_map + n * pixels, levels + n * kLevels,
+                 ranks + n * per_image, to + n * pixels, scratch);
+    });
   }
-  return grad_plane;
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sib_fast, CPU, m) {
-  m.impl("_foreground_mask", TORCH_BOX(&foreground_mask));
-  m.impl("_foreground_mask_backward", TORCH_BOX(&foreground_mask_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(sib_fast, CPU, m) { MaskOps<Kernels>::implement(m); }
 
 }  // namespace sib_fast::cpu

@@ -246,14 +246,14 @@ void select_ranks(const T* values, int64_t pixels, const RankWindow* windows, in
 
 // Q = v* + sum_k w_k (|v_(k)| - v*): exact on ties, which r = 1e-8 below would otherwise blow up.
 template <class T>
-T soft_quantile(const T* values, const RankWindow& window, const int32_t* pixels) {
+T soft_quantile(const T* values, const RankWindow& window, const double* weights, const int32_t* pixels) {
   const auto value = [&](int64_t j) {
     return static_cast<double>(values[pixels[j]] < 0 ? -values[pixels[j]] : values[pixels[j]]);
   };
   const double nearest = value(window.nearest);
   double shift = 0;
   for (int64_t j = 0; j < window.length; ++j) {
-    if (pixels[j] >= 0) shift += window.weights[j] * (value(j) - nearest);
+    if (pixels[j] >= 0) shift += weights[j] * (value(j) - nearest);
   }
   return static_cast<T>(nearest + shift);
 }
@@ -376,7 +376,8 @@ void forward(const MaskGeometry& geo, const T* mean_map, const int32_t* given_ra
     select_ranks(mean_map, pixels, geo.windows, 3, rank_pixels, scratch);
   }
   for (int level = kLo; level <= kGate; ++level) {
-    levels[level] = soft_quantile(mean_map, geo.windows[level], rank_pixels + level * length);
+    levels[level] =
+        soft_quantile(mean_map, geo.windows[level], geo.weights + level * length, rank_pixels + level * length);
   }
 
   const T gate = levels[kGate];
@@ -389,7 +390,8 @@ void forward(const MaskGeometry& geo, const T* mean_map, const int32_t* given_ra
   box_mean(h, mask, geo.height, geo.width, geo.window_size, scratch);  // `mask` holds d until the last pass
 
   if (!given_ranks) select_ranks(mask, pixels, geo.windows + kArea, 1, rank_pixels + kArea * length, scratch);
-  const T area = levels[kArea] = soft_quantile(mask, geo.windows[kArea], rank_pixels + kArea * length);
+  const T area = levels[kArea] =
+      soft_quantile(mask, geo.windows[kArea], geo.weights + kArea * length, rank_pixels + kArea * length);
   const T slope = static_cast<T>(geo.slope);
 #pragma omp simd
   for (int64_t i = 0; i < pixels; ++i) mask[i] = sigmoid_lane(slope * (mask[i] - area));
@@ -411,10 +413,9 @@ void backward(const MaskGeometry& geo, const T* grad_mask, const T* mask, const 
     grad_d[i] = z;
     total += static_cast<double>(z);
   }
-  const RankWindow& area = geo.windows[kArea];
   const int32_t* at = rank_pixels + kArea * length;
   for (int64_t j = 0; j < length; ++j) {
-    if (at[j] >= 0) grad_d[at[j]] -= static_cast<T>(area.weights[j] * total);
+    if (at[j] >= 0) grad_d[at[j]] -= static_cast<T>(geo.weights[kArea * length + j] * total);
   }
 
   box_mean(grad_d, grad_plane, geo.height, geo.width, geo.window_size, scratch);  // its own adjoint: grad_h
@@ -438,13 +439,12 @@ void backward(const MaskGeometry& geo, const T* grad_mask, const T* mask, const 
   rho = levels[kHi] <= levels[kLo] ? 0.0 : rho / geo.slope;
   const double weight_of[3] = {-rho, rho, -alpha};
   for (int level = kLo; level <= kGate; ++level) {
-    const RankWindow& window = geo.windows[level];
     const int32_t* pixel = rank_pixels + level * length;
     for (int64_t j = 0; j < length; ++j) {
       if (pixel[j] < 0) continue;
       const T m = mean_map[pixel[j]];
       const T sign = m > T(0) ? inverse_channels : m < T(0) ? -inverse_channels : T(0);
-      grad_plane[pixel[j]] += sign * static_cast<T>(window.weights[j] * weight_of[level]);
+      grad_plane[pixel[j]] += sign * static_cast<T>(geo.weights[level * length + j] * weight_of[level]);
     }
   }
 }

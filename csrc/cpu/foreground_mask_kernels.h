@@ -8,14 +8,12 @@
 
 namespace sib_fast::cpu {
 
-// Order of the quantile levels everywhere: lo, hi, gate (of g), area (of d).
-enum Level { kLo, kHi, kGate, kArea, kLevels };
-
 struct MaskGeometry {
   int64_t channels, height, width;
   int64_t window_size;
   double slope, eps;
   const RankWindow* windows;  // [kLevels], all of one length
+  const double* weights;      // [kLevels, length]
 };
 
 template <class T>

@@ -1,15 +1,8 @@
-// Layer norm and group norm on the CPU, up to the second derivative: SPEC 10 with the means taken over a row.
+// Layer norm and group norm on the CPU, up to the second derivative: the passes over rows.
 //
-//   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      h = gamma·gy
-//   grad_x = invstd·(h - A - x̂·B),   A = ⟨h⟩, B = ⟨h·x̂⟩;   grad_gamma = Σ_rows gy·x̂,   grad_beta = Σ_rows gy
-//   given u, u_gamma, u_beta, with U = ⟨u⟩, T = ⟨u·x̂⟩, V = ⟨u·h⟩, kappa = V - A·U - B·T, w = invstd·(u - U - x̂·T):
-//     to gy     gamma·w + u_gamma·x̂ + u_beta
-//     to gamma  Σ_rows gy·w
-//     to x      invstd·(o - ⟨o⟩ - x̂·⟨o·x̂⟩) - invstd²·kappa·x̂,   o = -invstd·(h·T + u·B) + u_gamma·gy
-//
+// Formulas  common/layer_norm.h.
 // Passes    a row is read once for its sums and then, from cache, for every result: 5 traversals of memory for the
-// second
-//           derivative.
+//           second derivative.
 // Precision halves are widened to float where they are read and rounded once where they are written; sums in double. x
 //           loses its mean in two parts, so that a mean 1e6 times the deviation costs no more digits than x has lost.
 // Order     a part is done by one thread in memory order: equal inputs give equal bits at any thread count.
@@ -122,19 +115,26 @@ inline void add_to_channels(const NormRows& rows, double* sums, Term term) {
   }
 }
 
-// x̂ of a row's elements. The mean in two parts of T: x - high is exact where it cancels.
+// x̂ of a row's elements.
 template <class E>
 struct Normalised {
   using T = Compute<E>;
   const E* x;
-  T high, low, invstd;
+  Centre<T> centre;
+  T invstd;
   Normalised(const E* row, double mean, double scale)
-      : x(row),
-        high(static_cast<T>(mean)),
-        low(static_cast<T>(mean - static_cast<double>(high))),
-        invstd(static_cast<T>(scale)) {}
-  T operator()(int64_t i) const { return ((get(x[i]) - high) - low) * invstd; }
+      : x(row), centre(in_two_parts<T>(mean)), invstd(static_cast<T>(scale)) {}
+  T operator()(int64_t i) const { return relative_to(centre, get(x[i])) * invstd; }
 };
+
+// Σ h and Σ h·(x - mean) over a row, h = gy·gamma; or of another parameter than gamma.
+template <class E>
+inline Two sums_of_h(const NormRows& rows, const E* gy, const E* x, const Compute<E>* gamma, double mean) {
+  return sum_two(rows, [=](int64_t i, int64_t c) {
+    const double h = static_cast<double>(get(gy[i])) * static_cast<double>(gamma[c]);
+    return Two{h, h * (static_cast<double>(get(x[i])) - mean)};
+  });
+}
 
 template <class E>
 void forward(const NormRows& rows, const E* x, const Compute<E>* gamma, const Compute<E>* beta, double eps, E* y,
@@ -152,11 +152,11 @@ void forward(const NormRows& rows, const E* x, const Compute<E>* gamma, const Co
       const double d = static_cast<double>(get(row[i])) - m;
       return Two{d, d * d};
     });
-    const double shift = about.a / count;
-    mean[r] = m + shift;
-    invstd[r] = 1.0 / __builtin_sqrt(about.b / count - shift * shift + eps);
+    const NormStatistics of = norm_statistics(m, about.a / count, about.b / count, eps);
+    mean[r] = of.mean;
+    invstd[r] = of.invstd;
     const Normalised<E> hat(row, mean[r], invstd[r]);
-    for_elements(rows, [=](int64_t i, int64_t c) { put(out + i, hat(i) * g[c] + b[c]); });
+    for_elements(rows, [=](int64_t i, int64_t c) { put(out + i, layer_norm_y(hat(i), g[c], b[c])); });
   }
 }
 
@@ -172,13 +172,12 @@ void backward(const NormRows& rows, const E* gy, const E* x, const Compute<E>* g
     const double m = mean[r], s = invstd[r];
     const Normalised<E> hat(row, m, s);
     if (grad_x) {
-      const Two sums = sum_two(rows, [=](int64_t i, int64_t c) {
-        const double h = static_cast<double>(get(grad[i])) * static_cast<double>(g[c]);
-        return Two{h, h * (static_cast<double>(get(row[i])) - m)};
-      });
+      const Two sums = sums_of_h(rows, grad, row, g, m);
       const T A = static_cast<T>(sums.a / count), B = static_cast<T>(sums.b * s / count), scale = static_cast<T>(s);
       E* out = grad_x + r * rows.length;
-      for_elements(rows, [=](int64_t i, int64_t c) { put(out + i, scale * ((get(grad[i]) * g[c] - A) - hat(i) * B)); });
+      for_elements(rows, [=](int64_t i, int64_t c) {
+        put(out + i, layer_norm_grad_x(get(grad[i]), hat(i), g[c], scale, A, B));
+      });
     }
     if (sum_gamma) {
       add_to_channels(rows, sum_gamma + first,
@@ -209,12 +208,13 @@ void double_backward(const NormRows& rows, const E* u, const Compute<E>* u_gamma
     });
     const double mean_u = of_u.a / count, dot_u = of_u.b * s / count;
     const T U = static_cast<T>(mean_u), Tx = static_cast<T>(dot_u), scale = static_cast<T>(s);
-    const auto w = [=](int64_t i) { return scale * ((get(v[i]) - U) - hat(i) * Tx); };
+    const auto w = [=](int64_t i) { return layer_norm_w(get(v[i]), hat(i), scale, U, Tx); };
     if (to_grad_y) {
       E* out = to_grad_y + r * rows.length;
       if (u_gamma) {
         const T *a = u_gamma + first, *b = u_beta + first;
-        for_elements(rows, [=](int64_t i, int64_t c) { put(out + i, g[c] * w(i) + a[c] * hat(i) + b[c]); });
+        for_elements(rows,
+                     [=](int64_t i, int64_t c) { put(out + i, layer_norm_to_grad_y(w(i), hat(i), g[c], a[c], b[c])); });
       } else {
         for_elements(rows, [=](int64_t i, int64_t c) { put(out + i, g[c] * w(i)); });
       }
@@ -224,31 +224,21 @@ void double_backward(const NormRows& rows, const E* u, const Compute<E>* u_gamma
                       [=](int64_t i, int64_t) { return static_cast<double>(get(grad[i]) * w(i)); });
     }
     if (!to_x) continue;
-    const Two of_h = sum_two(rows, [=](int64_t i, int64_t c) {
-      const double h = static_cast<double>(get(grad[i])) * static_cast<double>(g[c]);
-      return Two{h, h * (static_cast<double>(get(row[i])) - m)};
-    });
-    const double A = of_h.a / count, B = of_h.b * s / count;
-    const double kappa = of_u.d / count - A * mean_u - B * dot_u;
-    double o_mean = -s * (A * dot_u + mean_u * B), o_dot = -2 * s * B * dot_u;
+    const Two of_h = sums_of_h(rows, grad, row, g, m);
+    const T* a = u_gamma ? u_gamma + first : nullptr;
+    const Two of_q = a ? sums_of_h(rows, grad, row, a, m) : Two{0, 0};
+    const auto to = layer_norm_to_x<T>(s, mean_u, dot_u, of_u.d / count, of_h.a / count, of_h.b * s / count, a,
+                                       of_q.a / count, of_q.b * s / count);
     E* out = to_x + r * rows.length;
-    const T by_u = static_cast<T>(-s * s * B), by_h = static_cast<T>(-s * s * dot_u);
-    if (u_gamma) {
-      const T* a = u_gamma + first;
-      const Two of_a = sum_two(rows, [=](int64_t i, int64_t c) {
-        const double p = static_cast<double>(get(grad[i])) * static_cast<double>(a[c]);
-        return Two{p, p * (static_cast<double>(get(row[i])) - m)};
-      });
-      o_mean += of_a.a / count;
-      o_dot += of_a.b * s / count;
-      const T shift = static_cast<T>(-s * o_mean), by_hat = static_cast<T>(-s * o_dot - s * s * kappa);
+    if (a) {
       for_elements(rows, [=](int64_t i, int64_t c) {
-        put(out + i, by_u * get(v[i]) + (by_h * g[c] + scale * a[c]) * get(grad[i]) + by_hat * hat(i) + shift);
+        const T of_u = get(v[i]), of_gy = get(grad[i]);
+        put(out + i, to(of_u, of_gy, to.of_gy(g[c], scale, a[c]), hat(i)));
       });
     } else {
-      const T shift = static_cast<T>(-s * o_mean), by_hat = static_cast<T>(-s * o_dot - s * s * kappa);
       for_elements(rows, [=](int64_t i, int64_t c) {
-        put(out + i, by_u * get(v[i]) + by_h * g[c] * get(grad[i]) + by_hat * hat(i) + shift);
+        const T of_u = get(v[i]), of_gy = get(grad[i]);
+        put(out + i, to(of_u, of_gy, to.by_h * g[c], hat(i)));
       });
     }
   }
@@ -259,14 +249,6 @@ constexpr LayerNormKernels<E> kTable = {forward<E>, backward<E>, double_backward
 
 }  // namespace
 
-#define SIB_FAST_TABLE_OF(E)                                            \
-  template <>                                                           \
-  const LayerNormKernels<E>& SIB_FAST_TABLE(layer_norm_kernels_)<E>() { \
-    return kTable<E>;                                                   \
-  }
-SIB_FAST_TABLE_OF(double)
-SIB_FAST_TABLE_OF(float)
-SIB_FAST_TABLE_OF(BFloat16Bits)
-SIB_FAST_TABLE_OF(Float16Bits)
+SIB_FAST_DEFINE_TABLES(LayerNormKernels, layer_norm_kernels)
 
 }  // namespace sib_fast::cpu

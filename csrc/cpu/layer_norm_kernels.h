@@ -1,10 +1,11 @@
 // Layer norm and group norm, their gradient and the gradient of that: passes over rows, one row after the other while
-// it is in cache. One table per element type and instruction set. Formulae: layer_norm_kernels.cpp.
+// it is in cache.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/element_bits.h"
+#include "common/layer_norm.h"
+#include "cpu/kernel_tables.h"
 
 namespace sib_fast::cpu {
 
@@ -32,11 +33,6 @@ struct LayerNormKernels {
                           double* sum_gamma);
 };
 
-template <class E>
-const LayerNormKernels<E>& layer_norm_kernels_baseline();
-template <class E>
-const LayerNormKernels<E>& layer_norm_kernels_avx2();
-template <class E>
-const LayerNormKernels<E>& layer_norm_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(LayerNormKernels, layer_norm_kernels)
 
 }  // namespace sib_fast::cpu

@@ -1,8 +1,6 @@
 // The double backward of softmax along rows on the CPU: both parts while a row is in cache.
 //
-//   grad_x = y·(gy - c),  c = Σ y·gy;   given u, the cotangent of grad_x, with b = Σ y·u:
-//     to gy  y·(u - b)      to y  u·(gy - c) - b·gy
-//
+// Formulas  common/softmax.h.
 // Traffic   reads u, gy, y once; writes two. PyTorch composes it of some seven passes.
 // Precision halves are widened to float where they are read and rounded once where they are written; sums in double.
 // Order     a row is summed in memory order by one thread: equal inputs give equal bits at any thread count.
@@ -10,6 +8,7 @@
 
 #include "cpu/softmax_kernels.h"
 
+#include "common/softmax.h"
 #include "cpu/simd.h"
 
 namespace sib_fast::cpu {
@@ -31,12 +30,12 @@ void double_backward(const E* u, const E* gy, const E* y, int64_t rows, int64_t 
     if (to_grad_y) {
       E* out = to_grad_y + r * length;
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) put(out + i, get(p[i]) * (get(v[i]) - b));
+      for (int64_t i = 0; i < length; ++i) put(out + i, softmax_to_grad_y(get(v[i]), get(p[i]), b));
     }
     if (to_y) {
       E* out = to_y + r * length;
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) put(out + i, get(v[i]) * (get(g[i]) - c) - b * get(g[i]));
+      for (int64_t i = 0; i < length; ++i) put(out + i, softmax_to_y(get(v[i]), get(g[i]), b, c));
     }
   }
 }
@@ -46,14 +45,6 @@ constexpr SoftmaxKernels<E> kTable = {double_backward<E>};
 
 }  // namespace
 
-#define SIB_FAST_TABLE_OF(E)                                       \
-  template <>                                                      \
-  const SoftmaxKernels<E>& SIB_FAST_TABLE(softmax_kernels_)<E>() { \
-    return kTable<E>;                                              \
-  }
-SIB_FAST_TABLE_OF(double)
-SIB_FAST_TABLE_OF(float)
-SIB_FAST_TABLE_OF(BFloat16Bits)
-SIB_FAST_TABLE_OF(Float16Bits)
+SIB_FAST_DEFINE_TABLES(SoftmaxKernels, softmax_kernels)
 
 }  // namespace sib_fast::cpu

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/element_bits.h"
+#include "cpu/kernel_tables.h"
 
 namespace sib_fast::cpu {
 
@@ -13,11 +13,6 @@ struct SoftmaxKernels {
   void (*double_backward)(const E* u, const E* gy, const E* y, int64_t rows, int64_t length, E* to_grad_y, E* to_y);
 };
 
-template <class E>
-const SoftmaxKernels<E>& softmax_kernels_baseline();
-template <class E>
-const SoftmaxKernels<E>& softmax_kernels_avx2();
-template <class E>
-const SoftmaxKernels<E>& softmax_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(SoftmaxKernels, softmax_kernels)
 
 }  // namespace sib_fast::cpu

@@ -1,14 +1,23 @@
-// From torch's stable tensors to the kernels' plain views, and scratch memory per task.
+// From torch's stable tensors to the kernels' plain views, scratch memory, and tasks on torch's threads.
 #pragma once
 
 #include <cstdlib>
 #include <memory>
 
 #include "common/check.h"
-#include "common/layout.h"
+#include "cpu/element_bits.h"
 #include "cpu/map_view.h"
 
 namespace sib_fast::cpu {
+
+// What common/arguments.h asks of a device.
+struct OnCpu {
+  using BFloat16 = BFloat16Bits;
+  using Half = Float16Bits;
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+};
 
 inline Element element_of(ScalarType type) {
   switch (type) {
@@ -40,5 +49,22 @@ class Scratch {
  private:
   std::unique_ptr<void, void (*)(void*)> data_;
 };
+
+template <class Task>
+void parallel(int64_t tasks, const Task& task) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+// Elements a task: of float32, three inputs and two outputs stay in a 1 MiB L2.
+constexpr int64_t kElementsOfTask = 16384;
+// task(first, last) for fixed blocks of what there are `count` of.
+template <class Task>
+void for_blocks(int64_t count, int64_t block, const Task& task) {
+  torch::stable::parallel_for(0, (count + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    task(begin * block, end * block < count ? end * block : count);
+  });
+}
 
 }  // namespace sib_fast::cpu

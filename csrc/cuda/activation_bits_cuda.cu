@@ -14,9 +14,10 @@
 
 #include <type_traits>
 
-#include "common/activation_bits_checks.h"
+#include "common/activation_ops.h"
+#include "cuda/on_cuda.cuh"
 #include "cuda/pack.cuh"
-#include "cuda/platform.cuh"
+#include "cuda/packs.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -33,22 +34,6 @@ struct DeviceRules {
   }
 };
 
-// The bytes of a thread's columns as one word.
-template <int bytes>
-struct BitsWordOf;
-template <>
-struct BitsWordOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct BitsWordOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct BitsWordOf<8> {
-  using type = uint64_t;
-};
-
 template <class E>
 struct BitsShape {
   static constexpr int kColumns = Pack16<E>::kCount;
@@ -63,7 +48,7 @@ __device__ __forceinline__ void for_elements(const E* from, int64_t count, bool 
                                              Element element) {
   using Pack = Pack16<E>;
   using Shape = BitsShape<E>;
-  using Word = typename BitsWordOf<Shape::kColumns>::type;
+  using Word = typename WordOf<Shape::kColumns>::type;  // the bytes of a thread's columns
   constexpr bool makes = !std::is_const<Byte>::value;
   const int thread = static_cast<int>(threadIdx.x) % Shape::kThreadsPerUnit;
   const int64_t units = (count + kBitsUnit - 1) / kBitsUnit;
@@ -141,80 +126,38 @@ dim3 bits_grid(const Tensor& t) {
   return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
 
-template <class E, class T>
-void run_bits(const Tensor& x, Tensor& y, Tensor& bits, TwoSlopes kind, T a, T b) {
-  const auto* in = static_cast<const E*>(x.const_data_ptr());
-  auto* out = static_cast<E*>(y.mutable_data_ptr());
-  auto* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
-  // Bounds that have crossed give the upper one everywhere, as in PyTorch.
-  const TwoSlopesParameters<E, T> of{a, b, static_cast<E>(a < b ? a : b), static_cast<E>(b)};
-  with_two_slopes(kind, [&](auto k) {
-    launch(kActivationBits, activation_bits_kernel<E, T, decltype(k)::value>, bits_grid<E>(x), dim3(kBitsThreads), 0,
-           current_stream(x), in, x.numel(), start_at_packs({in, out, to}), of, out, to);
-  });
-}
-
-template <class E, class T>
-void run_bits_backward(const Tensor& grad_y, const Tensor& bits, Tensor& grad_x, TwoSlopes kind, T slope) {
-  const auto* in = static_cast<const E*>(grad_y.const_data_ptr());
-  const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
-  auto* out = static_cast<E*>(grad_x.mutable_data_ptr());
-  launch(kActivationBits,
-         kind == TwoSlopes::leaky_relu ? activation_bits_backward_kernel<E, T, true>
-                                       : activation_bits_backward_kernel<E, T, false>,
-         bits_grid<E>(grad_y), dim3(kBitsThreads), 0, current_stream(grad_y), in, from, grad_y.numel(),
-         start_at_packs({in, from, out}), slope, out);
-}
-
-Tensor cuda_activation_bits(Tensor x, Tensor y, int64_t kind, double a, double b) {
-  check_bits_forward(kActivationBits, x, y, kind);
-  const DeviceGuard guard(x.get_device_index());
-  Tensor bits = torch::stable::new_empty(x, {bits_bytes(x.numel())}, ScalarType::Byte);
-  const auto which = static_cast<TwoSlopes>(kind);
-  const auto single_a = static_cast<float>(a), single_b = static_cast<float>(b);
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      run_bits<double, double>(x, y, bits, which, a, b);
-      break;
-    case ScalarType::BFloat16:
-      run_bits<torch::headeronly::BFloat16, float>(x, y, bits, which, single_a, single_b);
-      break;
-    case ScalarType::Half:
-      run_bits<torch::headeronly::Half, float>(x, y, bits, which, single_a, single_b);
-      break;
-    default:
-      run_bits<float, float>(x, y, bits, which, single_a, single_b);
+struct ActivationBitsKernels : OnCuda {
+  template <class E>
+  static void forward(const Tensor& x, Tensor& y, Tensor& bits, TwoSlopes kind, double a, double b) {
+    using T = packs::Compute<E>;
+    const auto* from = in<E>(x);
+    auto* to = static_cast<E*>(y.mutable_data_ptr());
+    auto* made = static_cast<uint8_t*>(bits.mutable_data_ptr());
+    const T low = static_cast<T>(a), high = static_cast<T>(b);
+    // Bounds that have crossed give the upper one everywhere, as in PyTorch.
+    const TwoSlopesParameters<E, T> of{low, high, static_cast<E>(low < high ? low : high), static_cast<E>(high)};
+    with_two_slopes(kind, [&](auto k) {
+      launch(kActivationBits, activation_bits_kernel<E, T, decltype(k)::value>, bits_grid<E>(x), dim3(kBitsThreads), 0,
+             current_stream(x), from, x.numel(), start_at_packs({from, to, made}), of, to, made);
+    });
   }
-  return bits;
-}
 
-Tensor cuda_activation_bits_backward(Tensor grad_y, Tensor bits, int64_t kind, double slope) {
-  check_bits_backward(kActivationBits, grad_y, bits, kind);
-  const DeviceGuard guard(grad_y.get_device_index());
-  Tensor grad_x = torch::stable::empty_like(grad_y);
-  const auto which = static_cast<TwoSlopes>(kind);
-  const auto single = static_cast<float>(slope);
-  switch (grad_y.scalar_type()) {
-    case ScalarType::Double:
-      run_bits_backward<double, double>(grad_y, bits, grad_x, which, slope);
-      break;
-    case ScalarType::BFloat16:
-      run_bits_backward<torch::headeronly::BFloat16, float>(grad_y, bits, grad_x, which, single);
-      break;
-    case ScalarType::Half:
-      run_bits_backward<torch::headeronly::Half, float>(grad_y, bits, grad_x, which, single);
-      break;
-    default:
-      run_bits_backward<float, float>(grad_y, bits, grad_x, which, single);
+  template <class E>
+  static void backward(const Tensor& grad_y, const Tensor& bits, Tensor& grad_x, TwoSlopes kind, double slope) {
+    using T = packs::Compute<E>;
+    const auto* from = in<E>(grad_y);
+    const auto* given = in<uint8_t>(bits);
+    auto* to = out<E>(grad_x);
+    launch(kActivationBits,
+           kind == TwoSlopes::leaky_relu ? activation_bits_backward_kernel<E, T, true>
+                                         : activation_bits_backward_kernel<E, T, false>,
+           bits_grid<E>(grad_y), dim3(kBitsThreads), 0, current_stream(grad_y), from, given, grad_y.numel(),
+           start_at_packs({from, given, to}), static_cast<T>(slope), to);
   }
-  return grad_x;
-}
+};
 
 }  // namespace
 
-SIB_CUDA_LIBRARY(m) {
-  m.impl("_activation_bits", TORCH_BOX(&cuda_activation_bits));
-  m.impl("_activation_bits_backward", TORCH_BOX(&cuda_activation_bits_backward));
-}
+SIB_CUDA_LIBRARY(m) { ActivationBitsOps<ActivationBitsKernels>::implement(m); }
 
 }  // namespace sib_fast::cuda

@@ -11,12 +11,10 @@
 // Order     every element by itself: equal inputs give equal bits.
 // Twins     cpu/activation_kernels.cpp; ops/activation/__init__.py composes the same; truth: reference.py.
 
-#include <tuple>
-
-#include "common/activation.h"
-#include "common/layout.h"
+#include "common/activation_ops.h"
+#include "cuda/on_cuda.cuh"
 #include "cuda/pack.cuh"
-#include "cuda/platform.cuh"
+#include "cuda/packs.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -102,52 +100,29 @@ __global__ void __launch_bounds__(kActivationThreads)
   }
 }
 
-template <class E, class T>
-std::tuple<Tensor, Tensor> run_activation(const Tensor& u, const Tensor& gy, const Tensor& saved, Activation kind,
-                                          ActivationParameters<T> parameters, bool need_grad_y, bool need_saved) {
-  Tensor to_grad_y = need_grad_y ? torch::stable::empty_like(saved) : torch::stable::new_empty(u, {0});
-  Tensor to_saved = need_saved ? torch::stable::empty_like(saved) : torch::stable::new_empty(u, {0});
-  const int64_t count = saved.numel();
-  if (count == 0 || !(need_grad_y || need_saved)) return {to_grad_y, to_saved};
-  const auto in = [](const Tensor& t) { return static_cast<const E*>(t.const_data_ptr()); };
-  const auto out = [](const Tensor& t, bool need) { return need ? static_cast<E*>(t.mutable_data_ptr()) : nullptr; };
-  E *first = out(to_grad_y, need_grad_y), *second = out(to_saved, need_saved);
-  const bool aligned = start_at_packs({in(u), in(gy), in(saved), first, second});
-  const int64_t tiles = divide_up(count, int64_t{kActivationThreads} * Pack16<E>::kCount);
-  const int64_t most = int64_t{kActivationBlocks} * device_of(saved).multiprocessors;
-  const dim3 grid(static_cast<unsigned>(tiles < most ? tiles : most));
-  with_activation(kind, [&](auto k) {
-    launch(kActivation, activation_double_backward_kernel<E, T, decltype(k)::value>, grid, dim3(kActivationThreads), 0,
-           current_stream(saved), in(u), in(gy), in(saved), count, aligned, parameters, first, second);
-  });
-  return {to_grad_y, to_saved};
-}
+struct ActivationKernels : OnCuda {
+  static constexpr bool kHasErf = DeviceMath::has_erf;
 
-std::tuple<Tensor, Tensor> cuda_activation_double_backward(Tensor u, Tensor grad_y, Tensor saved, int64_t kind,
-                                                           double a, double b, bool need_grad_y, bool need_saved) {
-  SIB_CHECK(kActivation, kind >= 0 && kind < kActivations, "kind must be a number of common/activation.h, got ", kind);
-  SIB_CHECK(kActivation, is_supported(saved.scalar_type()), "x must be float64, float32, bfloat16 or float16");
-  const bool channels_last = saved.dim() > 2 && !lies(saved, false);
-  check_alike(kActivation, "x", saved, saved, channels_last);
-  check_alike(kActivation, "u", u, saved, channels_last);
-  check_alike(kActivation, "grad_y", grad_y, saved, channels_last);
-  const DeviceGuard guard(saved.get_device_index());
-  const auto which = static_cast<Activation>(kind);
-  const ActivationParameters<float> single{static_cast<float>(a), static_cast<float>(b)};
-  switch (saved.scalar_type()) {
-    case ScalarType::Double:
-      return run_activation<double, double>(u, grad_y, saved, which, {a, b}, need_grad_y, need_saved);
-    case ScalarType::BFloat16:
-      return run_activation<torch::headeronly::BFloat16>(u, grad_y, saved, which, single, need_grad_y, need_saved);
-    case ScalarType::Half:
-      return run_activation<torch::headeronly::Half>(u, grad_y, saved, which, single, need_grad_y, need_saved);
-    default:
-      return run_activation<float>(u, grad_y, saved, which, single, need_grad_y, need_saved);
+  template <class E>
+  static void double_backward(const Tensor& u, const Tensor& gy, const Tensor& saved, Activation kind, double a,
+                              double b, Tensor& to_grad_y, Tensor& to_saved) {
+    using T = packs::Compute<E>;
+    const ActivationParameters<T> parameters{static_cast<T>(a), static_cast<T>(b)};
+    const int64_t count = saved.numel();
+    E *first = out<E>(to_grad_y), *second = out<E>(to_saved);
+    const bool aligned = start_at_packs({in<E>(u), in<E>(gy), in<E>(saved), first, second});
+    const int64_t tiles = divide_up(count, int64_t{kActivationThreads} * Pack16<E>::kCount);
+    const int64_t most = int64_t{kActivationBlocks} * device_of(saved).multiprocessors;
+    const dim3 grid(static_cast<unsigned>(tiles < most ? tiles : most));
+    with_activation(kind, [&](auto k) {
+      launch(kActivation, activation_double_backward_kernel<E, T, decltype(k)::value>, grid, dim3(kActivationThreads),
+             0, current_stream(saved), in<E>(u), in<E>(gy), in<E>(saved), count, aligned, parameters, first, second);
+    });
   }
-}
+};
 
 }  // namespace
 
-SIB_CUDA_LIBRARY(m) { m.impl("_activation_double_backward", TORCH_BOX(&cuda_activation_double_backward)); }
+SIB_CUDA_LIBRARY(m) { ActivationOps<ActivationKernels>::implement(m); }
 
 }  // namespace sib_fast::cuda

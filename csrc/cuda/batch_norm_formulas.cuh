@@ -1,8 +1,5 @@
-// What batch norm, its gradient and the gradient of that sum over a channel, and what they write with the sums: SPEC
-// 10, one class each. The passes themselves are in batch_norm_passes.cuh.
-//
-//   x̂ = (x - mean)·invstd      y = gamma·x̂ + beta      grad_x = gamma·invstd·(gy - A - x̂·B),  A = ⟨gy⟩, B = ⟨gy·x̂⟩
-//   given u, u_gamma, u_beta:   to gy and to x are affine in (u, gy, x - mean)
+// What batch norm, its gradient and the gradient of that sum over a channel, and what they write with the sums: the
+// formulas of common/batch_norm.h, one class each. The passes themselves are in batch_norm_passes.cuh.
 //
 // A class says: inputs (x last; the first kUnsummed are read by `write` alone), outputs, sums, coefficients, and
 //   centre        what a channel's x is taken relative to, in T: its first element, or the mean rounded to T
@@ -14,26 +11,28 @@
 //            constant terms, so that a mean far above the spread costs no digits.
 #pragma once
 
-#include "cuda/packs.cuh"
+#include "common/batch_norm.h"
+#include "cuda/norm.cuh"
 
 namespace sib_fast::cuda::batch_norm {
 
 using packs::blank, packs::Compute, packs::load, packs::Pack, packs::store;
 
-// One number a channel; `absent` where there is none.
-template <class T>
-__device__ __forceinline__ double value_of(const T* of_channel, int64_t c, double absent) {
-  return of_channel == nullptr ? absent : static_cast<double>(of_channel[c]);
+template <class T, int K>
+__device__ __forceinline__ void round_to(const double (&exact)[K], T centre, T (&k)[K]) {
+  k[0] = centre;
+#pragma unroll
+  for (int j = 1; j < K; ++j) k[j] = static_cast<T>(exact[j]);
 }
 
 // y. The sums are about the channel's first element, which (mean - it)² <= n·variance bounds: what cancels in the
-// variance is at most n roundings of a double. Those of a few elements are about one of these, so that their float32
-// roundings are parts of what they spread, wherever the channel lies.
+// variance is at most n roundings of a double.
 template <class E>
 struct Forward {
   using Element = E;
   using T = Compute<E>;
-  static constexpr int kUnsummed = 0, kInputs = 1, kOutputs = 1, kSums = 2, kCoefficients = 3;
+  static constexpr int kUnsummed = 0, kInputs = 1, kOutputs = 1, kSums = kForwardSums;
+  static constexpr int kCoefficients = kForwardCoefficients;
   struct Channels {
     const T *weight, *bias;
     double *mean, *variance, *invstd;
@@ -46,57 +45,52 @@ struct Forward {
 
   template <int M>
   static __device__ __forceinline__ void add(const T (&v)[kInputs][M], int count, T pivot, double (&sums)[kSums]) {
-    const T local = v[0][0];
-    T sum = T(0), square = T(0);
-#pragma unroll
-    for (int i = 1; i < M; ++i) {
-      const T d = v[0][i] - local;
-      sum += d;
-      square += d * d;
-    }
-    const double step = static_cast<double>(local) - static_cast<double>(pivot), shift = count * step, s = sum;
-    sums[0] += s + shift;
-    sums[1] += static_cast<double>(square) + (2.0 * s + shift) * step;
+    add_about_pivot(v[0], count, pivot, sums);
   }
 
   static __device__ __forceinline__ void coefficients(const Channels& of, int64_t c, T pivot,
                                                       const double (&sums)[kSums], T (&k)[kCoefficients]) {
-    const double shift = sums[0] / of.count, square = sums[1] / of.count - shift * shift;
-    const double mean = static_cast<double>(pivot) + shift;
-    const double variance = square > 0.0 || square != square ? square : 0.0;
-    const double invstd = 1.0 / sqrt(variance + of.eps);
-    of.mean[c] = mean;
-    of.variance[c] = variance;
-    of.invstd[c] = invstd;
-    const T centre = static_cast<T>(mean);
-    const double scale = value_of(of.weight, c, 1.0) * invstd, gap = static_cast<double>(centre) - mean;
-    k[0] = centre;
-    k[1] = static_cast<T>(scale);
-    k[2] = static_cast<T>(value_of(of.bias, c, 0.0) + gap * scale);
+    const Quotient mean_of{of.count};
+    const NormStatistics found =
+        norm_statistics(static_cast<double>(pivot), mean_of(sums[0]), mean_of(sums[1]), of.eps);
+    of.mean[c] = found.mean;
+    of.variance[c] = found.variance;
+    of.invstd[c] = found.invstd;
+    double exact[kCoefficients];
+    batch_norm_coefficients(found, value_of(of.weight, c, 1.0), value_of(of.bias, c, 0.0), exact);
+    const T centre = static_cast<T>(found.mean);
+    exact[2] += (static_cast<double>(centre) - found.mean) * exact[1];
+    round_to(exact, centre, k);
   }
 
   static __device__ __forceinline__ void write(const T (&v)[kInputs], const T (&k)[kCoefficients], T (&to)[kOutputs]) {
-    to[0] = (v[0] - k[0]) * k[1] + k[2];
+    to[0] = batch_norm_y(v[0], k);
+  }
+};
+
+// Of those that have the statistics.
+template <class E>
+struct AboutMean {
+  using Element = E;
+  using T = Compute<E>;
+  template <class Channels>
+  static __device__ __forceinline__ T centre(const Channels& of, int64_t c, const E*) {
+    return static_cast<T>(of.mean[c]);
   }
 };
 
 // grad_x, grad_weight, grad_bias from gy, x; to grad_x what another pass has for x already is added, the first input.
 template <class E, bool added>
-struct Backward {
-  using Element = E;
+struct Backward : AboutMean<E> {
   using T = Compute<E>;
   static constexpr int kUnsummed = added ? 1 : 0, kInputs = 2 + kUnsummed;
-  static constexpr int kOutputs = 1, kSums = 2, kCoefficients = 4;
+  static constexpr int kOutputs = 1, kSums = kBackwardSums, kCoefficients = kBackwardCoefficients;
   struct Channels {
     const T* weight;
     const double *mean, *invstd;
     T *grad_weight, *grad_bias;
     double count;
   };
-
-  static __device__ __forceinline__ T centre(const Channels& of, int64_t c, const E*) {
-    return static_cast<T>(of.mean[c]);
-  }
 
   template <int M>
   static __device__ __forceinline__ void add(const T (&v)[2][M], int, T centre, double (&sums)[kSums]) {
@@ -112,30 +106,29 @@ struct Backward {
 
   static __device__ __forceinline__ void coefficients(const Channels& of, int64_t c, T centre,
                                                       const double (&sums)[kSums], T (&k)[kCoefficients]) {
-    const double invstd = of.invstd[c], gap = static_cast<double>(centre) - of.mean[c];
-    const double sum_gx = sums[1] + gap * sums[0], A = sums[0] / of.count;
-    const double slope = sum_gx / of.count * invstd * invstd;  // B·invstd, so that x̂ need not be formed
-    of.grad_bias[c] = static_cast<T>(sums[0]);
-    of.grad_weight[c] = static_cast<T>(sum_gx * invstd);
-    k[0] = centre;
-    k[1] = static_cast<T>(value_of(of.weight, c, 1.0) * invstd);
-    k[2] = static_cast<T>(A + gap * slope);
-    k[3] = static_cast<T>(slope);
+    const double gap = static_cast<double>(centre) - of.mean[c];
+    const double about_mean[kSums] = {sums[0], sums[1] + gap * sums[0]};
+    double exact[kCoefficients], grad_gamma, grad_beta;
+    batch_norm_backward_coefficients(about_mean, Quotient{of.count}, of.mean[c], of.invstd[c],
+                                     value_of(of.weight, c, 1.0), grad_gamma, grad_beta, exact);
+    of.grad_weight[c] = static_cast<T>(grad_gamma);
+    of.grad_bias[c] = static_cast<T>(grad_beta);
+    exact[2] += gap * exact[3];
+    round_to(exact, centre, k);
   }
 
   static __device__ __forceinline__ void write(const T (&v)[kInputs], const T (&k)[kCoefficients], T (&to)[kOutputs]) {
-    constexpr int gy = kUnsummed, x = gy + 1;
-    const T grad_x = k[1] * ((v[gy] - k[2]) - (v[x] - k[0]) * k[3]);
+    const T grad_x = batch_norm_grad_x(v[kUnsummed], v[kUnsummed + 1], k);
     to[0] = added ? grad_x + v[0] : grad_x;
   }
 };
 
 // Gradients of grad_y, x and weight from u, gy, x.
 template <class E>
-struct Second {
-  using Element = E;
+struct Second : AboutMean<E> {
   using T = Compute<E>;
-  static constexpr int kUnsummed = 0, kInputs = 3, kOutputs = 2, kSums = 5, kCoefficients = 8;
+  static constexpr int kUnsummed = 0, kInputs = 3, kOutputs = 2, kSums = kSecondSums;
+  static constexpr int kCoefficients = kSecondCoefficients;
   struct Channels {
     const T *weight, *u_weight, *u_bias;
     const double *mean, *invstd;
@@ -143,56 +136,42 @@ struct Second {
     double count;
   };
 
-  static __device__ __forceinline__ T centre(const Channels& of, int64_t c, const E*) {
-    return static_cast<T>(of.mean[c]);
-  }
-
   template <int M>
   static __device__ __forceinline__ void add(const T (&v)[kInputs][M], int, T centre, double (&sums)[kSums]) {
-    T u = T(0), ux = T(0), ug = T(0), g = T(0), gx = T(0);
+    BatchNormSecondTerms<T> few{};
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-      const T d = v[2][i] - centre;
-      u += v[0][i];
-      ux += v[0][i] * d;
-      ug += v[0][i] * v[1][i];
-      g += v[1][i];
-      gx += v[1][i] * d;
+      const auto one = batch_norm_second_terms(v[0][i], v[1][i], v[2][i] - centre);
+      few.u += one.u;
+      few.ud += one.ud;
+      few.ug += one.ug;
+      few.g += one.g;
+      few.gd += one.gd;
     }
-    sums[0] += static_cast<double>(u);
-    sums[1] += static_cast<double>(ux);
-    sums[2] += static_cast<double>(ug);
-    sums[3] += static_cast<double>(g);
-    sums[4] += static_cast<double>(gx);
+    sums[0] += static_cast<double>(few.u);
+    sums[1] += static_cast<double>(few.ud);
+    sums[2] += static_cast<double>(few.ug);
+    sums[3] += static_cast<double>(few.g);
+    sums[4] += static_cast<double>(few.gd);
   }
 
   static __device__ __forceinline__ void coefficients(const Channels& of, int64_t c, T centre,
                                                       const double (&sums)[kSums], T (&k)[kCoefficients]) {
-    const double invstd = of.invstd[c], scale = value_of(of.weight, c, 1.0) * invstd;
-    const double u_gamma = value_of(of.u_weight, c, 0.0), u_beta = value_of(of.u_bias, c, 0.0);
-    const double gap = static_cast<double>(centre) - of.mean[c], by_count = 1.0 / of.count;
-    const double U = sums[0] * by_count, A = sums[3] * by_count, V = sums[2] * by_count;
-    const double Tx = (sums[1] + gap * sums[0]) * invstd * by_count, B = (sums[4] + gap * sums[3]) * invstd * by_count;
-    const double kappa = V - A * U - B * Tx;
-    of.to_weight[c] = static_cast<T>(invstd * of.count * kappa);
-    // ω = omega_u·u + omega_g·gy
-    const double omega_u = -scale * B, omega_g = u_gamma - scale * Tx;
-    const double omega_mean = omega_u * U + omega_g * A, omega_dot = omega_u * Tx + omega_g * B;
-    const double y_by_x = omega_g * invstd, x_by_x = -(omega_dot + scale * kappa) * invstd * invstd;
-    k[0] = centre;
-    k[1] = static_cast<T>(scale);
-    k[2] = static_cast<T>(y_by_x);
-    k[3] = static_cast<T>(u_beta - scale * U + gap * y_by_x);
-    k[4] = static_cast<T>(invstd * omega_u);
-    k[5] = static_cast<T>(invstd * omega_g);
-    k[6] = static_cast<T>(x_by_x);
-    k[7] = static_cast<T>(gap * x_by_x - invstd * omega_mean);
+    const double gap = static_cast<double>(centre) - of.mean[c];
+    const double about_mean[kSums] = {sums[0], sums[1] + gap * sums[0], sums[2], sums[3], sums[4] + gap * sums[3]};
+    double exact[kCoefficients], to_gamma;
+    batch_norm_second_coefficients(about_mean, Product{1.0 / of.count}, of.count, of.mean[c], of.invstd[c],
+                                   value_of(of.weight, c, 1.0), value_of(of.u_weight, c, 0.0),
+                                   value_of(of.u_bias, c, 0.0), to_gamma, exact);
+    of.to_weight[c] = static_cast<T>(to_gamma);
+    exact[3] += gap * exact[2];
+    exact[7] += gap * exact[6];
+    round_to(exact, centre, k);
   }
 
   static __device__ __forceinline__ void write(const T (&v)[kInputs], const T (&k)[kCoefficients], T (&to)[kOutputs]) {
-    const T d = v[2] - k[0];
-    to[0] = k[1] * v[0] + k[2] * d + k[3];
-    to[1] = k[4] * v[0] + k[5] * v[1] + k[6] * d + k[7];
+    to[0] = batch_norm_to_grad_y(v[0], v[2], k);
+    to[1] = batch_norm_to_x(v[0], v[1], v[2], k);
   }
 };
 

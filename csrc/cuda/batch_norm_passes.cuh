@@ -16,7 +16,6 @@
 #pragma once
 
 #include "cuda/batch_norm_formulas.cuh"
-#include "cuda/block.cuh"
 
 namespace sib_fast::cuda::batch_norm {
 
@@ -42,11 +41,18 @@ struct Arguments {
   using T = typename Op::T;
   const E* in[Op::kInputs];
   E* out[Op::kOutputs];  // null: not asked for
-  typename Op::Channels of;
-  Geometry at;
-  double* partial;    // [C, kSums, parts]
-  T* coefficients;    // [kCoefficients, C]
-  bool sums, writes;  // both: the block's part is the whole channel
+  typename Op::Channels of{};
+  Geometry at{};
+  double* partial = nullptr;          // [C, kSums, parts]
+  T* coefficients = nullptr;          // [kCoefficients, C]
+  bool sums = false, writes = false;  // both: the block's part is the whole channel
+
+  SIB_HOST_DEVICE bool any_output() const {
+    bool any = false;
+#pragma unroll
+    for (int o = 0; o < Op::kOutputs; ++o) any = any || out[o] != nullptr;
+    return any;
+  }
 
   __device__ __forceinline__ T centre(int64_t c) const {
     return Op::centre(of, c, in[Op::kInputs - 1] + c * at.spatial);
@@ -57,6 +63,30 @@ template <class T, int kCoefficients>
 __device__ __forceinline__ void read_coefficients(const T* from, int64_t c, int64_t stride, T (&k)[kCoefficients]) {
 #pragma unroll
   for (int j = 0; j < kCoefficients; ++j) k[j] = from[j * stride + c];
+}
+
+// The outputs of a pack; k_of(i): the coefficients of its i-th place.
+template <class Op, int V, class CoefficientsOf>
+__device__ __forceinline__ void write_pack(const Arguments<Op>& a,
+                                           const Pack<typename Op::Element, V> (&raw)[Op::kInputs], int64_t first,
+                                           int lo, int hi, CoefficientsOf k_of) {
+  using E = typename Op::Element;
+  using T = typename Op::T;
+  Pack<E, V> to[Op::kOutputs];
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    T v[Op::kInputs], w[Op::kOutputs];
+#pragma unroll
+    for (int t = 0; t < Op::kInputs; ++t) v[t] = static_cast<T>(raw[t].value[i]);
+    Op::write(v, k_of(i), w);
+#pragma unroll
+    for (int o = 0; o < Op::kOutputs; ++o) to[o].value[i] = static_cast<E>(w[o]);
+  }
+#pragma unroll
+  for (int o = 0; o < Op::kOutputs; ++o) {
+    if (a.out[o] == nullptr) continue;
+    store(a.out[o], first, lo, hi, a.at.packed >> (Op::kInputs + o) & 1, to[o]);
+  }
 }
 
 // ---- channels first -------------------------------------------------------------------------------------------------
@@ -188,30 +218,13 @@ __global__ void __launch_bounds__(kThreads, Op::kInputs == 3 ? 4 : 5)
     read_coefficients(a.coefficients, c, a.at.channels, k);
   }
 
-  bool any = false;
-#pragma unroll
-  for (int o = 0; o < Op::kOutputs; ++o) any = any || a.out[o] != nullptr;
-  if (!any) return;
+  if (!a.any_output()) return;
   for (Walk<V> walk(a.at, c, part); walk.more();) {
     load_next(walk, 0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (hi[u] <= lo[u]) continue;
-      Pack<E, V> to[Op::kOutputs];
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        T v[Op::kInputs], w[Op::kOutputs];
-#pragma unroll
-        for (int t = 0; t < Op::kInputs; ++t) v[t] = static_cast<T>(raw[u][t].value[i]);
-        Op::write(v, k, w);
-#pragma unroll
-        for (int o = 0; o < Op::kOutputs; ++o) to[o].value[i] = static_cast<E>(w[o]);
-      }
-#pragma unroll
-      for (int o = 0; o < Op::kOutputs; ++o) {
-        if (a.out[o] == nullptr) continue;
-        store(a.out[o], first[u], lo[u], hi[u], a.at.packed >> (Op::kInputs + o) & 1, to[o]);
-      }
+      write_pack<Op, V>(a, raw[u], first[u], lo[u], hi[u], [&](int) -> const auto& { return k; });
     }
   }
 }
@@ -281,30 +294,12 @@ __global__ void __launch_bounds__(kThreads, Columns<Op>::kBlocks)
         Op::add(v, rows, centre[i], sums[i]);
       }
     }
-    // Rows of threads are halved onto each other, until the first has the sums of all.
     double* shared = dynamic_shared<double>();
-    const auto slot = [&](int i, int s, int of) -> double& { return shared[(i * Op::kSums + s) * kThreads + of]; };
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-#pragma unroll
-      for (int s = 0; s < Op::kSums; ++s) slot(i, s, thread) = sums[i][s];
-    }
-    for (int half = kThreads / 2; half >= width; half /= 2) {
-      __syncthreads();
-      if (thread >= half) continue;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-#pragma unroll
-        for (int s = 0; s < Op::kSums; ++s) slot(i, s, thread) += slot(i, s, thread + half);
-      }
-    }
-    // The first row reads what it has added itself.
+    sum_rows_of_threads<kThreads>(sums, width, shared);
     if (y == 0) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         if (i >= columns) continue;
-#pragma unroll
-        for (int s = 0; s < Op::kSums; ++s) sums[i][s] = slot(i, s, x);
         if (a.writes) {
           Op::coefficients(a.of, column + i, centre[i], sums[i], k[i]);
         } else {
@@ -334,31 +329,14 @@ __global__ void __launch_bounds__(kThreads, Columns<Op>::kBlocks)
     }
   }
 
-  bool any = false;
-#pragma unroll
-  for (int o = 0; o < Op::kOutputs; ++o) any = any || a.out[o] != nullptr;
-  if (!any) return;
+  if (!a.any_output()) return;
   for (int64_t row = begin; row < end; row += kRows * row_step) {
     load_rows(row, 0);
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       if (row + u * row_step >= end) continue;
-      Pack<E, V> to[Op::kOutputs];
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        T v[Op::kInputs], w[Op::kOutputs];
-#pragma unroll
-        for (int t = 0; t < Op::kInputs; ++t) v[t] = static_cast<T>(raw[u][t].value[i]);
-        Op::write(v, k[i], w);
-#pragma unroll
-        for (int o = 0; o < Op::kOutputs; ++o) to[o].value[i] = static_cast<E>(w[o]);
-      }
-#pragma unroll
-      for (int o = 0; o < Op::kOutputs; ++o) {
-        if (a.out[o] == nullptr) continue;
-        store(a.out[o], (row + u * row_step) * channels + column, 0, columns, a.at.packed >> (Op::kInputs + o) & 1,
-              to[o]);
-      }
+      write_pack<Op, V>(a, raw[u], (row + u * row_step) * channels + column, 0, columns,
+                        [&](int i) -> const auto& { return k[i]; });
     }
   }
 }

@@ -16,8 +16,10 @@ STABLE_TORCH_LIBRARY(sib_fast_emulated, m) {
   sib_fast::define_schemas(m);
   m.def("_probe(Tensor x, int number) -> Tensor");
   m.def("_record(Tensor x, bool on) -> Tensor");
+  m.def("_banks(Tensor x, bool on) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sib_fast_emulated, CPU, m) {
   m.impl("_probe", TORCH_BOX(&sib_fast::cuda::probes::probe));
   m.impl("_record", TORCH_BOX(&sib_fast::cuda::probes::record));
+  m.impl("_banks", TORCH_BOX(&sib_fast::cuda::probes::banks));
 }

@@ -14,6 +14,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -22,6 +23,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -44,29 +46,12 @@ struct dim3 {
 struct uint3 {
   unsigned x, y, z;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(8) int2 {
-  int x, y;
 };
 struct alignas(16) double2 {
   double x, y;
 };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
 namespace sib_fast::emulation {
@@ -243,6 +228,62 @@ inline void run_block() {
   }
 }
 
+// Reads, writes and asynchronous copies of packs in shared memory while it is on, and how often they meet in a bank: a
+// warp's k-th access of a kind is one instruction, and the hardware serves 128 bytes of it at a time, each of the 32
+// banks one word. For launches whose lanes all do the same; a lane that skips an access would be paired wrongly.
+struct Banks {
+  static constexpr int kKinds = 3;                // as Access
+  static constexpr int64_t kFields = 2 * kKinds;  // of each kind: transfers of 128 bytes, times they take
+  struct Access {
+    int64_t word;  // of shared memory
+    int words;
+  };
+  bool on = false;
+  std::vector<std::array<std::vector<Access>, kKinds>> of_thread;  // of the block that runs
+  std::vector<int64_t> launches;
+
+  void begin_launch(size_t threads) {
+    of_thread.assign(threads, {});
+    launches.resize(launches.size() + kFields, 0);
+  }
+  void end_block() {
+    int64_t* const counts = launches.data() + launches.size() - kFields;
+    for (size_t warp = 0; warp < of_thread.size(); warp += kWarp) {
+      const size_t lanes = std::min<size_t>(kWarp, of_thread.size() - warp);
+      for (int kind = 0; kind < kKinds; ++kind) {
+        size_t most = 0;
+        for (size_t i = 0; i < lanes; ++i) most = std::max(most, of_thread[warp + i][kind].size());
+        for (size_t k = 0; k < most; ++k) count(warp, lanes, kind, k, counts + 2 * kind);
+      }
+    }
+    for (auto& kinds : of_thread)
+      for (auto& accesses : kinds) accesses.clear();
+  }
+
+ private:
+  void count(size_t warp, size_t lanes, int kind, size_t k, int64_t* counts) const {
+    std::array<std::set<int64_t>, 32> words_of_bank;
+    int gathered = 0;
+    const auto transfer = [&] {
+      if (gathered == 0) return;
+      size_t times = 0;
+      for (auto& words : words_of_bank) times = std::max(times, words.size()), words.clear();
+      counts[0] += 1;
+      counts[1] += static_cast<int64_t>(times);
+      gathered = 0;
+    };
+    for (size_t i = 0; i < lanes; ++i) {
+      const auto& mine = of_thread[warp + i][kind];
+      if (k >= mine.size()) continue;
+      for (int w = 0; w < mine[k].words; ++w) words_of_bank[(mine[k].word + w) % 32].insert(mine[k].word + w);
+      gathered += mine[k].words;
+      if (gathered == 32) transfer();
+    }
+    transfer();
+  }
+};
+inline Banks banks;
+
 inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::function<void()>& body) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   if (count > 1024) throw std::runtime_error("emulation: more than 1024 threads a block");
@@ -257,6 +298,7 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
   block = &here;
   block_dim = threads;
   grid_dim = grid;
+  if (banks.on) banks.begin_launch(count);
   std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator());
@@ -274,6 +316,7 @@ inline void run_grid(dim3 grid, dim3 threads, int64_t shared_bytes, const std::f
       }
       run_block();
       here.check_red_zones();
+      if (banks.on) banks.end_block();
     }
   } catch (...) {
     for (size_t i = 0; i < count; ++i) here.fibres[i].started = false;  // some stand in the middle of their bodies
@@ -318,15 +361,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   sib_fast::emulation::yield(sib_fast::emulation::State::warp_barrier, mask);
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
-template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  T all[32];
-  sib_fast::emulation::exchange(mask, value, all);
-  const int lane = sib_fast::emulation::lane();
-  return all[lane / width * width + source % width];
-}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
   T all[32];
@@ -341,13 +376,6 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int lane = sib_fast::emulation::lane();
   return lane % width >= static_cast<int>(delta) ? all[lane - delta] : value;
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  T all[32];
-  sib_fast::emulation::exchange(mask, value, all);
-  const int lane = sib_fast::emulation::lane();
-  return lane % width + static_cast<int>(delta) < width ? all[lane + delta] : value;
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   int all[32];
   sib_fast::emulation::exchange(mask, predicate, all);
@@ -356,47 +384,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     if ((mask >> i & 1) && all[i]) bits |= 1u << i;
   return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
-template <class T>
-unsigned __match_any_sync(unsigned mask, T value) {
-  T all[32];
-  sib_fast::emulation::exchange(mask, value, all);
-  unsigned bits = 0;
-  for (int i = 0; i < 32; ++i)
-    if ((mask >> i & 1) && std::memcmp(&all[i], &value, sizeof(T)) == 0) bits |= 1u << i;
-  return bits;
-}
-template <class T>
-T sib_fast_reduce(unsigned mask, T value, T (*combine)(T, T)) {
-  T all[32];
-  sib_fast::emulation::exchange(mask, value, all);
-  bool first = true;
-  T out{};
-  for (int i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) continue;
-    out = first ? all[i] : combine(out, all[i]);
-    first = false;
-  }
-  return out;
-}
-template <class T>
-T __reduce_add_sync(unsigned mask, T value) {
-  return sib_fast_reduce<T>(mask, value, [](T a, T b) { return static_cast<T>(a + b); });
-}
-template <class T>
-T __reduce_min_sync(unsigned mask, T value) {
-  return sib_fast_reduce<T>(mask, value, [](T a, T b) { return std::min(a, b); });
-}
-template <class T>
-T __reduce_max_sync(unsigned mask, T value) {
-  return sib_fast_reduce<T>(mask, value, [](T a, T b) { return std::max(a, b); });
-}
-template <class T>
-T __reduce_or_sync(unsigned mask, T value) {
-  return sib_fast_reduce<T>(mask, value, [](T a, T b) { return static_cast<T>(a | b); });
-}
-
 // Fibres change hands only at collectives, so plain operations are atomic here.
 template <class T, class V>
 T atomicAdd(T* to, V value) {
@@ -406,66 +393,26 @@ T atomicAdd(T* to, V value) {
   return before;
 }
 template <class T, class V>
-T atomicMin(T* to, V value) {
-  const T before = *to;
-  *to = std::min(before, static_cast<T>(value));
-  return before;
-}
-template <class T, class V>
-T atomicMax(T* to, V value) {
-  const T before = *to;
-  *to = std::max(before, static_cast<T>(value));
-  return before;
-}
-template <class T, class V>
 T atomicOr(T* to, V value) {
   const T before = *to;
   *to = static_cast<T>(before | static_cast<T>(value));
   return before;
 }
-template <class T, class V>
-T atomicExch(T* to, V value) {
-  const T before = *to;
-  *to = static_cast<T>(value);
-  return before;
-}
-
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
-inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
-inline int __clzll(long long v) { return v == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(v)); }
 inline unsigned __float_as_uint(float v) {
   unsigned u;
   std::memcpy(&u, &v, 4);
   return u;
 }
-inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
 inline float __uint_as_float(unsigned u) {
   float v;
   std::memcpy(&v, &u, 4);
   return v;
 }
-inline float __int_as_float(int i) { return __uint_as_float(static_cast<unsigned>(i)); }
-inline long long __double_as_longlong(double v) {
-  long long i;
-  std::memcpy(&i, &v, 8);
-  return i;
-}
-inline double __longlong_as_double(long long i) {
-  double v;
-  std::memcpy(&v, &i, 8);
-  return v;
-}
 inline unsigned __float2uint_rn(float v) { return static_cast<unsigned>(std::nearbyint(v)); }
 inline unsigned long long __float2ull_rn(float v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
 inline unsigned long long __double2ull_rn(double v) { return static_cast<unsigned long long>(std::nearbyint(v)); }
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-using std::isfinite;
-using std::isnan;
 using std::max;
 using std::min;
 
@@ -482,20 +429,34 @@ struct Device {
   int capability;
   int64_t block_shared;
 };
-// An H200, unless SIB_FAST_EMULATION_SHARED says how many KiB a block may have.
+// An H200, unless SIB_FAST_EMULATION_SHARED says how many KiB a block may have, or
+// SIB_FAST_EMULATION_MULTIPROCESSORS how many multiprocessors there are.
 inline int64_t block_shared() {
   const char* kib = std::getenv("SIB_FAST_EMULATION_SHARED");
   return (kib ? std::atoll(kib) : 227) * 1024;
 }
 inline const Device& device_of(const Tensor&) {
   static thread_local Device device;
-  device = Device{132, 90, block_shared()};
+  const char* multiprocessors = std::getenv("SIB_FAST_EMULATION_MULTIPROCESSORS");
+  device = Device{multiprocessors ? std::atoi(multiprocessors) : 132, 90, block_shared()};
   return device;
 }
 
 template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::block->shared());
+}
+
+enum class Access { copy, read, write };
+inline void expect_access(Access access, const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % std::min(bytes, 16))
+    throw std::runtime_error("emulation: a pack off its boundary");
+  emulation::Banks& banks = emulation::banks;
+  const int64_t at = static_cast<const unsigned char*>(address) - emulation::block->shared();
+  if (!banks.on || at < 0 || at >= static_cast<int64_t>(emulation::block->shared_bytes)) return;
+  for (int64_t part = 0; part < bytes; part += 16)
+    banks.of_thread[emulation::block->running][static_cast<int>(access)].push_back(
+        {(at + part) / 4, std::min(bytes, 16) / 4});
 }
 
 template <class... Parameters, class... Arguments>
@@ -514,15 +475,13 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   emulation::run_grid(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
-inline void copy_async(void* shared, const void* global, int bytes, bool valid) {
-  emulation::self().groups.back().push_back({shared, global, bytes, valid});
+template <int Bytes, bool InL1 = Bytes != 16>
+void copy_async(void* shared, const void* global, bool valid = true) {
+  expect_access(Access::copy, shared, Bytes);
+  if (valid && reinterpret_cast<uintptr_t>(global) % Bytes)
+    throw std::runtime_error("emulation: an asynchronous copy off its boundary");
+  emulation::self().groups.back().push_back({shared, global, Bytes, valid});
 }
-inline void copy_async_16(void* shared, const void* global, bool valid = true) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
-    throw std::runtime_error("emulation: copy_async_16 needs 16-byte alignment");
-  copy_async(shared, global, 16, valid);
-}
-inline void copy_async_4(void* shared, const void* global, bool valid = true) { copy_async(shared, global, 4, valid); }
 inline void copy_async_commit() { emulation::self().groups.emplace_back(); }
 template <int Pending>
 void copy_async_wait() {
@@ -539,7 +498,7 @@ void copy_async_wait() {
 }
 
 inline void store_16(void* global, uint4 v) {
-  if (reinterpret_cast<uintptr_t>(global) % 16) throw std::runtime_error("emulation: store_16 needs 16-byte alignment");
+  expect_access(Access::write, global, 16);
   std::memcpy(global, &v, sizeof(v));
 }
 
@@ -550,28 +509,50 @@ inline float approximate_reciprocal(float y) {
   return bits % 3 == 0 && std::isnormal(r) ? __uint_as_float(bits + 1) : r;
 }
 
-inline uint32_t to_tf32(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+inline float nearest_tf32(float a) {
+  const float scaled = a * 8193.0f;
+  return static_cast<float>(static_cast<double>(scaled) - 8192.0 * static_cast<double>(a));
+}
+inline float toward_zero(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// One exchange for the whole step, and the truncation of the hardware's sums.
+template <int MT, int NT>
+void warp_mma(float (&acc)[4 * MT * NT], const float (&a)[4 * MT], const float (&b)[2 * NT], bool split) {
   struct Fragments {
-    uint32_t a[4], b[2];
+    float a[4 * MT], b[2 * NT];
   } mine, all[32];
   std::memcpy(mine.a, a, sizeof(mine.a));
   std::memcpy(mine.b, b, sizeof(mine.b));
   emulation::exchange(0xffffffffu, mine, all);
   const int g = emulation::lane() / 4, t = emulation::lane() % 4;
-  // Tensor cores read 19 bits of each operand.
-  const auto value = [](uint32_t bits) { return __uint_as_float(bits & ~0x1fffu); };
-  for (int i = 0; i < 4; ++i) {
-    const int column = 2 * t + i % 2;
-    float sum = d[i];
-    for (int k = 0; k < 8; ++k)
-      sum += value(all[4 * g + k % 4].a[(k / 4) * 2 + i / 2]) * value(all[4 * column + k % 4].b[k / 4]);
-    d[i] = sum;
+  double left[2][2 * MT][8], right[2][2 * NT][8];  // [big, small][row or column of this lane][k]
+  const auto put = [](double (&big)[8], double (&small)[8], int k, float value) {
+    const float head = nearest_tf32(value);
+    big[k] = head;
+    small[k] = __uint_as_float(__float_as_uint(value - head) & ~0x1fffu);
+  };
+  for (int k = 0; k < 8; ++k) {
+    for (int r = 0; r < 2 * MT; ++r)
+      put(left[0][r], left[1][r], k, all[4 * g + k % 4].a[4 * (r / 2) + 2 * (k / 4) + r % 2]);
+    for (int c = 0; c < 2 * NT; ++c)
+      put(right[0][c], right[1][c], k, all[4 * (2 * t + c % 2) + k % 4].b[2 * (c / 2) + k / 4]);
   }
+  const auto product = [&](int x, int y) {
+    for (int e = 0; e < 4 * MT * NT; ++e) {
+      const int r = e / 4 / NT * 2 + e % 4 / 2, c = e / 4 % NT * 2 + e % 2;
+      double sum = acc[e];
+      for (int k = 0; k < 8; ++k) sum += left[x][r][k] * right[y][c][k];
+      acc[e] = toward_zero(sum);
+    }
+  };
+  if (split) {
+    product(1, 0);
+    product(0, 1);
+  }
+  product(0, 0);
 }
 
 }  // namespace sib_fast::cuda

@@ -1,9 +1,9 @@
 // Small kernels with a known answer or a planted mistake: tests/cuda/test_emulation.py checks the emulation with them.
 // torch.ops.sib_fast_emulated._probe(float32 [32·k], number) -> float32 of the same shape.
-// torch.ops.sib_fast_emulated._record(any tensor, on) -> int64 [launches, 5].
+// torch.ops.sib_fast_emulated._record(any tensor, on) -> int64 [launches, 5]; _banks likewise -> int64 [launches, 6].
 #pragma once
 
-#include "cuda/platform.cuh"
+#include "cuda/pack.cuh"
 
 namespace sib_fast::cuda {
 namespace probes {
@@ -33,16 +33,16 @@ __global__ void divergent_kernel(float* y) {
   y[threadIdx.x] = 1;
 }
 
-__global__ void outside_mask_kernel(float* y) { y[threadIdx.x] = __shfl_sync(0x1u, y[threadIdx.x], 0); }
+__global__ void outside_mask_kernel(float* y) { y[threadIdx.x] = __shfl_xor_sync(0x1u, y[threadIdx.x], 0); }
 
 // Two groups of copies, of which `Pending` may still be under way.
 template <int Pending>
 __global__ void copy_kernel(const float* x, float* y) {
   float* shared = dynamic_shared<float>();
   const bool first_half = threadIdx.x < blockDim.x / 2;
-  if (first_half) copy_async_4(shared + threadIdx.x, x + threadIdx.x);
+  if (first_half) copy_async<4>(shared + threadIdx.x, x + threadIdx.x);
   copy_async_commit();
-  if (!first_half) copy_async_4(shared + threadIdx.x, x + threadIdx.x, threadIdx.x + 1 < blockDim.x);
+  if (!first_half) copy_async<4>(shared + threadIdx.x, x + threadIdx.x, threadIdx.x + 1 < blockDim.x);
   copy_async_commit();
   copy_async_wait<Pending>();
   __syncthreads();
@@ -54,16 +54,16 @@ __global__ void collectives_kernel(const float* x, float* y) {
   constexpr unsigned kAll = 0xffffffffu;
   const float v = x[threadIdx.x];
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const unsigned whole = static_cast<unsigned>(lane);
-  const float answers[] = {__shfl_sync(kAll, v, 5),
-                           __shfl_xor_sync(kAll, v, 3),
-                           __shfl_up_sync(kAll, v, 2),
-                           __shfl_down_sync(kAll, v, 2),
-                           static_cast<float>(__popc(__ballot_sync(kAll, lane < 7))),
-                           static_cast<float>(__reduce_add_sync(kAll, whole)),
-                           static_cast<float>(__reduce_max_sync(kAll, whole)),
-                           static_cast<float>(__popc(__match_any_sync(kAll, whole / 4)))};
-  y[threadIdx.x] = answers[lane % 8];
+  const float answers[] = {__shfl_xor_sync(kAll, v, 3), __shfl_up_sync(kAll, v, 2),
+                           static_cast<float>(__popc(__ballot_sync(kAll, lane < 7)))};
+  y[threadIdx.x] = answers[lane % 3];
+}
+
+// Packs of four floats, `pitch` floats apart, written and read.
+__global__ void banks_kernel(const float* x, float* y, int pitch) {
+  float* shared = dynamic_shared<float>();
+  share_pack(shared + threadIdx.x * pitch, Pack<float, 4>{{x[threadIdx.x]}});
+  y[threadIdx.x] = load_pack<4>(shared + threadIdx.x * pitch).value[0];
 }
 
 // Half a warp meets while the other half has left.
@@ -140,21 +140,35 @@ inline Tensor probe(Tensor x, int64_t number) {
     case 14:
       launch(kOp, contraction_kernel, dim3(1), threads, 0, Stream(), out);
       break;
+    case 15:
+      launch(kOp, banks_kernel, dim3(1), threads, 4 * bytes, Stream(), in, out, 4);
+      break;
+    case 16:
+      launch(kOp, banks_kernel, dim3(1), threads, 16 * bytes, Stream(), in, out, 16);
+      break;
     default:
-      SIB_CHECK(kOp, false, "number must be 0 … 14, got ", number);
+      SIB_CHECK(kOp, false, "number must be 0 … 16, got ", number);
   }
   return result;
 }
 
+// Rows of what was recorded, which is then forgotten.
+inline Tensor rows_of(const Tensor& like, std::vector<int64_t>& recorded, int64_t fields) {
+  const int64_t rows = static_cast<int64_t>(recorded.size()) / fields;
+  const Tensor result = torch::stable::new_empty(like, {rows, fields}, ScalarType::Long);
+  std::copy(recorded.begin(), recorded.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  recorded.clear();
+  return result;
+}
 // What was recorded until now, int64 [launches, 5]; from now on launches are recorded and not run, or run again.
 inline Tensor record(Tensor x, bool on) {
-  emulation::Recorder& recorder = emulation::recorder;
-  const int64_t count = static_cast<int64_t>(recorder.launches.size());
-  const Tensor result = torch::stable::new_empty(x, {count / recorder.kFields, recorder.kFields}, ScalarType::Long);
-  std::copy(recorder.launches.begin(), recorder.launches.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
-  recorder.launches.clear();
-  recorder.on = on;
-  return result;
+  emulation::recorder.on = on;
+  return rows_of(x, emulation::recorder.launches, emulation::Recorder::kFields);
+}
+// What was counted until now, int64 [launches, 6]: of copies, reads and writes the transfers and the times they take.
+inline Tensor banks(Tensor x, bool on) {
+  emulation::banks.on = on;
+  return rows_of(x, emulation::banks.launches, emulation::Banks::kFields);
 }
 
 }  // namespace probes

@@ -1,55 +1,17 @@
-// The arithmetic of foreground_mask's CUDA kernels that needs no thread: ranks and weights, keys, bins, fixed point.
+// The arithmetic of foreground_mask's CUDA kernels that needs no thread: keys, bins, fixed point.
 // Plain functions for host and device, so that tests reach them through _blocks.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#include "common/rank_window.h"
 
 #include "common/host_device.h"
 
 namespace sib_fast::cuda {
 
-// ---- ranks and weights ----------------------------------------------------------------------------------------------
-
-// A RankWindow (common/rank_window.h) whose weights are computed where they are used: passed to kernels by value, so
-// that nothing is copied to the device.
-struct SoftRanks {
-  int64_t first;    // rank of entry 0
-  int64_t length;   // entries
-  int64_t nearest;  // entry of the rank nearest to the level
-  double position;  // q(P-1)
-  double best;      // |nearest rank - position|: weights are relative to the largest one, so that none underflows
-  double temperature;
-  double scale;  // 1 / sum of the unscaled weights
-
-  SIB_HOST_DEVICE double weight(int64_t entry) const {
-    const double distance = fabs(static_cast<double>(first + entry) - position);
-    return exp((best - distance) / temperature) * scale;
-  }
-};
-
-inline SoftRanks soft_ranks(double level, double temperature, int64_t pixels, bool is_double) {
-  SoftRanks ranks{};
-  const int64_t half = rank_window_half(temperature, pixels, is_double);
-  ranks.length = 2 * half + 1;
-  ranks.position = level * static_cast<double>(pixels - 1);
-  ranks.first = static_cast<int64_t>(std::floor(ranks.position)) - half;
-  const double nearest = std::floor(ranks.position + 0.5);
-  ranks.nearest = static_cast<int64_t>(nearest) - ranks.first;
-  ranks.best = std::abs(nearest - ranks.position);
-  ranks.temperature = temperature;
-  ranks.scale = 1.0;
-  double total = 0.0;
-  for (int64_t j = 0; j < ranks.length; ++j) {
-    const int64_t rank = ranks.first + j;
-    if (rank >= 0 && rank < pixels) total += ranks.weight(j);
-  }
-  ranks.scale = 1.0 / total;
-  return ranks;
-}
+// Entries that the gradient of t adds apart from the running sums, a bit each: more than any sharp quantile has (a
+// temperature of 0.8 ranks in float32).
+constexpr int kLongestWindow = 32;
 
 // ---- keys: integers that order like the values ----------------------------------------------------------------------
 
@@ -119,6 +81,24 @@ inline int log2_bins_of(int64_t pixels) {
 inline int64_t capacity_of(int64_t pixels) {
   const int64_t bins = int64_t{1} << log2_bins_of(pixels);
   return bins < 4096 ? bins : 4096;
+}
+
+// ---- chunks ---------------------------------------------------------------------------------------------------------
+
+constexpr int kThreads = 256;
+constexpr uint32_t kBatch = 4 * kThreads;       // pixels that a block reads at once
+constexpr int64_t kMostPixels = 32 * kThreads;  // of a block of the passes over a plane
+
+// How an image's pixels are shared out: a block a chunk.
+struct Cut {
+  int64_t pixels;   // a chunk
+  uint32_t chunks;  // an image
+};
+// Equal chunks of whole batches, the last one shorter: 7 of 7,168 for 224².
+inline Cut cut_of(int64_t pixels) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t chunk = divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;
+  return {chunk, static_cast<uint32_t>(divide_up(pixels, chunk))};
 }
 
 // ---- fixed point: sums of h in (0, 1) over a window, exact and in any order -----------------------------------------

@@ -1,8 +1,8 @@
 // The w×w box of foreground_mask, forward and adjoint: sums along rows, then along columns.
 //
-// Rows first, columns second, through one plane of row sums: each pixel's sigmoid is evaluated once, any window serves,
-// and no kernel asks more than 48 KiB of shared memory. 64×64 tiles with a halo of 15 would evaluate 2.2 sigmoids a
-// pixel, in kernels that are bound by instructions, not by memory.
+// Rows first, columns second, through one plane of row sums: each pixel's sigmoid is evaluated once, and any window
+// serves. 64×64 tiles with a halo of 15 would evaluate 2.2 sigmoids a pixel, in kernels that are bound by instructions,
+// not by memory.
 //   forward   fixed point, in unsigned integers: exact in any order, so equal windows tie to the bit (SPEC 3)
 //   adjoint   double sums of float planes: one rounding a pass; the rank terms -w_k·Σz apart from them
 #pragma once
@@ -42,8 +42,8 @@ __device__ __forceinline__ T magnitude(T m) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kRowShared = 48 * 1024;   // what every device gives without asking
-constexpr int64_t kSegment = 8 * kThreads;  // outputs a block of a row too wide for that
+constexpr int64_t kRowShared = 48 * 1024;  // bytes of rows a block, or one row
+constexpr int64_t kWidest = 12288;         // pixels: a row in double is then 96 KiB, which every device gives
 
 // What is summed along a row. `row` is n·H + y; prepare() once a row, at() once a pixel, finish() by one lane.
 
@@ -89,22 +89,18 @@ struct GradSource {
   T slope;
   double* row_totals;  // [N, H]
   uint32_t* arrived;   // [N], zeroed here for column_grads_kernel
-  T* plane;            // null, or [N, P] to keep z in
 
   struct Row {
     const T* grad_mask;
     const T* mask;
-    T* plane;
   };
   static constexpr bool kNeedsTotal = true;
   __device__ __forceinline__ Row prepare(int64_t row, int64_t, int64_t width) const {
-    return {grad_mask + row * width, mask + row * width, plane == nullptr ? nullptr : plane + row * width};
+    return {grad_mask + row * width, mask + row * width};
   }
   __device__ __forceinline__ Sum at(const Row& row, uint32_t x) const {
     const T m = row.mask[x];
-    const T z = slope * m * (T(1) - m) * row.grad_mask[x];
-    if (row.plane != nullptr) row.plane[x] = z;
-    return static_cast<double>(z);
+    return static_cast<double>(slope * m * (T(1) - m) * row.grad_mask[x]);
   }
   __device__ __forceinline__ void finish(int64_t row, int64_t height, Sum total) const {
     row_totals[row] = total;
@@ -112,22 +108,7 @@ struct GradSource {
   }
 };
 
-// A plane as it is.
-template <class T>
-struct PlaneSource {
-  using Sum = double;
-  const T* plane;
-
-  struct Row {
-    const T* plane;
-  };
-  static constexpr bool kNeedsTotal = false;
-  __device__ __forceinline__ Row prepare(int64_t row, int64_t, int64_t width) const { return {plane + row * width}; }
-  __device__ __forceinline__ Sum at(const Row& row, uint32_t x) const { return static_cast<double>(row.plane[x]); }
-  __device__ __forceinline__ void finish(int64_t, int64_t, Sum) const {}
-};
-
-// row_sums_kernel: sums over 2·reach + 1 columns, rows that fit into shared memory.
+// row_sums_kernel: sums over 2·reach + 1 columns.
 //
 //   out(y, x) = Σ_{|x' - x| <= reach} source(y, x')        zero beyond the image
 //
@@ -170,45 +151,6 @@ __global__ void __launch_bounds__(kThreads)
     to[x] = static_cast<Out>(prefix[right] - left);
   }
   if (Source::kNeedsTotal && lane == 0) source.finish(row, height, prefix[columns - 1]);
-}
-
-// wide_row_sums_kernel: the same for rows too wide for shared memory: the window slides, so each pixel is evaluated
-// twice. One block a segment of kSegment outputs.
-template <class Source, class Out>
-__global__ void __launch_bounds__(kThreads)
-    wide_row_sums_kernel(const __grid_constant__ Source source, Out* __restrict__ out, int64_t height, int64_t width,
-                         int64_t reach) {
-  using Sum = typename Source::Sum;
-  Sum* shared = dynamic_shared<Sum>();  // [32]
-  const int64_t segments = (width + kSegment - 1) / kSegment;
-  const int64_t row = blockIdx.x / segments, begin = blockIdx.x % segments * kSegment;
-  const int64_t end = begin + kSegment < width ? begin + kSegment : width;
-  const typename Source::Row context = source.prepare(row, height, width);
-
-  // The window of column begin - 1.
-  const int64_t from = begin - 1 - reach > 0 ? begin - 1 - reach : 0;
-  const int64_t to = begin + reach < width ? begin + reach : width;
-  Sum sum = 0;
-  for (int64_t x = from + threadIdx.x; x < to; x += kThreads) sum += source.at(context, static_cast<uint32_t>(x));
-  sum = block_sum(sum, shared);
-  for (int64_t base = begin; base < end; base += kThreads) {
-    const int64_t x = base + threadIdx.x;
-    Sum step = 0;
-    if (x < end) {
-      if (x + reach < width) step += source.at(context, static_cast<uint32_t>(x + reach));
-      if (x - reach - 1 >= 0) step -= source.at(context, static_cast<uint32_t>(x - reach - 1));
-    }
-    Sum all = 0;
-    const Sum upto = block_inclusive_scan(step, shared, all);
-    if (x < end) out[row * width + x] = static_cast<Out>(sum + upto);
-    sum += all;
-  }
-  if (Source::kNeedsTotal && begin == 0) {
-    Sum total = 0;
-    for (int64_t x = threadIdx.x; x < width; x += kThreads) total += source.at(context, static_cast<uint32_t>(x));
-    total = block_sum(total, shared);
-    if (threadIdx.x == 0) source.finish(row, height, total);
-  }
 }
 
 // ---- columns --------------------------------------------------------------------------------------------------------
@@ -302,17 +244,13 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // ---- columns of the adjoint -----------------------------------------------------------------------------------------
 
-// Ranks of t whose terms are added apart from the running sums. More of them are subtracted from z's plane first.
-constexpr int kMostSpikes = 32;
-
 template <class T>
 struct MaskGrad {
   const T* mean_map;           // [N, P]
   const T* levels;             // [N, kLevels]
   const int32_t* rank_pixels;  // [N, kLevels, L]
   const double* row_totals;    // [N, H]: sums of z
-  SoftRanks window[kLevels];
-  bool spikes;  // add the terms of t's ranks here
+  RankWindow window[kLevels];
   int64_t reach_x;
   double slope, eps, box_scale;
   T inverse_channels;
@@ -324,13 +262,6 @@ struct MaskGrad {
 template <class T>
 __device__ __forceinline__ T signed_by(T m, T value) {
   return m > T(0) ? value : m < T(0) ? -value : T(0);
-}
-
-// Σz of an image, in every thread.
-__device__ __forceinline__ double total_of_rows(const double* row_totals, int64_t n, int64_t height, double* shared) {
-  double sum = 0;
-  for (int64_t y = threadIdx.x; y < height; y += kThreads) sum += row_totals[n * height + y];
-  return block_sum(sum, shared);
 }
 
 // column_grads_kernel: from row sums of grad_d to the gradient plane (SPEC 6).
@@ -348,28 +279,28 @@ __global__ void __launch_bounds__(kThreads, 4)
     column_grads_kernel(const __grid_constant__ Columns c, const __grid_constant__ MaskGrad<T> g,
                         const T* __restrict__ rows) {
   double* shared = dynamic_shared<double>();  // [32]
-  double* spike_weight = shared + 32;         // [kMostSpikes]
-  int32_t* spike_x = reinterpret_cast<int32_t*>(spike_weight + kMostSpikes);
-  int32_t* spike_y = spike_x + kMostSpikes;
-  uint32_t* spare = reinterpret_cast<uint32_t*>(spike_y + kMostSpikes);
+  double* spike_weight = shared + 32;         // [kLongestWindow]: t's ranks, whose terms no running sum takes
+  int32_t* spike_x = reinterpret_cast<int32_t*>(spike_weight + kLongestWindow);
+  int32_t* spike_y = spike_x + kLongestWindow;
+  uint32_t* spare = reinterpret_cast<uint32_t*>(spike_y + kLongestWindow);
   const Walk walk = walk_of(c);
   const int64_t n = walk.n, image = n * c.height * c.width;
   const T* means = g.mean_map + image;
   T* plane = g.grad_plane + image;
 
-  const int spikes = g.spikes ? static_cast<int>(g.window[kArea].length) : 0;
-  if (g.spikes) {
-    const double total = total_of_rows(g.row_totals, n, c.height, shared);
-    if (static_cast<int>(threadIdx.x) < spikes) {
-      const int64_t length = g.window[kArea].length;
-      const int32_t pixel = g.rank_pixels[(n * kLevels + kArea) * length + threadIdx.x];
-      const int32_t width = static_cast<int32_t>(c.width);
-      spike_weight[threadIdx.x] = pixel < 0 ? 0.0 : g.window[kArea].weight(threadIdx.x) * total;
-      spike_x[threadIdx.x] = pixel < 0 ? 0 : pixel % width;
-      spike_y[threadIdx.x] = pixel < 0 ? 0 : pixel / width;
-    }
-    __syncthreads();
+  const int spikes = static_cast<int>(g.window[kArea].length);
+  double total = 0;  // Σz of the image
+  for (int y = static_cast<int>(threadIdx.x); y < c.height; y += kThreads) {
+    total += g.row_totals[n * c.height + y];
   }
+  total = block_sum(total, shared);
+  if (static_cast<int>(threadIdx.x) < spikes) {
+    const int32_t pixel = g.rank_pixels[(n * kLevels + kArea) * spikes + threadIdx.x];
+    spike_weight[threadIdx.x] = pixel < 0 ? 0.0 : g.window[kArea].weight(threadIdx.x) * total;
+    spike_x[threadIdx.x] = pixel < 0 ? 0 : pixel % c.width;
+    spike_y[threadIdx.x] = pixel < 0 ? 0 : pixel / c.width;
+  }
+  __syncthreads();
 
   const T* level = g.levels + n * kLevels;
   const T gate = level[kGate], steepness = steepness_of(level, g.slope, g.eps);
@@ -414,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   rho = level[kHi] <= level[kLo] ? 0.0 : rho / g.slope;
   for (int l = kLo; l <= kGate; ++l) {
     const double sum = l == kLo ? -rho : l == kHi ? rho : -alpha;
-    const SoftRanks& window = g.window[l];
+    const RankWindow& window = g.window[l];
     const int32_t* pixel = g.rank_pixels + (n * kLevels + l) * window.length;
     for (int64_t j = threadIdx.x; j < window.length; j += kThreads) {
       if (pixel[j] < 0) continue;
@@ -422,22 +353,6 @@ __global__ void __launch_bounds__(kThreads, 4)
       g.grad_plane[i] += signed_by(g.mean_map[i], g.inverse_channels) * static_cast<T>(window.weight(j) * sum);
     }
     __syncthreads();  // two windows may share a pixel
-  }
-}
-
-// area_ranks_kernel: grad_d = z, less w_k·Σz at the pixels of t's ranks; for windows of more than kMostSpikes entries.
-// One block an image.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    area_ranks_kernel(T* __restrict__ plane, const int32_t* __restrict__ rank_pixels,
-                      const double* __restrict__ row_totals, const __grid_constant__ SoftRanks window, int64_t height,
-                      int64_t width) {
-  double* shared = dynamic_shared<double>();  // [32]
-  const int64_t n = blockIdx.x;
-  const double total = total_of_rows(row_totals, n, height, shared);
-  const int32_t* pixel = rank_pixels + (n * kLevels + kArea) * window.length;
-  for (int64_t j = threadIdx.x; j < window.length; j += kThreads) {
-    if (pixel[j] >= 0) plane[n * height * width + pixel[j]] -= static_cast<T>(window.weight(j) * total);
   }
 }
 

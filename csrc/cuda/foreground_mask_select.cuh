@@ -7,20 +7,18 @@
 // ends by further passes over the candidates, or over the plane where even those are too many.
 #pragma once
 
+#include "common/rank_window.h"
 #include "cuda/block.cuh"
 #include "cuda/foreground_mask_arithmetic.cuh"
 
 namespace sib_fast::cuda {
 
-enum Level { kLo, kHi, kGate, kArea, kLevels };  // their order everywhere: lo, hi, gate (of g), area (of d)
-
-constexpr int kThreads = 256;
 constexpr int kMaxWindows = 3;
 // Candidates that are ranked by counting, n² comparisons: 512² are 1,024 a thread.
 constexpr int kRankable = 512;
-// A window's end is narrowed until its bin holds this many: two ends and the longest short window make kRankable.
+// A window's end is narrowed until its bin holds this many.
 constexpr int kCrowd = 128;
-constexpr int kLongestShortWindow = kRankable - 2 * kCrowd;
+static_assert(2 * kCrowd + kLongestWindow <= kRankable, "a window between two ends can be ranked");
 constexpr int kLog2NarrowBins = 9;
 constexpr int kNarrowBins = 1 << kLog2NarrowBins;
 static_assert(kNarrowBins == 2 * kThreads, "the scan gives each thread two bins");
@@ -69,11 +67,10 @@ struct Selection {
   using Key = typename Plane::Key;
   Plane plane;
   int64_t pixels;
-  int64_t chunk;    // pixels a block
-  uint32_t chunks;  // blocks an image
+  Cut cut;
   int windows;
   int first_level;
-  SoftRanks window[kMaxWindows];
+  RankWindow window[kMaxWindows];
   int log2_bins;
   uint32_t* tie_bits;          // [N, ⌈P/32⌉]: bit p % 32 of word p / 32 says that p has the least key; or null
   uint32_t* histogram;         // [N, bins], zeroed by the first kernel
@@ -89,7 +86,6 @@ struct Selection {
 // Calls visit(image[i], i, inside) for i from begin to end - 1, four loads a thread under way at once. All threads of
 // the block make the same number of calls; beyond the end, `inside` is false. Indices within an image are 32-bit and
 // whole batches need no test: these passes are bound by instructions.
-constexpr uint32_t kBatch = 4 * kThreads;
 template <class Value, class Visit>
 __device__ __forceinline__ void visit_chunk(const Value* image, uint32_t begin, uint32_t end, const Visit& visit) {
   uint32_t base = begin;
@@ -109,12 +105,11 @@ __device__ __forceinline__ void visit_chunk(const Value* image, uint32_t begin, 
 
 struct Chunk {
   int64_t n;
-  uint32_t index, begin, end;  // pixels begin … end - 1 of image n
+  uint32_t begin, end;  // pixels begin … end - 1 of image n
 };
-__device__ __forceinline__ Chunk chunk_of_block(uint32_t chunks, int64_t chunk, int64_t pixels) {
-  const uint32_t index = blockIdx.x % chunks;
-  const int64_t begin = index * chunk, end = begin + chunk < pixels ? begin + chunk : pixels;
-  return {blockIdx.x / chunks, index, static_cast<uint32_t>(begin), static_cast<uint32_t>(end)};
+__device__ __forceinline__ Chunk chunk_of_block(const Cut& cut, int64_t pixels) {
+  const int64_t begin = blockIdx.x % cut.chunks * cut.pixels, end = begin + cut.pixels;
+  return {blockIdx.x / cut.chunks, static_cast<uint32_t>(begin), static_cast<uint32_t>(end < pixels ? end : pixels)};
 }
 
 // ---- histogram ------------------------------------------------------------------------------------------------------
@@ -182,11 +177,11 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* shared = reinterpret_cast<uint32_t*>(extremes + 2 * kThreads);
   uint32_t* spare = shared + bins;
 
-  const Chunk chunk = chunk_of_block(s.chunks, s.chunk, s.pixels);
+  const Chunk chunk = chunk_of_block(s.cut, s.pixels);
   const int64_t n = chunk.n;
   Key low = ~Key(0), high = 0;
-  for (uint32_t c = threadIdx.x; c < s.chunks; c += kThreads) {
-    const Key* range = ranges + 2 * (n * s.chunks + c);
+  for (uint32_t c = threadIdx.x; c < s.cut.chunks; c += kThreads) {
+    const Key* range = ranges + 2 * (n * s.cut.chunks + c);
     low = range[0] < low ? range[0] : low;
     high = range[1] > high ? range[1] : high;
   }
@@ -212,7 +207,7 @@ __global__ void __launch_bounds__(kThreads)
     atomicAdd(&s.state[n].ties, ties);
   }
   __syncthreads();
-  finish_histogram(s, n, low, shift, s.chunks, shared, spare);
+  finish_histogram(s, n, low, shift, s.cut.chunks, shared, spare);
 }
 
 // ---- narrowing and ranking, by one block ----------------------------------------------------------------------------
@@ -322,7 +317,7 @@ __device__ __forceinline__ PixelRange<Compound<Key>> narrow(const Items& items, 
 // Writes rank_pixels [length] of one window from the items of `range`, which holds all its ranks.
 template <class Key, class Items>
 __device__ __forceinline__ void rank_window_pixels(const Items& items, PixelRange<Compound<Key>> range,
-                                                   const SoftRanks& window, int64_t pixels, int32_t* rank_pixels,
+                                                   const RankWindow& window, int64_t pixels, int32_t* rank_pixels,
                                                    SelectWorkspace<Key>* shared) {
   using C = Compound<Key>;
   if (range.size > kRankable) {
@@ -353,7 +348,7 @@ __device__ __forceinline__ void rank_window_pixels(const Items& items, PixelRang
 }
 
 // The same where all ranks lie among the pixels of the least key: rank k is the k-th set bit.
-__device__ __forceinline__ void tied_window_pixels(const uint32_t* __restrict__ bits, const SoftRanks& window,
+__device__ __forceinline__ void tied_window_pixels(const uint32_t* __restrict__ bits, const RankWindow& window,
                                                    int64_t pixels, int32_t* rank_pixels, uint32_t* spare) {
   const int64_t words = (pixels + 31) / 32, run = (words + kThreads - 1) / kThreads;
   const int64_t begin = threadIdx.x * run, end = begin + run < words ? begin + run : words;
@@ -376,7 +371,7 @@ __device__ __forceinline__ void tied_window_pixels(const uint32_t* __restrict__ 
 
 // Q = v* + sum_k w_k (v_(k) - v*): exact on ties, which r = 1e-8 would otherwise blow up. In every thread.
 template <class Plane>
-__device__ __forceinline__ double soft_quantile(const Plane& plane, int64_t image, const SoftRanks& window,
+__device__ __forceinline__ double soft_quantile(const Plane& plane, int64_t image, const RankWindow& window,
                                                 const int32_t* rank_pixels, double* shared) {
   const double nearest = plane.value(image + rank_pixels[window.nearest]);
   double shift = 0;
@@ -412,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
   using Key = typename Plane::Key;
   using C = Compound<Key>;
   auto* shared = dynamic_shared<SelectWorkspace<Key>>();
-  const Chunk chunk = chunk_of_block(s.chunks, s.chunk, s.pixels);
+  const Chunk chunk = chunk_of_block(s.cut, s.pixels);
   const int64_t n = chunk.n, image = n * s.pixels;
   SelectionState<Key>& state = s.state[n];
 
@@ -439,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
       s.candidates[(n * s.windows + w) * s.capacity + at] = compound(key, i);
     }
   });
-  if (!is_last_block(&state.collected, s.chunks, shared->spare)) return;
+  if (!is_last_block(&state.collected, s.cut.chunks, shared->spare)) return;
 
   for (int w = 0; w < s.windows; ++w) {
     const auto& interval = state.interval[w];
@@ -460,70 +455,8 @@ __global__ void __launch_bounds__(kThreads, 3) collect_kernel(const __grid_const
   write_levels(s, n, shared->sums);
 }
 
-// ---- long windows, and ranks that are given -------------------------------------------------------------------------
-
-constexpr int kDigitBits = 4;
-constexpr int kDigits = 1 << kDigitBits;
-
-// sort_kernel: all pixels of an image in order, for windows too long to be ranked by counting: right, not fast.
-//
-// Shapes    plane [N, P]; orders int32 [N, 2, P], scratch; out rank_pixels [N, windows of 4, L], levels.
-// Launch    256 threads, one block an image; shared memory: 16 counts a thread.
-// Passes    stable LSD radix sort, 4 bits a pass; a thread owns a run of pixels, so its digits stay in order.
-// Traffic   two gathers of the plane a pass: 8 passes for 32-bit keys, 16 for 64-bit ones.
-// Order     stable: ties go to the lower pixel.
-// Twins     reference.py, argsort(stable=True).
-template <class Plane>
-__global__ void __launch_bounds__(kThreads, 3)
-    sort_kernel(const __grid_constant__ Selection<Plane> s, int32_t* orders) {
-  double* sums = dynamic_shared<double>();                   // [32]
-  uint32_t* spare = reinterpret_cast<uint32_t*>(sums + 32);  // [32]
-  uint32_t* counts = spare + 32;                             // [kDigits, kThreads]
-  const int64_t n = blockIdx.x, image = n * s.pixels;
-  int32_t* from = orders + 2 * image;
-  int32_t* to = from + s.pixels;
-  const int64_t run = (s.pixels + kThreads - 1) / kThreads;
-  const int64_t begin = threadIdx.x * run < s.pixels ? threadIdx.x * run : s.pixels;
-  const int64_t end = begin + run < s.pixels ? begin + run : s.pixels;
-  for (int64_t i = begin; i < end; ++i) from[i] = static_cast<int32_t>(i);
-
-  for (int bit = 0; bit < static_cast<int>(8 * sizeof(typename Plane::Key)); bit += kDigitBits) {
-    for (int d = 0; d < kDigits; ++d) counts[d * kThreads + threadIdx.x] = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t digit = static_cast<uint32_t>(s.plane.key(image + from[i]) >> bit) % kDigits;
-      ++counts[digit * kThreads + threadIdx.x];
-    }
-    __syncthreads();
-    // In the order of digits, then threads: where each thread's next pixel of each digit goes.
-    uint32_t* mine = counts + threadIdx.x * kDigits;
-    uint32_t sum = 0, all = 0;
-    for (int k = 0; k < kDigits; ++k) sum += mine[k];
-    uint32_t at = block_inclusive_scan(sum, spare, all) - sum;
-    for (int k = 0; k < kDigits; ++k) {
-      const uint32_t here = mine[k];
-      mine[k] = at;
-      at += here;
-    }
-    __syncthreads();
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t digit = static_cast<uint32_t>(s.plane.key(image + from[i]) >> bit) % kDigits;
-      to[counts[digit * kThreads + threadIdx.x]++] = from[i];
-    }
-    __syncthreads();
-    int32_t* const swap = from;
-    from = to;
-    to = swap;
-  }
-  for (int w = 0; w < s.windows; ++w) {
-    int32_t* out = s.rank_pixels + (n * kLevels + s.first_level + w) * s.window[w].length;
-    for (int64_t j = threadIdx.x; j < s.window[w].length; j += kThreads) {
-      const int64_t rank = s.window[w].first + j;
-      out[j] = rank < 0 || rank >= s.pixels ? -1 : from[rank];
-    }
-  }
-  __syncthreads();
-  write_levels(s, n, sums);
-}
+// ---- ranks that are given
+// --------------------------------------------------------------------------------------------
 
 // given_ranks_kernel: levels from ranks that the caller chose (tests: SPEC 7). One block an image.
 template <class Plane>

@@ -91,34 +91,17 @@ __global__ void __launch_bounds__(kThreads, 4) columns_kernel(const __grid_const
     }
   }
 
-  // Rows of threads are halved onto each other, until the first has the sums of all.
-  double* shared = dynamic_shared<double>();
-  const auto slot = [&](int i, int s, int of) -> double& { return shared[(i * Op::kColumnSums + s) * kThreads + of]; };
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-#pragma unroll
-    for (int s = 0; s < Op::kColumnSums; ++s) slot(i, s, thread) = sums[i][s];
-  }
-  for (int half = kThreads / 2; half >= width; half /= 2) {
-    __syncthreads();
-    if (thread >= half) continue;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-#pragma unroll
-      for (int s = 0; s < Op::kColumnSums; ++s) slot(i, s, thread) += slot(i, s, thread + half);
-    }
-  }
+  sum_rows_of_threads<kThreads>(sums, width, dynamic_shared<double>());
   if (y != 0) return;
-  // The first row reads what it has added itself.
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     if (i >= columns) continue;
 #pragma unroll
     for (int s = 0; s < Op::kColumnSums; ++s) {
       if (a.at.parts > 1) {
-        a.partial[(int64_t{part} * Op::kColumnSums + s) * a.at.channels + channel + i] = slot(i, s, x);
+        a.partial[(int64_t{part} * Op::kColumnSums + s) * a.at.channels + channel + i] = sums[i][s];
       } else if (a.out[s] != nullptr) {
-        a.out[s][channel + i] = static_cast<T>(slot(i, s, x));
+        a.out[s][channel + i] = static_cast<T>(sums[i][s]);
       }
     }
   }
@@ -171,30 +154,19 @@ __global__ void __launch_bounds__(kThreads) merge_runs_kernel(const __grid_const
 
 // ---- cuts and launches ----------------------------------------------------------------------------------------------
 
-// As batch norm's: 16 blocks for each of the 132 multiprocessors of an H200, and at most kMostParts to merge.
-constexpr int64_t kBlocksWanted = 16 * 132, kMostParts = 512;
-
 // a.at.images, groups, columns, channels are given.
 template <class Op>
 void run_columns(const char* op, Stream stream, const Tensor& x, ColumnArguments<Op>& a) {
   constexpr int64_t V = Columns<Op>::kColumns;
   ColumnGeometry& at = a.at;
-  at.width_bits = 0;
-  while (at.width_bits < 5 && (V << at.width_bits) < at.columns) ++at.width_bits;
+  at.width_bits = width_bits_of(divide_up(at.columns, V));
   at.tiles = divide_up(at.columns, V << at.width_bits);
-  at.image_step = at.images;
-  at.parts = 1;
-  const int64_t least = 4 * Columns<Op>::kRows * (kThreads >> at.width_bits);
-  if (at.images > 2 * least) {
-    const int64_t most = at.images / least < kMostParts ? at.images / least : kMostParts;
-    const int64_t wanted = divide_up(kBlocksWanted, at.tiles * at.groups);
-    at.image_step = divide_up(at.images, wanted < most ? wanted : most);
-    at.parts = static_cast<int>(divide_up(at.images, at.image_step));
-  }
+  const RowParts cut = cut_rows(at.images, at.tiles * at.groups, 4 * Columns<Op>::kRows * (kThreads >> at.width_bits));
+  at.image_step = cut.step;
+  at.parts = cut.parts;
   for (int t = 0; t < Op::kInputs; ++t) at.packed |= (packs::misalignment(a.in[t], V) == 0 && at.columns % V == 0) << t;
-  Tensor partial = torch::stable::new_empty(x, {at.parts > 1 ? at.parts * Op::kColumnSums * at.channels : int64_t{0}},
-                                            ScalarType::Double);
-  a.partial = partial.numel() == 0 ? nullptr : static_cast<double*>(partial.mutable_data_ptr());
+  Tensor partial = new_double(x, at.parts > 1 ? at.parts * Op::kColumnSums * at.channels : 0);
+  a.partial = out<double>(partial);
   const dim3 grid(static_cast<unsigned>(at.tiles * at.groups), static_cast<unsigned>(at.parts));
   launch(op, columns_kernel<Op>, grid, dim3(kThreads), Columns<Op>::kShared, stream, a);
   if (at.parts == 1) return;

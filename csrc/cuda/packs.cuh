@@ -1,12 +1,12 @@
-// Packs of neighbouring elements, as one load or store moves them, and the type that elements are calculated in: what
-// the passes of batch norm and those along rows share.
+// Packs that may be cut at their ends, and the type that elements are calculated in: what the passes of batch norm and
+// those along rows share.
 #pragma once
 
-#include <cstring>
-
-#include "cuda/platform.cuh"
+#include "cuda/pack.cuh"
 
 namespace sib_fast::cuda::packs {
+
+using cuda::Pack;
 
 template <class E>
 struct ComputeOf {
@@ -19,25 +19,10 @@ struct ComputeOf<double> {
 template <class E>
 using Compute = typename ComputeOf<E>::T;
 
-template <class E, int V>
-struct alignas(sizeof(E) * V) Pack {
-  E value[V];
-};
-
-// What moving a pack asks of its address: a fault on a GPU, an error under the emulation.
-__device__ __forceinline__ void expect_aligned([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
-#if !defined(__CUDACC__)
-  if (reinterpret_cast<uintptr_t>(address) % bytes) throw std::runtime_error("emulation: a pack off its boundary");
-#endif
-}
-
 // Elements first + lo … first + hi - 1 at their places. Not packed, other places hold one of them; packed, neighbours.
 template <class E, int V>
 __device__ __forceinline__ Pack<E, V> load(const E* from, int64_t first, int lo, int hi, bool packed) {
-  if (packed) {
-    expect_aligned(from + first, sizeof(Pack<E, V>));
-    return *reinterpret_cast<const Pack<E, V>*>(from + first);
-  }
+  if (packed) return load_pack<V>(from + first);
   Pack<E, V> pack;
 #pragma unroll
   for (int i = 0; i < V; ++i) pack.value[i] = from[first + (i < lo ? lo : i < hi ? i : hi - 1)];
@@ -45,17 +30,7 @@ __device__ __forceinline__ Pack<E, V> load(const E* from, int64_t first, int lo,
 }
 template <class E, int V>
 __device__ __forceinline__ void store(E* to, int64_t first, int lo, int hi, bool packed, const Pack<E, V>& pack) {
-  if (packed && lo == 0 && hi == V) {
-    if constexpr (sizeof(pack) == 16) {  // in one instruction: see store_16
-      uint4 bits;
-      memcpy(&bits, &pack, sizeof(bits));
-      store_16(to + first, bits);
-    } else {
-      expect_aligned(to + first, sizeof(pack));
-      *reinterpret_cast<Pack<E, V>*>(to + first) = pack;
-    }
-    return;
-  }
+  if (packed && lo == 0 && hi == V) return store_pack(to + first, pack);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     if (i >= lo && i < hi) to[first + i] = pack.value[i];

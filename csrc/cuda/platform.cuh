@@ -6,8 +6,8 @@
 //   shared memory   `T* s = sib_fast::cuda::dynamic_shared<T>()`, sized by launch(); no __shared__ declarations
 //   launches        launch(op, kernel, grid, block, shared_bytes, stream, arguments…); no <<<>>>
 //   half types      torch::headeronly::Half and BFloat16, which convert on both sides
-//   collectives     __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __reduce_*_sync, __match_any_sync, the
-//                   copy_async_* and mma_* functions below; anything else gets a twin in emulation.h first
+//   collectives     __syncthreads, __syncwarp, __shfl_xor_sync, __shfl_up_sync, __ballot_sync, the copy_async_* and
+//                   *_mma functions below; anything else gets a twin in emulation.h first
 #pragma once
 
 #include <cstdint>
@@ -98,17 +98,18 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
   SIB_CHECK(op, error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
 }
 
-// 16 bytes from global to shared memory past the registers; `valid` false writes zeros. Seen after copy_async_wait and
-// a barrier.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid = true) {
+// Bytes (4, 8 or 16) from global to shared memory past the registers; `valid` false writes zeros. Seen after
+// copy_async_wait and a barrier. In L1 too: what a block reads again, and all that is shorter than 16 bytes.
+template <int Bytes, bool InL1 = Bytes != 16>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
+  static_assert(Bytes == 16 || ((Bytes == 4 || Bytes == 8) && InL1), "cp.async has no such copy");
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid = true) {
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  const int bytes = valid ? Bytes : 0;
+  if constexpr (InL1)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(bytes), "n"(Bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `Pending` committed groups are under way.
@@ -124,18 +125,15 @@ __device__ __forceinline__ void store_16(void* global, uint4 v) {
                : "memory");
 }
 
+// What the emulation looks at: that a pack lies on its boundary, and in which banks of shared memory a warp meets.
+enum class Access { copy, read, write };
+__device__ __forceinline__ void expect_access(Access, const void*, int) {}
+
 // 1/y within one ulp for normal y and 1/y.
 __device__ __forceinline__ float approximate_reciprocal(float y) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
   return r;
-}
-
-// float32 rounded to tf32 (10 bits of mantissa), to nearest.
-__device__ __forceinline__ uint32_t to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
 }
 
 // d += a·b for one warp: a 16×8 row-major, b 8×8 column-major, d 16×8 float32. Lane l holds, with g = l/4, t = l%4:
@@ -145,6 +143,48 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// a to tf32's 11 bits, to nearest, in two instructions where cvt.rna.tf32 takes five (it sets NaN and Inf apart; here
+// NaN stays NaN, and beyond 4e34, where no Gram is finite, Inf may become NaN). 8193·a rounded is a multiple of 2^13
+// units of a, and so is 8192·a: their difference is a, rounded.
+__device__ __forceinline__ float nearest_tf32(float a) { return __fmaf_rn(a, -8192.0f, __fmul_rn(a, 8193.0f)); }
+
+// acc (MT×NT fragments of 4) += a·b over 8 products, for one warp; fragments as mma_m16n8k8_tf32 has them. The tensor
+// cores read the upper 19 bits of an operand: small parts are cut there, which is 2^-22 of a, of either sign.
+template <int MT, int NT>
+__device__ __forceinline__ void warp_mma(float (&acc)[4 * MT * NT], const float (&a)[4 * MT], const float (&b)[2 * NT],
+                                         bool split) {
+  float a_big[4 * MT], b_big[2 * NT];
+#pragma unroll
+  for (int i = 0; i < 4 * MT; ++i) a_big[i] = nearest_tf32(a[i]);
+#pragma unroll
+  for (int i = 0; i < 2 * NT; ++i) b_big[i] = nearest_tf32(b[i]);
+  const auto product = [&](const float (&left)[4 * MT], const float (&right)[2 * NT]) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const uint32_t rows[4] = {__float_as_uint(left[4 * m]), __float_as_uint(left[4 * m + 1]),
+                                __float_as_uint(left[4 * m + 2]), __float_as_uint(left[4 * m + 3])};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint32_t columns[2] = {__float_as_uint(right[2 * n]), __float_as_uint(right[2 * n + 1])};
+        float* d = acc + 4 * (m * NT + n);
+        float sum[4] = {d[0], d[1], d[2], d[3]};
+        mma_m16n8k8_tf32(sum, rows, columns);
+        d[0] = sum[0], d[1] = sum[1], d[2] = sum[2], d[3] = sum[3];
+      }
+    }
+  };
+  if (split) {
+    float a_small[4 * MT], b_small[2 * NT];
+#pragma unroll
+    for (int i = 0; i < 4 * MT; ++i) a_small[i] = a[i] - a_big[i];
+#pragma unroll
+    for (int i = 0; i < 2 * NT; ++i) b_small[i] = b[i] - b_big[i];
+    product(a_small, b_big);
+    product(a_big, b_small);
+  }
+  product(a_big, b_big);
 }
 
 }  // namespace sib_fast::cuda
@@ -160,5 +200,29 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 namespace sib_fast::cuda {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Makes a tensor's device the current one.
+struct TensorGuard : DeviceGuard {
+  explicit TensorGuard(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
+};
+
+// Blocks that make `rounds` of the device's multiprocessors: what cuts of the work aim at. Every cut, and with it every
+// bit, then depends on the shape and on the number of multiprocessors, and on nothing else.
+inline int64_t blocks_for(const Tensor& tensor, int64_t rounds) { return rounds * device_of(tensor).multiprocessors; }
+
+constexpr int kMaxStages = 5;
+// Waits until at most `pending` of this thread's committed groups are under way, 0 … kMaxStages - 2.
+__device__ __forceinline__ void copy_async_wait(int pending) {
+  switch (pending) {
+    case 1:
+      return copy_async_wait<1>();
+    case 2:
+      return copy_async_wait<2>();
+    case 3:
+      return copy_async_wait<3>();
+    default:
+      return copy_async_wait<0>();
+  }
+}
 
 }  // namespace sib_fast::cuda

@@ -39,16 +39,15 @@ struct GradientArguments {
   bool foreground, add_grad, add_mask, split;
 };
 
-// Adjacent pixels, read and written together.
-template <class T, int COUNT>
-struct alignas(COUNT * sizeof(T)) Neighbours {
-  T v[COUNT];
-};
-template <class T, int COUNT>
-__device__ __forceinline__ Neighbours<T, COUNT> sum_of(Neighbours<T, COUNT> a, const Neighbours<T, COUNT>& b) {
+// Adds to what is there, or writes.
+template <class T, int V>
+__device__ __forceinline__ void put(T* to, Pack<T, V> pack, bool add) {
+  if (add) {
+    const auto there = load_pack<V>(to);
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) a.v[i] += b.v[i];
-  return a;
+    for (int i = 0; i < V; ++i) pack.value[i] = there.value[i] + pack.value[i];
+  }
+  store_pack(to, pack);
 }
 
 // region_gradients_kernel: Y = S·(map ⊙ w) for kRows images at a time, turned into gradients where it stands.
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   using Math = typename Tiles::Math;
   using T = typename Tiles::T;
   constexpr int kRun = Math::kRun;
-  using Run = Neighbours<T, kRun>;
+  using Run = Pack<T, kRun>;
   constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns, kPitch = Tiles::kPitch;
   constexpr int kQuads = kColumns / 4, kOwnQuads = kRows * kQuads / Tiles::kThreads,
                 kRowStep = Tiles::kThreads / kQuads;
@@ -100,8 +99,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       const int row = i / (step_rows / 4), k = i % (step_rows / 4) * 4;
       const T* source = args.sym + (first + row) * args.padded + from + k;
       T* target = to + k / kPanel * (kRows * kPanel) + in_panel(row, k % kPanel);
-      copy_async_16(target, source);
-      if (sizeof(T) == 8) copy_async_16(target + 2, source + 2);
+      copy_async<16>(target, source);
+      if (sizeof(T) == 8) copy_async<16>(target + 2, source + 2);
     }
   };
   if (resident) copy_sym(0, resident_sym);
@@ -132,9 +131,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             copy_quad(map, n * map.stride_n + offset, valid, value);
             copy_mask_quad(mask_from + n * shape.pixels, valid, value + plane);
           } else {
-            const T zeros[4] = {};
-            store_quad(value, zeros);
-            store_quad(value + plane, zeros);
+            share_pack(value, Pack<T, 4>{});
+            share_pack(value + plane, Pack<T, 4>{});
           }
         }
       } else {
@@ -174,15 +172,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       T sum[Math::kAcc] = {};
       const T* values = nullptr;
       for (int step = 0; step < args.steps; ++step) {
-        wait_for_copies(args.stages - 2);
+        copy_async_wait(args.stages - 2);
         T* const stage = ring + static_cast<int64_t>(slot) * stage_size;
         if (narrow) {
 #pragma unroll 1
           for (int i = 0; i < own_quads; ++i) {
             T* const value = stage + own_at + i * kRowStep * kPitch;
-            T wide[4];
-            widen_quad(value, map.element, wide);
-            store_quad(value, wide);
+            share_pack(value, widen_quad(value, map.element));
           }
         }
         __syncthreads();
@@ -222,26 +218,26 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           const int64_t p = tile * kColumns + col;
           Run value{}, mask{}, grad;
           if (resident) {
-            value = *reinterpret_cast<const Run*>(values + row * kPitch + col);
-            mask = *reinterpret_cast<const Run*>(values + plane + row * kPitch + col);
+            value = load_pack<kRun>(values + row * kPitch + col);
+            mask = load_pack<kRun>(values + plane + row * kPitch + col);
           } else {
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
               if (p + i >= shape.pixels) break;
-              value.v[i] =
+              value.value[i] =
                   value_at<T>(map, n * map.stride_n + channel * map.stride_c + pixel_offset(map, shape.width, p + i));
-              mask.v[i] = args.pixels.mask[n * shape.pixels + p + i];
+              mask.value[i] = args.pixels.mask[n * shape.pixels + p + i];
             }
           }
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            const T r = value.v[i], m = mask.v[i], product = sum[Math::index(r_index, c + i)];
-            grad.v[i] = weight_of(m, args.foreground) * product;
+            const T r = value.value[i], m = mask.value[i], product = sum[Math::index(r_index, c + i)];
+            grad.value[i] = weight_of(m, args.foreground) * product;
             T to_mask = args.foreground ? r * product : -r * product;
             if (args.variance != nullptr) {
               const T background =
                   variance.background_scale * ((r * (T(1) - m) - variance.background_high) - variance.background_low);
-              grad.v[i] +=
+              grad.value[i] +=
                   (T(1) - m) * background + variance.whole_scale * ((r - variance.whole_high) - variance.whole_low);
               to_mask -= r * background;
             }
@@ -249,14 +245,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           }
           if (args.grad.data == nullptr || p >= shape.pixels) continue;
           if (args.grad.pixel_quads) {
-            Run* const to = reinterpret_cast<Run*>(grad_row + p);
-            *to = args.add_grad ? sum_of(*to, grad) : grad;
+            put(grad_row + p, grad, args.add_grad);
           } else {
 #pragma unroll
             for (int i = 0; i < kRun; ++i) {
               if (p + i >= shape.pixels) break;
               T* const to = grad_row + pixel_offset(args.grad, shape.width, p + i);
-              *to = args.add_grad ? *to + grad.v[i] : grad.v[i];
+              *to = args.add_grad ? *to + grad.value[i] : grad.value[i];
             }
           }
         }
@@ -273,14 +268,14 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         T* const to = grad_mask + n * shape.pixels + p;
         Run value;
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) value.v[i] = mask_sum[Math::index(r, c + i)];
+        for (int i = 0; i < kRun; ++i) value.value[i] = mask_sum[Math::index(r, c + i)];
         if (shape.pixels % 4 == 0) {
-          *reinterpret_cast<Run*>(to) = args.add_mask ? sum_of(*reinterpret_cast<const Run*>(to), value) : value;
+          put(to, value, args.add_mask);
           continue;
         }
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          if (p + i < shape.pixels) to[i] = args.add_mask ? to[i] + value.v[i] : value.v[i];
+          if (p + i < shape.pixels) to[i] = args.add_mask ? to[i] + value.value[i] : value.value[i];
         }
       }
     }

@@ -1,12 +1,11 @@
-// region_statistics for CUDA tensors: tilings, scratch, launches and registration. The kernels are in
+// region_statistics for CUDA tensors: tilings, scratch and launches. The kernels are in
 // region_statistics_forward.cuh and region_statistics_backward.cuh.
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <optional>
-#include <string>
 
+#include "common/head_ops.h"
 #include "cuda/region_statistics_backward.cuh"
 #include "cuda/region_statistics_forward.cuh"
 
@@ -49,21 +48,19 @@ using IeeeGrad128 = GradientTiles<Ieee<8, 4>, 128, 64, 8, 1>;
 using WideGrad16 = GradientTiles<Wide<4, 2>, 16, 64, 4, 1>;
 using WideGrad32 = GradientTiles<Wide<4, 2>, 32, 32, 4, 1>;
 
-// Cuts aim at this many blocks: two rounds of the 132 multiprocessors of an H200. Constants, so that every cut, and
-// with it every bit, depends on the shape only.
-constexpr int64_t kMultiprocessors = 132, kBlocksWanted = 2 * kMultiprocessors;
+constexpr int64_t kRounds = 2;  // of blocks, that cuts aim at
 
-// Parts of D for `groups` blocks a part: about kBlocksWanted blocks, at most `most` parts, the last round of
-// `resident` blocks a multiprocessor as full as possible (0.97 is good enough, then the fewest parts).
-int64_t parts_of(int64_t groups, int64_t most, int64_t resident) {
-  const int64_t round = kMultiprocessors * resident, aim = divide_up(kBlocksWanted, groups);
+// Parts of D for `groups` blocks a part: about kRounds of blocks, at most `most` parts, the last round of `resident`
+// blocks a multiprocessor as full as possible (0.97 is good enough, then the fewest parts).
+int64_t parts_of(const Tensor& map, int64_t groups, int64_t most, int64_t resident) {
+  const int64_t round = blocks_for(map, resident), aim = divide_up(blocks_for(map, kRounds), groups);
   most = std::clamp<int64_t>(most, 1, 65535);  // what a grid may have along y
   int64_t best = std::min(aim, most);
   double best_fill = 0;
   for (int64_t parts = std::max<int64_t>(1, aim / 2); parts <= std::min(3 * aim, most) && best_fill < 0.97; ++parts) {
     const double rounds = static_cast<double>(groups * parts) / static_cast<double>(round);
     const double fill = rounds / std::max(1.0, std::ceil(rounds));
-    if (groups * parts >= kMultiprocessors && fill > best_fill) best = parts, best_fill = fill;
+    if (groups * parts >= blocks_for(map, 1) && fill > best_fill) best = parts, best_fill = fill;
   }
   return best;
 }
@@ -119,36 +116,12 @@ Pixels<T> pixels_of(const Tensor& vjp, const Tensor& mask) {
   return {{vjp.size(0), vjp.size(1), vjp.size(3), P, vjp.size(1) * P}, static_cast<const T*>(mask.const_data_ptr())};
 }
 
-void check_inputs(const Tensor& vjp, const Tensor& x, const Tensor& mask, const std::string& precision) {
-  check_map(kStatistics, "vjp", vjp);
-  check_map(kStatistics, "x", x);
-  for (int64_t d = 0; d < 4; ++d) {
-    SIB_CHECK(kStatistics, vjp.size(d) == x.size(d), "x must have the shape of vjp");
-  }
-  SIB_CHECK(kStatistics, accumulation_type(vjp.scalar_type()) == accumulation_type(x.scalar_type()),
-            "vjp and x must both be float64 or neither");
-  check_plain(kStatistics, "mask", mask, accumulation_type(vjp.scalar_type()), vjp.size(0) * vjp.size(2) * vjp.size(3));
-  SIB_CHECK(kStatistics, precision == "ieee" || precision == "tf32x3" || precision == "tf32",
-            "precision must be ieee, tf32x3 or tf32, got ", precision);
-}
-
-Tensor new_float64(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, ScalarType::Double);
-}
-double* float64_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
-
 // ---- forward --------------------------------------------------------------------------------------------------------
-
-struct Statistics {
-  std::array<Tensor, 4> grams;
-  std::array<Tensor, 2> variance, mean;
-  bool background_grams;
-};
 
 template <class Tiles>
 int64_t gram_stage_bytes(int64_t images) {
-  const int64_t rows = images <= Tiles::kTile ? Tiles::kTile : 2 * Tiles::kTile;
-  return 2 * rows * Tiles::kDepth * static_cast<int64_t>(sizeof(typename Tiles::T));
+  const int64_t panel = panel_pitch(rows_of_stage<Tiles>(images));
+  return 2 * (Tiles::kDepth / kPanel) * panel * static_cast<int64_t>(sizeof(typename Tiles::T));
 }
 // Stages that fit kBlocks blocks where the device has room for that, and at least two: with one, a block would wait for
 // the copies of a stage that it has not started.
@@ -163,8 +136,9 @@ int stages_of(int64_t stage_bytes, int64_t fixed_bytes, int64_t block_shared) {
 }
 
 template <class Tiles>
-void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool split, const Statistics& out) {
+void run_forward(const StatisticsInputs& in, const Statistics& out) {
   using T = typename Tiles::T;
+  const auto& [vjp, x, mask, precision] = in;
   const Stream stream = current_stream(vjp);
   GramArguments<T> args;
   args.pixels = pixels_of<T>(vjp, mask);
@@ -179,18 +153,18 @@ void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool sp
   // At least 1,024 elements of D a block, so that the parts' sums stay smaller than the maps; 65,535 is the grid's
   // limit.
   const int64_t most = std::max<int64_t>(1, chunks * Tiles::kDepth / kPartial);
-  args.parts = static_cast<int>(parts_of(2 * pairs, most, Tiles::kBlocks));
+  args.parts = static_cast<int>(parts_of(vjp, 2 * pairs, most, Tiles::kBlocks));
   args.tiles = static_cast<int>(tiles);
-  args.rows = tiles == 1 ? Tiles::kTile : 2 * Tiles::kTile;
+  args.rows = rows_of_stage<Tiles>(N);
   args.chunks = static_cast<uint32_t>(chunks);
   args.plane_chunks = static_cast<uint32_t>(plane_chunks);
-  args.split = split;
+  args.split = precision == Precision::tf32x3;
   const int64_t stage = gram_stage_bytes<Tiles>(N);
   args.stages = stages_of<Tiles>(stage, Tiles::kMomentBytes, device_of(vjp).block_shared);
-  const Tensor sums = new_float64(vjp, which * pairs * args.parts * Tiles::kGroups * Tiles::kSumSize);
-  const Tensor moments = new_float64(vjp, args.parts * N * 4);
-  args.sums = float64_of(sums);
-  args.moments = float64_of(moments);
+  const Tensor sums = new_float64(vjp, {which * pairs * args.parts * Tiles::kGroups * Tiles::kSumSize});
+  const Tensor moments = new_float64(vjp, {args.parts * N * 4});
+  args.sums = data_of<double>(sums);
+  args.moments = data_of<double>(moments);
   launch(kStatistics, region_grams_kernel<Tiles>,
          dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(args.parts), static_cast<unsigned>(which)),
          dim3(Tiles::kThreads), Tiles::kMomentBytes + args.stages * stage, stream, args);
@@ -203,10 +177,10 @@ void run_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool sp
   sum.gram_blocks = static_cast<int>(which * pairs * (Tiles::kSumSize / 32));
   sum.sums = args.sums;
   sum.moments = args.moments;
-  for (int i = 0; i < 4; ++i) sum.grams[i] = float64_of(out.grams[i]);
+  for (int i = 0; i < 4; ++i) sum.grams[i] = data_of<double>(out.grams[i]);
   for (int i = 0; i < 2; ++i) {
-    sum.variance[i] = float64_of(out.variance[i]);
-    sum.mean[i] = float64_of(out.mean[i]);
+    sum.variance[i] = data_of<double>(out.variance[i]);
+    sum.mean[i] = data_of<double>(out.mean[i]);
   }
   const unsigned slices = static_cast<unsigned>(std::clamp<int64_t>(args.parts * Tiles::kGroups / 8, 1, kMaxSlices));
   launch(kStatistics, sum_partials_kernel<Tiles>, dim3(static_cast<unsigned>(sum.gram_blocks + divide_up(N, 32))),
@@ -222,60 +196,18 @@ bool takes_large(int64_t images, int64_t block_shared, int64_t large_bytes) {
 
 // On 8.0 the 128-image tile of the tensor cores spills.
 template <class G16, class G32, class G64, class G128>
-void pick_forward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool split, const Statistics& out) {
-  const int64_t N = vjp.size(0), shared = device_of(vjp).block_shared;
-  if (N <= 16) return run_forward<G16>(vjp, x, mask, split, out);
-  if (N <= 32) return run_forward<G32>(vjp, x, mask, split, out);
-  if (N > 64 && device_of(vjp).capability != 80 &&
+void pick_forward(const StatisticsInputs& in, const Statistics& out) {
+  const Device& device = device_of(in.vjp);
+  const int64_t N = in.vjp.size(0), shared = device.block_shared;
+  if (N <= 16) return run_forward<G16>(in, out);
+  if (N <= 32) return run_forward<G32>(in, out);
+  if (N > 64 && device.capability != 80 &&
       takes_large<G128, G64>(N, shared, G128::kMomentBytes + 2 * gram_stage_bytes<G128>(N)))
-    return run_forward<G128>(vjp, x, mask, split, out);
-  return run_forward<G64>(vjp, x, mask, split, out);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> region_statistics(Tensor vjp, Tensor x,
-                                                                                             Tensor mask,
-                                                                                             bool background_grams,
-                                                                                             std::string precision) {
-  check_inputs(vjp, x, mask, precision);
-  const DeviceGuard guard(vjp.get_device_index());
-  const int64_t N = vjp.size(0);
-  const auto gram = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(vjp, {N, N}, ScalarType::Double) : new_float64(vjp, 0);
-  };
-  const Statistics out{{gram(true), gram(true), gram(background_grams), gram(background_grams)},
-                       {new_float64(vjp, N), new_float64(vjp, N)},
-                       {new_float64(vjp, N), new_float64(vjp, N)},
-                       background_grams};
-  if (vjp.scalar_type() == ScalarType::Double) {
-    if (N <= 16)
-      run_forward<WideGram16>(vjp, x, mask, false, out);
-    else
-      run_forward<WideGram32>(vjp, x, mask, false, out);
-  } else if (precision == "ieee") {
-    pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram64>(vjp, x, mask, false, out);
-  } else {
-    pick_forward<Tf32Gram16, Tf32Gram32, Tf32Gram64, Tf32Gram128>(vjp, x, mask, precision == "tf32x3", out);
-  }
-  return {out.grams[0], out.grams[1], out.variance[0], out.variance[1],
-          out.mean[0],  out.mean[1],  out.grams[2],    out.grams[3]};
+    return run_forward<G128>(in, out);
+  return run_forward<G64>(in, out);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-
-// A tensor of the map's layout in another type: a half map's gradients may exceed a half's range.
-Tensor empty_like(const Tensor& map, ScalarType type) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(map),          from(std::optional(type)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),        from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-struct Gradients {
-  std::array<const Tensor*, 4> grad_gram;  // vjp, x, background vjp, background x; the last two null without cotangents
-  std::array<const Tensor*, 2> grad_variance, mean;
-  const Tensor *grad_vjp, *grad_x, *grad_mask;  // null where not needed
-};
 
 template <class Tiles>
 int64_t gradient_fixed_bytes(int64_t images) {
@@ -289,15 +221,16 @@ int64_t gradient_stage_bytes(int64_t images) {
 }
 
 template <class Tiles>
-void run_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool split, const Gradients& grads) {
+void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
   using T = typename Tiles::T;
+  const auto& [vjp, x, mask, precision] = in;
   const Stream stream = current_stream(vjp);
   GradientArguments<T> args;
   args.pixels = pixels_of<T>(vjp, mask);
   const Shape& shape = args.pixels.shape;
   const int64_t N = shape.images;
   const int64_t row_tiles = divide_up(N, Tiles::kRows), padded = row_tiles * Tiles::kRows;
-  const bool background = grads.grad_gram[2] != nullptr;
+  const bool background = grads.background_grams();
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
   const int64_t grams = background ? 4 : 2;
@@ -305,13 +238,12 @@ void run_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool s
   const Tensor variance =
       torch::stable::new_empty(mask, {N * static_cast<int64_t>(sizeof(VarianceGrad<T>) / sizeof(T))}, type);
   PrepareArguments<T> prepare{};
-  for (int64_t i = 0; i < grams; ++i)
-    prepare.grad_gram[i] = static_cast<const double*>(grads.grad_gram[i]->const_data_ptr());
+  for (int64_t i = 0; i < grams; ++i) prepare.grad_gram[i] = const_data_of<double>(*grads.grad_gram[i]);
   for (int i = 0; i < 2; ++i) {
-    prepare.grad_variance[i] = static_cast<const double*>(grads.grad_variance[i]->const_data_ptr());
-    prepare.mean[i] = static_cast<const double*>(grads.mean[i]->const_data_ptr());
+    prepare.grad_variance[i] = const_data_of<double>(*grads.grad_variance[i]);
+    prepare.mean[i] = const_data_of<double>(*grads.mean[i]);
   }
-  prepare.sym = static_cast<T*>(sym.mutable_data_ptr());
+  prepare.sym = data_of<T>(sym);
   prepare.variance = reinterpret_cast<VarianceGrad<T>*>(variance.mutable_data_ptr());
   prepare.images = N;
   prepare.padded = padded;
@@ -320,20 +252,22 @@ void run_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool s
          dim3(static_cast<unsigned>(divide_up(padded * padded, 256)), static_cast<unsigned>(grams)), dim3(256), 0,
          stream, prepare);
 
-  const int64_t column_tiles = divide_up(shape.pixels, Tiles::kColumns);
-  args.column_blocks = static_cast<int>(std::min(column_tiles, divide_up(kBlocksWanted, row_tiles)));
+  const int64_t column_tiles = divide_up(shape.pixels, Tiles::kColumns), wanted = blocks_for(vjp, kRounds);
+  args.column_blocks = static_cast<int>(std::min(column_tiles, divide_up(wanted, row_tiles)));
   // Few pixels: the channels are shared out too, and their parts of grad_M are added by a kernel of their own.
-  const int64_t idle = kBlocksWanted / (2 * row_tiles * args.column_blocks);
+  const int64_t idle = wanted / (2 * row_tiles * args.column_blocks);
   args.channel_parts = static_cast<int>(std::max<int64_t>(1, std::min(shape.channels / 4, idle)));
   const int64_t plane = N * shape.pixels;
-  const Tensor parts = torch::stable::new_empty(mask, {args.channel_parts > 1 ? args.channel_parts * plane : 0}, type);
+  const bool in_parts = args.channel_parts > 1 && grads.grad_mask != nullptr;
+  std::optional<Tensor> parts;
+  if (in_parts) parts = torch::stable::new_empty(mask, {args.channel_parts * plane}, type);
   args.steps = N <= Tiles::kRows ? 1 : static_cast<int>(divide_up(N, Tiles::kChunk));
   args.step_rows = N <= Tiles::kRows ? Tiles::kRows : Tiles::kChunk;
   args.padded = padded;
-  args.split = split;
+  args.split = precision == Precision::tf32x3;
   const int64_t stage = gradient_stage_bytes<Tiles>(N), fixed = gradient_fixed_bytes<Tiles>(N);
   args.stages = stages_of<Tiles>(stage, fixed, device_of(vjp).block_shared);
-  T* const grad_mask = grads.grad_mask != nullptr ? static_cast<T*>(grads.grad_mask->mutable_data_ptr()) : nullptr;
+  T* const grad_mask = grads.grad_mask != nullptr ? data_of<T>(*grads.grad_mask) : nullptr;
   bool mask_written = false;
 
   // The x-parts write grad_M, the vjp-parts add to it.
@@ -342,12 +276,11 @@ void run_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool s
     if ((which >= 2 && !background) || (grad == nullptr && grad_mask == nullptr)) continue;
     args.map = map_of(which % 2 == 0 ? vjp : x, mask);
     args.grad = grad != nullptr ? map_of(*grad, mask) : Map{};
-    args.sym = static_cast<const T*>(sym.const_data_ptr()) + which * padded * padded;
+    args.sym = const_data_of<T>(sym) + which * padded * padded;
     args.variance = which == 0 ? prepare.variance : nullptr;
     args.foreground = which < 2;
     args.add_grad = which >= 2;
-    const bool in_parts = args.channel_parts > 1 && grad_mask != nullptr;
-    args.grad_mask = in_parts ? static_cast<T*>(parts.mutable_data_ptr()) : grad_mask;
+    args.grad_mask = in_parts ? data_of<T>(*parts) : grad_mask;
     args.add_mask = mask_written && !in_parts;
     launch(kStatistics, region_gradients_kernel<Tiles>,
            dim3(static_cast<unsigned>(args.column_blocks), static_cast<unsigned>(row_tiles),
@@ -355,80 +288,49 @@ void run_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool s
            dim3(Tiles::kThreads), fixed + args.stages * stage, stream, args);
     if (in_parts) {
       launch(kStatistics, sum_channel_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(plane, 256))), dim3(256), 0,
-             stream, static_cast<const T*>(parts.const_data_ptr()), grad_mask, plane, args.channel_parts, mask_written);
+             stream, const_data_of<T>(*parts), grad_mask, plane, args.channel_parts, mask_written);
     }
     mask_written = true;
   }
 }
 
 template <class G16, class G32, class G64, class G128>
-void pick_backward(const Tensor& vjp, const Tensor& x, const Tensor& mask, bool split, const Gradients& grads) {
-  const int64_t N = vjp.size(0), shared = device_of(vjp).block_shared;
-  if (N <= 16) return run_backward<G16>(vjp, x, mask, split, grads);
-  if (N <= 32) return run_backward<G32>(vjp, x, mask, split, grads);
+void pick_backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
+  const int64_t N = in.vjp.size(0), shared = device_of(in.vjp).block_shared;
+  if (N <= 16) return run_backward<G16>(in, grads);
+  if (N <= 32) return run_backward<G32>(in, grads);
   const int64_t large_bytes = gradient_fixed_bytes<G128>(N) + 2 * gradient_stage_bytes<G128>(N);
   if (N > 64 && large_bytes <= shared && divide_up(N, 128) * 128 <= divide_up(N, 64) * 64 * 9 / 8)
-    return run_backward<G128>(vjp, x, mask, split, grads);
-  return run_backward<G64>(vjp, x, mask, split, grads);
+    return run_backward<G128>(in, grads);
+  return run_backward<G64>(in, grads);
 }
 
-std::tuple<Tensor, Tensor, Tensor> region_statistics_backward(Tensor grad_gram_vjp, Tensor grad_gram_x,
-                                                              Tensor grad_background_variance, Tensor grad_vjp_variance,
-                                                              std::optional<Tensor> grad_background_gram_vjp,
-                                                              std::optional<Tensor> grad_background_gram_x, Tensor vjp,
-                                                              Tensor x, Tensor mask, Tensor background_mean,
-                                                              Tensor vjp_mean, bool need_vjp, bool need_x,
-                                                              bool need_mask, std::string precision) {
-  check_inputs(vjp, x, mask, precision);
-  SIB_CHECK(kStatistics, grad_background_gram_vjp.has_value() == grad_background_gram_x.has_value(),
-            "the gradients of both background Grams must be given, or neither");
-  const DeviceGuard guard(vjp.get_device_index());
-  const int64_t N = vjp.size(0);
-  Gradients grads{{&grad_gram_vjp, &grad_gram_x, nullptr, nullptr},
-                  {&grad_background_variance, &grad_vjp_variance},
-                  {&background_mean, &vjp_mean},
-                  nullptr,
-                  nullptr,
-                  nullptr};
-  if (grad_background_gram_vjp.has_value()) {
-    grads.grad_gram[2] = &*grad_background_gram_vjp;
-    grads.grad_gram[3] = &*grad_background_gram_x;
-  }
-  for (const Tensor* g : grads.grad_gram) {
-    if (g != nullptr) check_plain(kStatistics, "grad_gram", *g, ScalarType::Double, N * N);
-  }
-  for (const Tensor* v : {&grad_background_variance, &grad_vjp_variance, &background_mean, &vjp_mean}) {
-    check_plain(kStatistics, "grad_variance or mean", *v, ScalarType::Double, N);
-  }
+struct StatisticsKernels {
+  using Guard = TensorGuard;
 
-  const ScalarType acc = accumulation_type(vjp.scalar_type());
-  const auto grad_like = [&](const Tensor& map, bool need) {
-    return need ? empty_like(map, acc) : torch::stable::new_empty(map, {0}, acc);
-  };
-  Tensor grad_vjp = grad_like(vjp, need_vjp), grad_x = grad_like(x, need_x);
-  Tensor grad_mask = need_mask ? torch::stable::new_empty(mask, {N, 1, vjp.size(2), vjp.size(3)})
-                               : torch::stable::new_empty(mask, {0});
-  grads.grad_vjp = need_vjp ? &grad_vjp : nullptr;
-  grads.grad_x = need_x ? &grad_x : nullptr;
-  grads.grad_mask = need_mask ? &grad_mask : nullptr;
-  if (acc == ScalarType::Double) {
-    if (N <= 16)
-      run_backward<WideGrad16>(vjp, x, mask, false, grads);
+  template <class T>
+  static void forward(const StatisticsInputs& in, const Statistics& out) {
+    if constexpr (sizeof(T) == 8)
+      in.vjp.size(0) <= 16 ? run_forward<WideGram16>(in, out) : run_forward<WideGram32>(in, out);
+    else if (in.precision == Precision::ieee)
+      pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram64>(in, out);
     else
-      run_backward<WideGrad32>(vjp, x, mask, false, grads);
-  } else if (precision == "ieee") {
-    pick_backward<IeeeGrad16, IeeeGrad32, IeeeGrad64, IeeeGrad128>(vjp, x, mask, false, grads);
-  } else {
-    pick_backward<Tf32Grad16, Tf32Grad32, Tf32Grad64, Tf32Grad128>(vjp, x, mask, precision == "tf32x3", grads);
+      pick_forward<Tf32Gram16, Tf32Gram32, Tf32Gram64, Tf32Gram128>(in, out);
   }
-  return {grad_vjp, grad_x, grad_mask};
-}
+
+  template <class T>
+  static void backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
+    if constexpr (sizeof(T) == 8)
+      in.vjp.size(0) <= 16 ? run_backward<WideGrad16>(in, grads) : run_backward<WideGrad32>(in, grads);
+    else if (in.precision == Precision::ieee)
+      pick_backward<IeeeGrad16, IeeeGrad32, IeeeGrad64, IeeeGrad128>(in, grads);
+    else
+      pick_backward<Tf32Grad16, Tf32Grad32, Tf32Grad64, Tf32Grad128>(in, grads);
+  }
+};
 
 }  // namespace
 
-SIB_CUDA_LIBRARY(m) {
-  m.impl("_region_statistics", TORCH_BOX(&region_statistics));
-  m.impl("_region_statistics_backward", TORCH_BOX(&region_statistics_backward));
-}
+SIB_CUDA_LIBRARY(m) { StatisticsOps<StatisticsKernels>::implement(m); }
 
 }  // namespace sib_fast::cuda

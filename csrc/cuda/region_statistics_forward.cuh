@@ -1,6 +1,7 @@
 // Grams and variances on the GPU (SPEC 4): region_grams_kernel over parts of D, then sum_partials_kernel.
 #pragma once
 
+#include "common/host_device.h"
 #include "cuda/region_statistics_maps.cuh"
 
 namespace sib_fast::cuda {
@@ -20,8 +21,9 @@ struct GramTiles {
   static constexpr int kSumSize = kSubTiles * Math::kAcc * 32;  // elements of a tile in the order of the warps' sums
   static constexpr int kQuads = DEPTH / 4;                      // of a row
   static constexpr int kOwnQuads = 2 * TILE * kQuads / kThreads;
-  static constexpr int kRowStep = kThreads / kQuads;          // rows between the quads of a thread
-  static constexpr int kMomentBytes = TILE * kQuads * 4 * 8;  // on G_R's diagonal, one set of sums a quad
+  static constexpr int kRowStep = kThreads / kQuads;  // rows between the quads of a thread
+  // On G_R's diagonal: one set of sums a quad, and what each image's are relative to.
+  static constexpr int kMomentBytes = TILE * (kQuads * 4 * 8 + 2 * static_cast<int>(sizeof(T)));
   static_assert(Math::kRows == Math::kCols && kSubTiles * kGroups == WARPS, "a warp has one square sub-tile");
   static_assert(DEPTH / kPanel % kGroups == 0 && DEPTH / kGroups <= kChain, "a chunk is one chain of every warp");
   static_assert(kQuads <= 32 && kRowStep % 8 == 0,
@@ -36,7 +38,7 @@ struct GramArguments {
   Pixels<T> pixels;
   Map maps[2];
   int tiles;  // along a side of a Gram
-  int rows;   // that a stage has room for: kTile where there is one tile, else 2·kTile
+  int rows;   // that a stage has room for: rows_of_stage
   int stages;
   int parts;  // of D, one a block
   uint32_t chunks, plane_chunks;
@@ -44,6 +46,15 @@ struct GramArguments {
   double* sums;     // [which][tile pair][part][group][kSumSize]
   double* moments;  // [part][N][4]: sums of d and d² of v, of R
 };
+
+// kTile images where there is one tile, else those of two.
+template <class Tiles>
+SIB_HOST_DEVICE int rows_of_stage(int64_t images) {
+  return images <= Tiles::kTile ? Tiles::kTile : 2 * Tiles::kTile;
+}
+// Elements from a panel of a stage to the next: 8 more than it holds, or the quads that a row has in four panels, which
+// neighbouring threads read and write, would lie in the same eight banks.
+SIB_HOST_DEVICE int panel_pitch(int rows) { return (rows + 1) * kPanel; }
 
 struct TilePair {
   int i, j;
@@ -58,10 +69,9 @@ __device__ __forceinline__ TilePair tile_pair(int index, int tiles) {
 // What is subtracted before moments are summed: the map's own first element, so that a constant map's variance is 0 and
 // a mean much larger than the deviations costs no digits. Any element will do: sums are float64.
 template <class T>
-__device__ __forceinline__ void moment_shifts(const Pixels<T>& pixels, const Map& vjp, int64_t n, T& background,
-                                              T& whole) {
-  whole = value_at<T>(vjp, n * vjp.stride_n);
-  background = whole * (T(1) - pixels.mask[n * pixels.shape.pixels]);
+__device__ __forceinline__ Pack<T, 2> moment_shifts(const Pixels<T>& pixels, const Map& vjp, int64_t n) {
+  const T whole = value_at<T>(vjp, n * vjp.stride_n);
+  return {{whole * (T(1) - pixels.mask[n * pixels.shape.pixels]), whole}};  // of v, of R
 }
 
 // Where a thread's quads of a chunk are: the same elements k … k+3 of the rows row + i·kRowStep.
@@ -145,8 +155,7 @@ __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T
 // Passes    per chunk: asynchronous copies of map and mask land; each thread multiplies the quads that it copied, in
 //           place; barrier; the copies of a later chunk start; every warp adds its sub-tile's products.
 // Traffic   every tile reads its 2·kTile (diagonal: kTile) images once: N/kTile reads of a map in all, from L2 where
-// the
-//           tiles of one part run together.
+//           the tiles of one part run together. Packs of shared memory meet in no bank (tests/cuda/test_banks.py).
 // Order     products of a chain, of a part: fixed by the shape; float64 sums of kPartial products belong to one thread.
 // Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton.py; truth: reference.py.
 template <class Tiles>
@@ -165,9 +174,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const bool diagonal = tile.i == tile.j;
   const int first_i = tile.i * kTile, first_j = tile.j * kTile;
   const int own_quads = diagonal ? Tiles::kOwnQuads / 2 : Tiles::kOwnQuads;
-  const int panel = args.rows * kPanel, stage_size = args.rows * kDepth;
+  const int panel = panel_pitch(args.rows), stage_size = kDepth / kPanel * panel;
   const OwnQuads<Tiles> own(panel);
-  // Sums of d and d² of v, then of R: a pair of doubles a quad each, in memory because registers are short.
+  // Sums of d and d² of v, then of R: a pair of doubles a quad each, in memory because registers are short. Then what
+  // is subtracted of v and of R, a pair an image.
   double2* const moments = dynamic_shared<double2>();
   T* const ring = reinterpret_cast<T*>(reinterpret_cast<char*>(moments) + Tiles::kMomentBytes);
 
@@ -183,14 +193,18 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 
   constexpr int kMomentQuads = Tiles::kOwnQuads / 2, kMoments = kTile * Tiles::kQuads;
   const bool has_moments = which == 0 && diagonal;
+  auto* const shifts = reinterpret_cast<Pack<T, 2>*>(moments + 2 * kMoments);
   if (has_moments) {
     for (int i = 0; i < kMomentQuads; ++i)
       moments[tid + i * Tiles::kThreads] = moments[kMoments + tid + i * Tiles::kThreads] = make_double2(0, 0);
+    if (tid < kTile && first_i + tid < shape.images) shifts[tid] = moment_shifts(args.pixels, map, first_i + tid);
+    __syncthreads();
   }
 
   // Map and mask quads of a stage lie one after the other; both belong to the thread that copied them.
   const auto values_of = [&](int slot) { return ring + static_cast<int64_t>(slot) * 2 * stage_size; };
-  const uint32_t chunks = map.order == Order::planes ? args.plane_chunks : args.chunks;
+  const bool planes = map.order == Order::planes;
+  const uint32_t channels = static_cast<uint32_t>(shape.channels), chunks = planes ? args.plane_chunks : args.chunks;
   const uint32_t begin = static_cast<uint32_t>(static_cast<uint64_t>(chunks) * part / args.parts);
   const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(chunks) * (part + 1) / args.parts);
   const auto start_copies = [&](uint32_t chunk, int slot) {
@@ -209,10 +223,20 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           (((static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * args.parts + part) * Tiles::kGroups + group) *
               Tiles::kSumSize +
           (sub.i * Tiles::kSides + sub.j) * Math::kAcc * 32 + lane;
+      // In groups: all loads of one are under way before its first store. With 8, ptxas spills the 64-image tile's.
+      constexpr int kGroup = kTile == 64 ? 4 : 8;
 #pragma unroll
-      for (int e = 0; e < Math::kAcc; ++e) {
-        sums[e * 32] = first ? static_cast<double>(sum[e]) : sums[e * 32] + static_cast<double>(sum[e]);
-        sum[e] = T(0);
+      for (int begin = 0; begin < Math::kAcc; begin += kGroup) {
+        double total[kGroup] = {};
+        if (!first) {
+#pragma unroll
+          for (int e = 0; e < kGroup; ++e) total[e] = sums[(begin + e) * 32];
+        }
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e) {
+          sums[(begin + e) * 32] = total[e] + static_cast<double>(sum[begin + e]);
+          sum[begin + e] = T(0);
+        }
       }
     }
     first = false;
@@ -221,36 +245,35 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   for (int s = 0; s + 1 < args.stages; ++s) start_copies(begin + s, s);
   int slot = 0;
   for (uint32_t chunk = begin; chunk < end; ++chunk) {
-    wait_for_copies(args.stages - 2);
+    copy_async_wait(args.stages - 2);
     T* const values = values_of(slot);
     T* const masks = values + stage_size;
+    // Of this thread's quads: how many of their elements there are.
+    const int64_t behind =
+        planes ? shape.pixels - int64_t{chunk / channels} * kDepth : shape.elements - int64_t{chunk} * kDepth;
+    const int left = static_cast<int>(min(behind - own.k, int64_t{4}));
 #pragma unroll 1
     for (int i = 0; i < own_quads; ++i) {
       const int n = own.image(i, first_i, first_j);
       const int at = own.at + own.step(i);
-      T value[4] = {}, mask[4] = {}, operand[4];
+      Pack<T, 4> value{}, mask{}, operand;
       if (n < shape.images) {
-        widen_quad(values + at, map.element, value);
-        load_quad(masks + at, mask);
+        value = widen_quad(values + at, map.element);
+        mask = load_pack<4>(masks + at);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) operand[j] = value[j] * weight_of(mask[j], foreground);
-      store_quad(values + at, operand);
+      for (int j = 0; j < 4; ++j) operand.value[j] = value.value[j] * weight_of(mask.value[j], foreground);
+      share_pack(values + at, operand);
       if (has_moments && n < shape.images) {
-        const int64_t from = (map.order == Order::planes ? chunk / static_cast<uint32_t>(shape.channels) : chunk) *
-                                 static_cast<int64_t>(kDepth) +
-                             own.k;
-        const int64_t left = (map.order == Order::planes ? shape.pixels : shape.elements) - from;
-        T background, whole;
-        moment_shifts(args.pixels, map, n, background, whole);
+        const auto shift = shifts[n - first_i];
         double2& of_v = moments[tid + i * Tiles::kThreads];
         double2& of_r = moments[kMoments + tid + i * Tiles::kThreads];
         double2 sum_v = of_v, sum_r = of_r;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j >= left) break;
-          const double v = static_cast<double>(value[j] * (T(1) - mask[j]) - background);
-          const double r = static_cast<double>(value[j] - whole);
+          const double v = static_cast<double>(value.value[j] * (T(1) - mask.value[j]) - shift.value[0]);
+          const double r = static_cast<double>(value.value[j] - shift.value[1]);
           sum_v.x += v;
           sum_v.y += v * v;
           sum_r.x += r;
@@ -380,13 +403,12 @@ __global__ void __launch_bounds__(32 * kMaxSlices)
   double sums[4];
   for (int m = 0; m < 4; ++m) sums[m] = total(mine[m]);
   if (slice != 0 || n >= shape.images) return;
-  typename Tiles::T shift[2];
-  moment_shifts(args.pixels, args.vjp, n, shift[0], shift[1]);
+  const auto shift = moment_shifts(args.pixels, args.vjp, n);
   const double count = static_cast<double>(shape.elements);
   for (int m = 0; m < 2; ++m) {
     const double squares = sums[2 * m + 1] - sums[2 * m] * sums[2 * m] / count;
     args.variance[m][n] = (squares < 0 ? 0 : squares) / (count - 1);
-    args.mean[m][n] = static_cast<double>(shift[m]) + sums[2 * m] / count;
+    args.mean[m][n] = static_cast<double>(shift.value[m]) + sums[2 * m] / count;
   }
 }
 

@@ -58,70 +58,50 @@ template <class T>
 __device__ __forceinline__ void copy_quad(const Map& map, int64_t offset, bool valid, T* slot) {
   if (sizeof(T) == 8) {
     const double* from = static_cast<const double*>(map.data) + offset;
-    copy_async_16(slot, from, valid);
-    copy_async_16(slot + 2, from + 2, valid);
+    copy_async<16>(slot, from, valid);
+    copy_async<16>(slot + 2, from + 2, valid);
   } else if (map.element == Element::float32) {
-    copy_async_16(slot, static_cast<const float*>(map.data) + offset, valid);
+    copy_async<16>(slot, static_cast<const float*>(map.data) + offset, valid);
   } else {
-    copy_async_8(slot, static_cast<const uint16_t*>(map.data) + offset, valid);
+    copy_async<8>(slot, static_cast<const uint16_t*>(map.data) + offset, valid);
   }
 }
 // Element i of a quad.
 template <class T>
 __device__ __forceinline__ void copy_one(const Map& map, int64_t offset, bool valid, T* slot, int i) {
   if (sizeof(T) == 8) {
-    copy_async_8(slot + i, static_cast<const double*>(map.data) + offset, valid);
+    copy_async<8>(slot + i, static_cast<const double*>(map.data) + offset, valid);
   } else if (map.element == Element::float32) {
-    copy_async_4(slot + i, static_cast<const float*>(map.data) + offset, valid);
+    copy_async<4>(slot + i, static_cast<const float*>(map.data) + offset, valid);
   } else {  // no asynchronous copy of two bytes exists; the reader is this thread
     reinterpret_cast<uint16_t*>(slot)[i] = valid ? static_cast<const uint16_t*>(map.data)[offset] : uint16_t(0);
   }
 }
+// The mask's, through L1: it is read once a channel.
 template <class T>
 __device__ __forceinline__ void copy_mask_quad(const T* from, bool valid, T* slot) {
-  copy_async_16_cached(slot, from, valid);
-  if (sizeof(T) == 8) copy_async_16_cached(slot + 2, from + 2, valid);
+  copy_async<16, true>(slot, from, valid);
+  if (sizeof(T) == 8) copy_async<16, true>(slot + 2, from + 2, valid);
 }
 template <class T>
 __device__ __forceinline__ void copy_mask_one(const T* from, bool valid, T* slot) {
-  if (sizeof(T) == 8)
-    copy_async_8(slot, from, valid);
-  else
-    copy_async_4(slot, from, valid);
+  copy_async<sizeof(T)>(slot, from, valid);
 }
 
 // A copied quad, widened.
 template <class T>
-__device__ __forceinline__ void widen_quad(const T* slot, Element element, T (&to)[4]) {
-  if (sizeof(T) == 8 || element == Element::float32) {
-    load_quad(slot, to);
-    return;
-  }
-  const uint2 bits = *reinterpret_cast<const uint2*>(slot);
-  const uint32_t word[2] = {bits.x, bits.y};
+__device__ __forceinline__ Pack<T, 4> widen_quad(const T* slot, Element element) {
+  if (sizeof(T) == 8 || element == Element::float32) return load_pack<4>(slot);
+  const auto halves = load_pack<4>(reinterpret_cast<const uint16_t*>(slot));
+  Pack<T, 4> wide;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint16_t half = static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16));
-    to[i] =
-        element == Element::bfloat16
-            ? static_cast<T>(__uint_as_float(static_cast<uint32_t>(half) << 16))
-            : static_cast<T>(static_cast<float>(torch::headeronly::Half(half, torch::headeronly::Half::from_bits())));
+    using torch::headeronly::Half;
+    const uint16_t bits = halves.value[i];
+    wide.value[i] = element == Element::bfloat16 ? static_cast<T>(__uint_as_float(static_cast<uint32_t>(bits) << 16))
+                                                 : static_cast<T>(static_cast<float>(Half(bits, Half::from_bits())));
   }
+  return wide;
 }
-
-// Waits until at most `pending` of this thread's committed groups are under way.
-__device__ __forceinline__ void wait_for_copies(int pending) {
-  switch (pending) {
-    case 1:
-      return copy_async_wait<1>();
-    case 2:
-      return copy_async_wait<2>();
-    case 3:
-      return copy_async_wait<3>();
-    default:
-      return copy_async_wait<0>();
-  }
-}
-constexpr int kMaxStages = 5;
 
 }  // namespace sib_fast::cuda

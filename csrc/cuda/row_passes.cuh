@@ -22,7 +22,9 @@
 //   write         the outputs of one element
 #pragma once
 
+#include "common/norm.h"
 #include "cuda/block.cuh"
+#include "cuda/on_cuda.cuh"
 #include "cuda/packs.cuh"
 
 namespace sib_fast::cuda::rows {
@@ -50,26 +52,15 @@ struct Arguments {
   const E* in[Op::kInputs];  // null: zeros
   E* out[Op::kOutputs];      // null: not asked for
   const T* parameters[Op::kParameters + 1];
-  typename Op::Rows of;
-  Geometry at;
-  double* partial;  // [units, unit_sums]
-  T* coefficients;  // [kCoefficients, rows]
+  typename Op::Rows of{};
+  Geometry at{};
+  double* partial = nullptr;  // [units, unit_sums]
+  T* coefficients = nullptr;  // [kCoefficients, rows]
 };
 
 // Three inputs in packs of eight: more registers a thread, fewer threads.
 template <class Op>
 constexpr bool kIsWide = Op::kInputs == 3 && sizeof(typename Op::Element) == 2;
-
-template <class T>
-struct Centre {
-  T high, low;
-  __device__ __forceinline__ T operator()(T x) const { return (x - high) - low; }
-};
-template <class T>
-__device__ __forceinline__ Centre<T> in_two_parts(double mean) {
-  const T high = static_cast<T>(mean);
-  return {high, static_cast<T>(mean - static_cast<double>(high))};
-}
 
 // ---- packs of a line ------------------------------------------------------------------------------------------------
 
@@ -206,7 +197,7 @@ __device__ __forceinline__ void sum_over_lanes(double (&sums)[K], int used, int 
 }
 
 template <class Op>
-__device__ __forceinline__ bool any_output(const Arguments<Op>& a) {
+SIB_HOST_DEVICE bool any_output(const Arguments<Op>& a) {
   bool any = false;
 #pragma unroll
   for (int o = 0; o < Op::kOutputs; ++o) any = any || a.out[o] != nullptr;
@@ -458,21 +449,18 @@ void run_held(const char* op, Stream stream, Arguments<Op>& a) {
 template <class Op, bool kRuns>
 void run_units(const char* op, Stream stream, const Tensor& x, Arguments<Op>& a, Tensor& partial, bool results) {
   a.at.lanes = lanes_for(a.at.piece_packs, kUnroll);
-  partial = torch::stable::new_empty(x, {a.at.units * a.at.unit_sums}, ScalarType::Double);
-  a.partial = a.at.units == 0 ? nullptr : static_cast<double*>(partial.mutable_data_ptr());
+  partial = new_double(x, a.at.units * a.at.unit_sums);
+  a.partial = out<double>(partial);
   const dim3 grid(static_cast<unsigned>(divide_up(a.at.units, kThreads / a.at.lanes))), block(kThreads);
   launch(op, unit_sums_kernel<Op, kRuns>, grid, block, 0, stream, a);
   if (!results) return;
-  Tensor coefficients = torch::stable::new_empty(x, {Op::kCoefficients * a.at.rows},
-                                                 sizeof(typename Op::T) == 8 ? ScalarType::Double : ScalarType::Float);
-  a.coefficients = a.at.rows == 0 ? nullptr : static_cast<typename Op::T*>(coefficients.mutable_data_ptr());
+  Tensor coefficients = new_accumulated(x, Op::kCoefficients * a.at.rows);
+  a.coefficients = out<typename Op::T>(coefficients);
   const int64_t units = a.at.lines_of_row * a.at.pieces;
   const dim3 threads(units <= 64 ? 32 : units <= 512 ? kThreads : kMostThreads);
   const int64_t shared = Op::kSums * (kMostThreads / 32) * static_cast<int64_t>(sizeof(double));
   launch(op, merge_kernel<Op, kRuns>, dim3(static_cast<unsigned>(a.at.rows)), threads, shared, stream, a);
-  bool any = false;
-  for (const typename Op::Element* data : a.out) any = any || data != nullptr;
-  if (any) launch(op, unit_writes_kernel<Op, kRuns>, grid, block, 0, stream, a);
+  if (any_output(a)) launch(op, unit_writes_kernel<Op, kRuns>, grid, block, 0, stream, a);
 }
 
 }  // namespace sib_fast::cuda::rows

@@ -8,6 +8,7 @@ import torch
 import sib_fast
 from sib_fast import _backends
 from sib_fast.ops.batch_norm import batch_norm, reference
+from tests.derivatives import at_offset
 
 KERNELS = ["emulated", "cuda"]
 FIRST, LAST = "channels first", "channels last"
@@ -99,14 +100,6 @@ def test_an_addend_at_every_cut(shape, layout, dtype, registered, poisoned_memor
     made, addend = problem(shape, layout, dtype), laid_out(draw(shape, 9, dtype), layout)
     got = derivatives(registered, *made, addend)
     assert_added(got, derivatives(registered, *made), exact_derivatives(*made), addend, dtype)
-
-
-def at_offset(t, offset):
-    """t's numbers, `offset` elements behind the start of a buffer whose other elements are NaN; its layout as it is."""
-    held = torch.full((t.numel() + 16,), float("nan"), dtype=t.dtype)
-    view = held.as_strided(t.shape, t.stride(), offset)
-    view.copy_(t)
-    return view
 
 
 @pytest.mark.parametrize("offsets", [(1, 0, 0), (1, 1, 1), (3, 11, 3), (0, 4, 0), (2, 1, 0)], ids=str)

@@ -1,4 +1,4 @@
-"""The parts of the CUDA mask kernels that need no thread, through _blocks: ranks and weights, keys, bins, fixed point."""
+"""The parts of the CUDA mask kernels that need no thread, through _blocks: keys, bins, chunks, fixed point."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ blocks = pytest.importorskip(
 FLOATS = {"float32": np.float32, "float64": np.float64}
 
 
-@given(
-    level=st.floats(0, 1),
-    temperature=st.sampled_from([1e-6, 0.05, 0.1, 3.0, 50.0]),
-    pixels=st.integers(1, 3000),
-    is_double=st.booleans(),
-)
-def test_weights_are_those_of_the_rank_window(level, temperature, pixels, is_double):
-    first, nearest, weights = blocks.cuda_soft_ranks(level, temperature, pixels, is_double)
-    want_first, want_nearest, want_weights = blocks.rank_window(level, temperature, pixels, is_double)
-    assert (first, nearest) == (want_first, want_nearest)
-    np.testing.assert_allclose(weights, want_weights, rtol=1e-14, atol=1e-300)
+@given(pixels=st.integers(1, 2**31 - 1))
+def test_chunks_are_equal(pixels):
+    """Whole batches of 1,024 pixels, at most 8,192, no more chunks than that needs, and shares that differ by a batch at most."""
+    chunk, chunks = blocks.cuda_cut(pixels)
+    assert chunk % 1024 == 0
+    assert chunk <= 8192
+    assert chunks * chunk >= pixels > (chunks - 1) * chunk
+    assert chunks <= -(-pixels // 8192)
+    assert chunk - 1024 < pixels / -(-pixels // 8192)
+
+
+def test_chunks_of_an_image():
+    assert blocks.cuda_cut(224 * 224) == (7168, 7)
 
 
 @pytest.mark.parametrize("name", sorted(FLOATS))

@@ -1,4 +1,4 @@
-"""The CUDA kernels of foreground_mask on their own edges: crowds beyond the buffers, long windows, wide rows, any split."""
+"""The CUDA kernels of foreground_mask on their own edges: crowds beyond the buffers, the longest windows, wide rows, splits."""
 
 from __future__ import annotations
 
@@ -72,14 +72,28 @@ def test_crowds_beyond_the_candidate_buffer(kind, dtype, kernel):
     assert_stable_sort(crowded(kind, (2, 1, 64, 72), dtype), DEFAULTS, kernel)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 4.0, 7.0, 8.0, 40.0, 1e5])
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 0.8])
 @pytest.mark.parametrize("kind", ["natural", "zeros"])
 def test_windows_of_any_length(kind, temperature, kernel):
-    """Up to 256 entries are ranked by counting, longer ones sorted; more than 32 change the backward's path too."""
+    """0.8 makes 31 entries; 33 are more than the gradient adds apart from its running sums."""
     options = DEFAULTS._replace(temperature=temperature)
     vjp = crowded(kind, (2, 2, 40, 48), torch.float32)
     assert_stable_sort(vjp, options, kernel)
     gradient_matches(vjp, options, kernel)
+
+
+def test_the_registered_ops_refuse_what_their_kernels_do_not_take(registered):
+    vjp, wide = torch.randn(1, 2, 40, 48), torch.randn(1, 1, 1, 12289)
+    with pytest.raises(
+        RuntimeError, match=r"temperature must leave a rank window of at most 32 entries .* got 0\.9, which takes 35"
+    ):
+        registered._foreground_mask(vjp, None, *DEFAULTS._replace(temperature=0.9))
+    with pytest.raises(RuntimeError, match="vjp must be at most 12288 pixels wide for the CUDA kernels, got 12289"):
+        registered._foreground_mask(wide, None, *DEFAULTS)
+    plane, levels = torch.rand(1, 1, 40, 48), torch.rand(1, 4)
+    ranks = torch.zeros(1, 4, 35, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="temperature must leave a rank window of at most 32 entries"):
+        registered._foreground_mask_backward(plane, plane, plane[0], levels, ranks, 2, *DEFAULTS._replace(temperature=0.9))
 
 
 def gradient_matches(vjp: torch.Tensor, options: MaskOptions, kernel: str) -> None:
@@ -105,8 +119,8 @@ def gradient_matches(vjp: torch.Tensor, options: MaskOptions, kernel: str) -> No
 @pytest.mark.parametrize(
     ("shape", "window"),
     [
-        ((1, 1, 2, 13001), 3),  # a row that does not fit into 48 KiB in any type: slid over, in segments
-        ((1, 2, 1, 13001), 9001),  # and a window wider than a segment
+        ((1, 1, 2, 12288), 3),  # the widest: a row in double takes more than 48 KiB
+        ((1, 2, 1, 12001), 9001),
         ((1, 1, 300, 2), 31),  # more bands than a block has warps
         ((1, 1, 6, 2049), 2047),  # one row a block in float64
         ((1, 2, 90, 33), 63),  # 64-bit sums in float32; a strip of one column
@@ -190,7 +204,7 @@ def test_an_image_s_bits_do_not_depend_on_its_batch(kernel):
 
 
 @pytest.mark.parametrize("seed", ["1", "2", "3", "4", "5"])
-@pytest.mark.parametrize("temperature", [0.1, 9.0], ids=["counting", "sorting"])
+@pytest.mark.parametrize("temperature", [0.1, 0.8])
 def test_every_schedule_gives_the_same_bits(seed, temperature, kernel, monkeypatch):
     """A race or a missing barrier would show here. More than one block an image in every kernel: P > 8192."""
     generator = torch.Generator("cpu").manual_seed(7)
@@ -216,8 +230,7 @@ def test_one_variant_serves_every_shared_memory(kib, kernel, monkeypatch):
     monkeypatch.setenv("SIB_FAST_EMULATION_SHARED", kib)
     for dtype, shape in ((torch.float64, (1, 1, 3, 6144)), (torch.float32, (1, 1, 64, 1024))):
         vjp = torch.randn(shape, dtype=dtype, requires_grad=True)
-        for temperature in (0.1, 9.0):
-            foreground_mask(vjp, window_size=5, temperature=temperature, backend=kernel).sum().backward()
+        foreground_mask(vjp, window_size=5, backend=kernel).sum().backward()
 
 
 @pytest.mark.parametrize("where", ["one-nan", "all-nan", "most-inf"])

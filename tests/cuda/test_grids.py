@@ -59,6 +59,46 @@ def test_the_statistics_of_a_large_batch(shape, layout, precision):
     assert all(shared <= 227 * 1024 for *_, shared in launches)
 
 
+def head_launches(images, height, width):
+    """Of the default head, (forward, backward): mask, statistics and objective; x needs no gradient."""
+    map_, plane = torch.empty(images, 3, height, width), torch.empty(images, 1, height, width)
+    gram, vector = (torch.empty(size, dtype=torch.float64) for size in ((images, images), (images,)))
+    scalar = torch.zeros(())
+    levels = torch.empty(images, 4)
+    ranks = torch.empty(images, 4, rank_window_length(MASK[1], height * width, torch.float32), dtype=torch.int32)
+    ops = torch.ops.sib_fast_emulated
+    with recorded() as forward:
+        ops._foreground_mask(map_, None, *MASK)
+        ops._region_statistics(map_, map_, plane, False, "tf32x3")
+        ops._hsic_objective(scalar, gram, gram, vector, 0.1, 1000.0, 0)
+    with recorded() as backward:
+        rows, totals = torch.empty(4, images, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
+        ops._hsic_objective_backward(scalar, None, None, gram, gram, rows, totals, 0.1, 1000.0, 0, True, True, True)
+        ops._region_statistics_backward(
+            gram, gram, vector, vector, None, None, map_, map_, plane, vector, vector, True, False, True, "tf32x3"
+        )
+        ops._foreground_mask_backward(plane, plane, plane.view(images, height, width), levels, ranks, 3, *MASK)
+    return len(forward), len(backward)
+
+
+def test_launches_of_the_default_head():
+    assert head_launches(128, 224, 224) == (10, 6)
+    assert head_launches(256, 224, 224) == (11, 6)  # the objective of more than 128 images takes two
+
+
+@pytest.mark.parametrize("multiprocessors", [56, 132, 148])
+def test_the_statistics_cuts_follow_the_device(multiprocessors, monkeypatch):
+    """Two rounds of blocks, one a multiprocessor: no more than a tenth of the last round idle."""
+    monkeypatch.setenv("SIB_FAST_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+    map_, mask = torch.empty(128, 3, 224, 224), torch.empty(128, 1, 224, 224)
+    with recorded() as launches:
+        torch.ops.sib_fast_emulated._region_statistics(map_, map_, mask, False, "tf32x3")
+    x, y, z, *_ = launches[0]
+    rounds = x * y * z / multiprocessors
+    assert 1 <= rounds <= 6
+    assert rounds / -(-x * y * z // multiprocessors) > 0.9
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(128, 64, 512, 512), (200_000, 64, 14, 14), (2, 100_000, 8, 8)], ids=str)
 def test_the_norms_of_a_large_batch(shape, layout):

@@ -10,6 +10,7 @@ import torch
 import sib_fast
 from sib_fast import _backends
 from sib_fast.ops.layer_norm import group_norm, layer_norm, reference
+from tests.derivatives import at_offset
 
 KERNELS = ["emulated", "cuda"]
 # The shape of x and the number of groups, None for layer norm over the last dimension. Rows in registers of some lanes of a
@@ -103,14 +104,6 @@ def test_every_cut(shape, groups, dtype, registered, poisoned_memory):
     made = problem(shape, groups, dtype)
     got = derivatives(registered, rows_of(shape, groups), *made)
     assert_close(got, exact_derivatives(shape, groups, *made), dtype)
-
-
-def at_offset(t, offset):
-    """t's numbers, `offset` elements behind the start of a buffer whose other elements are NaN."""
-    held = torch.full((t.numel() + 16,), float("nan"), dtype=t.dtype)
-    view = held.as_strided(t.shape, t.stride(), offset)
-    view.copy_(t)
-    return view
 
 
 @pytest.mark.parametrize("offsets", [(1, 0, 0), (1, 1, 1), (3, 11, 3), (0, 4, 0), (2, 1, 0)], ids=str)
@@ -235,7 +228,7 @@ def test_what_protects_memory_is_checked(registered):
     with pytest.raises(RuntimeError, match="x must be float64"):
         registered._layer_norm(x.int(), None, None, *rows, 1e-5)
     needs = (True, True, True)
-    with pytest.raises(RuntimeError, match="grad_y must have the shape of x and be contiguous"):
+    with pytest.raises(RuntimeError, match="grad_y must be contiguous, in the shape of x"):
         registered._layer_norm_backward(x[:2], x, None, row, row, *rows, *needs)
     with pytest.raises(RuntimeError, match="grad_y must have the dtype of x"):
         registered._layer_norm_backward(x.double(), x, None, row, row, *rows, *needs)
@@ -243,7 +236,7 @@ def test_what_protects_memory_is_checked(registered):
         registered._layer_norm_backward(x, x, None, row.float(), row, *rows, *needs)
     with pytest.raises(RuntimeError, match="invstd must have 12 elements, got 11"):
         registered._layer_norm_backward(x, x, None, row, row[1:], *rows, *needs)
-    with pytest.raises(RuntimeError, match="u must have the shape of x"):
+    with pytest.raises(RuntimeError, match="u must be contiguous, in the shape of x"):
         registered._layer_norm_double_backward(x[:2], None, None, x, x, None, row, row, *rows, *needs)
     with pytest.raises(RuntimeError, match="u_bias must have 5 elements, got 6"):
         registered._layer_norm_double_backward(x, None, torch.ones(6), x, x, None, row, row, *rows, *needs)

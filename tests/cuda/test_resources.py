@@ -92,6 +92,39 @@ def test_every_architecture_has_every_kernel(usage):
         assert any(name in kernel for kernel in first), name
 
 
+# What its stores must be, by a pattern of the kernel's name: 16 bytes at a time where pixels are read so.
+PACKED_STORES = {"mean_map_kernelIffLi4ELi1E": 1, r"mean_map_kernelI\w*HalfEfLi8ELi1E": 2, "mean_map_kernelIddLi2ELi1E": 1}
+
+
+def instructions(tool: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """(kernel, its global loads and stores in the compiled code), for every architecture."""
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}  # it runs nvdisasm
+    command = [tool, "--dump-sass", "--function", ",".join(names), str(LIBRARY)]
+    dump = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found = []
+    for line in dump.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            found.append((match[1], []))
+        elif found and (match := re.search(r"\b((?:LDG|STG)[.\w]*)", line)):
+            found[-1][1].append(match[1])
+    return found
+
+
+def test_the_mean_is_stored_in_packs(usage):
+    """nvcc 13.0 takes a store of a struct apart where another branch writes its parts; then there would be none of 16 bytes."""
+    tool = cuobjdump()
+    if not (Path(tool).parent / "nvdisasm").is_file():
+        pytest.skip("no nvdisasm beside cuobjdump (triton brings both)")
+    for pattern, stores in PACKED_STORES.items():
+        names = sorted({kernel for _, kernel, *_ in usage if re.search(pattern, kernel)})
+        assert names, pattern
+        listed = instructions(tool, names)
+        assert listed, "no kernel found: has cuobjdump's format changed?"
+        for name, memory in listed:
+            assert sum(one.startswith("STG.E.128") for one in memory) == stores, (name, memory)
+            assert sum(one.startswith("LDG.E.128") for one in memory) >= 3, "an image's three channels, a load each"
+
+
 def test_parse_reads_cuobjdump():
     dump = """
 Fatbin elf code:

@@ -9,6 +9,7 @@ from sib_fast.ops.batch_norm import batch_norm, reference
 from sib_fast.ops.batch_norm.running import running_batch_norm
 from sib_fast.testing.assertions import assert_no_worse_than
 from sib_fast.testing.counting import OpLog
+from tests.derivatives import same_bits, step
 
 KERNELS = ("cuda",)
 real_gpu = pytest.mark.real_gpu
@@ -28,28 +29,12 @@ def inputs(shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0):
     return [t.to(device, dtype).contiguous(memory_format=layout) for t in maps], [t.to(device, wide) for t in channels]
 
 
-def step(maps, channels, normalise):
-    """y, its gradients, and the gradients of those."""
-    x, grad_y, u = maps
-    leaf, weight, bias = (t.detach().requires_grad_() for t in (x, *channels))
-    cotangent = grad_y.detach().requires_grad_()
-    y = normalise(leaf, weight, bias)
-    first = torch.autograd.grad(y, (leaf, weight, bias), cotangent, create_graph=True)
-    scalars = (first[0], first[1].sum(), first[2].sum())
-    second = torch.autograd.grad(scalars, (cotangent, leaf, weight), (u, *(torch.ones_like(s) for s in scalars[1:])))
-    return [y.detach(), *(t.detach() for t in first), *second]
-
-
 def by_kernel(kernel):
     return lambda x, w, b: batch_norm(x, w, b, backend=kernel)[0]
 
 
 def by_reference(x, w, b):
     return reference.batch_norm(x, w, b, 1e-5)[0]
-
-
-def same_bits(got, want) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @real_gpu  # for their size

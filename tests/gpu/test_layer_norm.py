@@ -8,6 +8,7 @@ import torch
 from sib_fast.ops.layer_norm import group_norm, layer_norm, reference
 from sib_fast.ops.softmax import _double_backward_composed
 from sib_fast.testing.assertions import assert_no_worse_than
+from tests.derivatives import same_bits, step
 
 KERNELS = ("cuda",)
 real_gpu = pytest.mark.real_gpu
@@ -41,18 +42,6 @@ def inputs(shape, groups, dtype=torch.float32, seed=0):
     return [t.to(device, dtype) for t in maps], [t.to(device, wide) for t in channels]
 
 
-def step(maps, channels, normalise):
-    """y, its gradients, and the gradients of those."""
-    x, grad_y, u = maps
-    leaf, weight, bias = (t.detach().requires_grad_() for t in (x, *channels))
-    cotangent = grad_y.detach().requires_grad_()
-    y = normalise(leaf, weight, bias)
-    first = torch.autograd.grad(y, (leaf, weight, bias), cotangent, create_graph=True)
-    scalars = (first[0], first[1].sum(), first[2].sum())
-    second = torch.autograd.grad(scalars, (cotangent, leaf, weight), (u, *(torch.ones_like(s) for s in scalars[1:])))
-    return [y.detach(), *(t.detach() for t in first), *second]
-
-
 def by_kernel(kernel, groups):
     if groups is None:
         return lambda x, w, b: layer_norm(x, x.shape[-1:], w, b, backend=kernel)
@@ -67,10 +56,6 @@ def by_reference(groups):
 
 def wide(maps, channels):
     return [t.double() for t in maps], [t.double() for t in channels]
-
-
-def same_bits(got, want) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @real_gpu  # for their size

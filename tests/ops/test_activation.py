@@ -13,6 +13,7 @@ from sib_fast import _backends
 from sib_fast.ops.activation import KINDS, activation, reference
 from sib_fast.testing.assertions import assert_no_worse_than
 from sib_fast.testing.counting import OpLog
+from tests.derivatives import assert_written_and_threads_change_no_bit
 
 KERNELS = ("cpu", "cuda", "emulated")
 
@@ -297,17 +298,10 @@ def test_the_kernel_runs_and_not_the_composition(kernel, monkeypatch):
 
 def filled(step):
     """How many activation-sized tensors of zeros, and how many ops, a call makes."""
-    names = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.overloadpacket._qualified_op_name)
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
+    with OpLog() as log:
         step()  # allocates nothing itself
-    zeros = [n for n in names if "zeros" in n or "fill" in n or "zero_" in n]
-    return len(zeros), len(names)
+    zeros = [name for name, _ in log.ops if "zeros" in name or "fill" in name or "zero_" in name]
+    return len(zeros), len(log.ops)
 
 
 @pytest.mark.parametrize("kind", ["relu", "leaky_relu"])
@@ -696,18 +690,11 @@ def test_opcheck(kind, parameters, kernel):
 
 def test_every_element_is_written_and_threads_change_no_bit(kernel, poisoned_memory):
     x, u, g = (inputs((3, 70000)).float() for _ in range(3))  # more than one block a thread, and a rest
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            both = torch.ops.sib_fast_activation.double_backward(u, g, x, "silu", [], True, True)
-            results.append((*both, *by_bits("relu", (), x, g)))
-    finally:
-        torch.set_num_threads(before)
-    for result in results:
-        for a, b in zip(result, results[0], strict=True):
-            assert torch.isfinite(a).all()
-            assert torch.equal(a, b)
+
+    def run():
+        return *torch.ops.sib_fast_activation.double_backward(u, g, x, "silu", [], True, True), *by_bits("relu", (), x, g)
+
+    assert_written_and_threads_change_no_bit(run)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4, 4), (2, 0, 3)], ids=str)

@@ -7,29 +7,11 @@ import torch
 
 from sib_fast.ops.batch_norm import batch_norm, reference
 from sib_fast.testing.assertions import assert_no_worse_than
+from tests.derivatives import assert_written_and_threads_change_no_bit, second_order
 
 SHAPES = [(4, 3, 5, 6), (8, 5), (2, 7, 9), (3, 2, 2, 3, 4), (2, 1, 1, 1), (5, 33, 4, 4)]
 
 KERNELS = ("cpu", "cuda", "emulated")
-
-
-def second_order(function, x, weight, bias, dtype, backend_seed=1):
-    """y, its gradients, and the gradients of a function of those: every path of the double backward."""
-    g = torch.Generator("cpu").manual_seed(backend_seed)
-
-    def drawn(like):
-        return torch.randn(like.shape, generator=g, dtype=torch.float64, device="cpu").to(like.device, dtype)
-
-    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, weight, bias)]
-    cotangent = drawn(x).requires_grad_()
-    present = [t for t in leaves if t is not None]
-    y = function(*leaves)
-    first = torch.autograd.grad(y, present, cotangent, create_graph=True)
-    weights = [drawn(t) for t in first]
-    scalar = sum((t * w).sum() for t, w in zip(first, weights, strict=True))
-    # grad_bias does not depend on the bias, nor anything on it: its second derivative is absent, as in plain autograd.
-    second = torch.autograd.grad(scalar, [cotangent, *present[:2]], allow_unused=True)
-    return [y.detach(), *(t.detach() for t in first), *(t.detach() for t in second if t is not None)]
 
 
 def make(shape, affine=True):
@@ -220,17 +202,7 @@ def test_third_derivative_is_refused_in_words(kernel):
 def test_every_element_is_written_and_threads_change_no_bit(layout, kernel, poisoned_memory):
     x, *affine = make((9, 5, 16, 17))  # several chunks of rows, of different lengths
     x = x if layout == torch.contiguous_format else x.contiguous(memory_format=layout)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(second_order(by_kernel(kernel), x, *affine, torch.float32))
-    finally:
-        torch.set_num_threads(before)
-    for result in results:
-        for a, b in zip(result, results[0], strict=True):
-            assert torch.isfinite(a).all()
-            assert torch.equal(a, b)
+    assert_written_and_threads_change_no_bit(lambda: second_order(by_kernel(kernel), x, *affine, torch.float32))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 
-from sib_fast import foreground_mask
+from sib_fast import _backends, foreground_mask
 from sib_fast._backends import INTERPRETING_TRITON
-from sib_fast.ops.foreground_mask import MaskOptions, mask_with_ranks, reference, selected_ranks
+from sib_fast.ops.foreground_mask import LIMITS, MaskOptions, mask_with_ranks, rank_window_length, reference, selected_ranks
 from sib_fast.testing.assertions import assert_no_worse_than, box_of_gate, exact_orders, rank_pixels_of
 from sib_fast.testing.problems import PROBLEMS, Problem, layouts
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NATURAL = PROBLEMS[0]
+module = importlib.import_module("sib_fast.ops.foreground_mask")  # whose name in sib_fast.ops is the function's
 
 
 def interpreted(kernel: str) -> bool:
@@ -30,6 +32,12 @@ def sized(problem: Problem, kernel: str) -> Problem:
 
 def options_of(problem: Problem, **changes) -> MaskOptions:
     return MaskOptions(problem.window_size, 0.1, 10.0, (0.05, 0.95, 0.8, 0.8), 1e-8)._replace(**changes)
+
+
+def takes(kernel: str, options: MaskOptions, shape, dtype) -> bool:
+    """Whether the backend's kernels rank so long a window."""
+    length = rank_window_length(options.temperature, shape[2] * shape[3], dtype)
+    return kernel not in LIMITS or length <= LIMITS[kernel].window
 
 
 def mask_and_grad(function, vjp, cotangent):
@@ -91,7 +99,12 @@ def test_float64_agrees_with_the_reference(problem, kernel):
     ids=str,
 )
 def test_every_option_reaches_the_kernel(changes, kernel):
-    got, low, exact = compare(NATURAL, options_of(NATURAL, **changes), torch.float64, kernel)
+    options = options_of(NATURAL, **changes)
+    if not takes(kernel, options, NATURAL.shape, torch.float64):
+        with pytest.raises(ValueError, match="temperature must leave a rank window of at most"):
+            compare(NATURAL, options, torch.float64, kernel)
+        return
+    got, low, exact = compare(NATURAL, options, torch.float64, kernel)
     torch.testing.assert_close(got[0], exact[0], rtol=1e-10, atol=1e-12)
     assert (got[1] - low[1]).norm() <= 1e-10 * low[1].norm()
 
@@ -179,7 +192,7 @@ def test_gradcheck(window_size, kernel):
     vjp = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
     # τ and slope such that no sigmoid saturates and no rank flips within gradcheck's step.
     assert torch.autograd.gradcheck(
-        lambda v: foreground_mask(v, window_size=window_size, temperature=0.5, slope=2.0, backend=kernel),
+        lambda v: foreground_mask(v, window_size=window_size, temperature=0.3, slope=2.0, backend=kernel),
         vjp,
         eps=1e-7,
         atol=1e-6,
@@ -312,3 +325,29 @@ def test_autocast_changes_nothing(kernel):
             got = foreground_mask(vjp, window_size=5, backend=backend)
         assert got.dtype == torch.float32
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", LIMITS)
+def test_what_a_backend_does_not_take_is_refused_where_it_is_asked_for(backend):
+    limits = LIMITS[backend]
+    long, wide = torch.randn(1, 1, 20, 20), torch.randn(1, 1, 1, 1).expand(1, 1, 1, limits.width + 1)
+    entries = f"at most {limits.window} entries for backend='{backend}', got 9.0, which takes 309 of torch.float32"
+    with pytest.raises(ValueError, match=f"^foreground_mask: temperature must leave a rank window of {entries}"):
+        foreground_mask(long, temperature=9.0, backend=backend)
+    with pytest.raises(ValueError, match=f"vjp must be at most {limits.width} pixels wide for backend='{backend}'"):
+        foreground_mask(wide, backend=backend)
+
+
+def test_auto_takes_a_backend_that_takes_the_options(monkeypatch):
+    """Of two that are usable here the first one is preferred, and left where its kernels would refuse."""
+    monkeypatch.setitem(_backends.KERNEL_DEVICES, "triton", "cpu")
+    monkeypatch.setitem(_backends.MISSING, "triton", None)
+    monkeypatch.setitem(_backends.MISSING, "cpu", None)
+    monkeypatch.setattr(module, "KERNELS", ["triton", "cpu"])
+    vjp = torch.randn(1, 1, 20, 20)
+    assert module._chosen(vjp, options_of(NATURAL), "auto") == "triton"
+    assert module._chosen(vjp, options_of(NATURAL, temperature=9.0), "auto") == "cpu"
+    monkeypatch.setattr(module, "KERNELS", ["triton"])
+    monkeypatch.setattr(_backends, "_warned", set())
+    with pytest.warns(UserWarning, match="'auto' runs the reference"):
+        assert module._chosen(vjp, options_of(NATURAL, temperature=9.0), "auto") == _backends.REFERENCE

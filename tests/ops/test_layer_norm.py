@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sib_fast.ops.layer_norm import group_norm, layer_norm, reference
 from sib_fast.testing.assertions import assert_no_worse_than
+from tests.derivatives import assert_written_and_threads_change_no_bit, second_order
 
 KERNELS = ("cpu", "cuda", "emulated")
 # A problem: the shape of x, and normalized_shape or the number of groups. Rows shorter and longer than a vector, a tail, one
@@ -52,25 +53,6 @@ def make(shape, rows, affine="both"):
     weight, bias = (torch.randn(parameter, dtype=torch.float64) for _ in range(2))
     x = 2 * torch.randn(shape, dtype=torch.float64) + 3
     return x, weight if affine in ("both", "weight") else None, bias if affine in ("both", "bias") else None
-
-
-def second_order(function, x, weight, bias, dtype):
-    """y, its gradients, and the gradients of a function of all of those: every path of the double backward."""
-    g = torch.Generator("cpu").manual_seed(1)
-
-    def drawn(like):
-        return torch.randn(like.shape, generator=g, dtype=torch.float64, device="cpu").to(like.device, dtype)
-
-    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, weight, bias)]
-    cotangent = drawn(x).requires_grad_()
-    present = [t for t in leaves if t is not None]
-    y = function(*leaves)
-    first = torch.autograd.grad(y, present, cotangent, create_graph=True)
-    weights = [drawn(t) for t in first]
-    scalar = sum((t * w).sum() for t, w in zip(first, weights, strict=True))
-    # Nothing here depends on the bias, so that it has no second derivative.
-    second = torch.autograd.grad(scalar, [cotangent, *(t for t in leaves[:2] if t is not None)])
-    return [t.detach() for t in (y, *first, *second)]
 
 
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
@@ -214,17 +196,7 @@ def test_third_derivative_is_refused_in_words(kernel):
 @pytest.mark.parametrize(("shape", "rows"), [((700, 70), (70,)), ((20, 6, 17, 16), 3)], ids=ids)
 def test_every_element_is_written_and_threads_change_no_bit(shape, rows, kernel, poisoned_memory):
     problem = make(shape, rows)  # several chunks of rows, of different lengths
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(second_order(by_kernel(kernel, rows), *problem, torch.float32))
-    finally:
-        torch.set_num_threads(before)
-    for result in results:
-        for a, b in zip(result, results[0], strict=True):
-            assert torch.isfinite(a).all()
-            assert torch.equal(a, b)
+    assert_written_and_threads_change_no_bit(lambda: second_order(by_kernel(kernel, rows), *problem, torch.float32))
 
 
 def test_empty(kernel):

@@ -8,6 +8,8 @@ import torch
 import sib_fast.ops.softmax as softmax_op
 from sib_fast.ops.softmax import _double_backward_composed, reference, softmax
 from sib_fast.testing.assertions import assert_no_worse_than
+from sib_fast.testing.counting import OpLog
+from tests.derivatives import assert_written_and_threads_change_no_bit
 
 KERNELS = ("cpu", "cuda", "emulated")
 SHAPES = [(3, 4, 17), (5, 1), (7,), (2, 300), (1000, 37)]
@@ -98,19 +100,13 @@ def test_layouts(layout, kernel):
 
 def test_the_double_backward_is_one_op(kernel):
     """The op, and PyTorch's kernel on the way from y to x: nothing else."""
-    names = []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func._overloadpacket._qualified_op_name)
-            return func(*args, **(kwargs or {}))
-
     x = make((3, 5)).requires_grad_()
     u = torch.randn(3, 5).double()
     (first,) = torch.autograd.grad(softmax(x, backend=kernel), x, torch.ones_like(x), create_graph=True)
-    with Recorder():
+    with OpLog() as log:
         torch.autograd.grad(first, x, u)
-    assert [n for n in names if "detach" not in n] == ["sib_fast_softmax::double_backward", "sib_fast_softmax::backward"]
+    names = [name for name, _ in log.ops if "detach" not in name]
+    assert names == ["sib_fast_softmax.double_backward.default", "sib_fast_softmax.backward.default"]
 
 
 def test_the_kernel_runs_and_not_the_composition(kernel, monkeypatch):
@@ -123,17 +119,7 @@ def test_the_kernel_runs_and_not_the_composition(kernel, monkeypatch):
 def test_every_element_is_written_and_threads_change_no_bit(kernel, poisoned_memory):
     y = torch.softmax(torch.randn(1100, 37), -1)  # several blocks of rows, and a rest
     u, g = torch.randn(1100, 37), torch.randn(1100, 37)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(torch.ops.sib_fast_softmax.double_backward(u, g, y, True, True))
-    finally:
-        torch.set_num_threads(before)
-    for result in results:
-        for a, b in zip(result, results[0], strict=True):
-            assert torch.isfinite(a).all()
-            assert torch.equal(a, b)
+    assert_written_and_threads_change_no_bit(lambda: torch.ops.sib_fast_softmax.double_backward(u, g, y, True, True))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 4)], ids=str)

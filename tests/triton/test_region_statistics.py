@@ -18,6 +18,7 @@ from tests.triton import aot
 
 pytest.importorskip("triton")
 from sib_fast.ops.region_statistics import triton as kernels
+from sib_fast.ops.region_statistics.triton import operands, tiles
 
 KERNELS = ["triton"]
 TABLES = ("80", "86", "90", "100", "120")
@@ -52,8 +53,15 @@ def assert_matches(inputs, got, bound):
         assert (a.double() - b).norm() <= bound * b.norm(), index
 
 
-def force(monkeypatch, table):
-    monkeypatch.setattr(kernels, "_architecture", lambda device: table)
+def force(monkeypatch, table, multiprocessors=132):
+    monkeypatch.setattr(tiles, "machine_of", lambda device: tiles.Machine(table, multiprocessors))
+
+
+def force_tile(monkeypatch, tile, multiprocessors):
+    """One tile for everything, and few programs to share the work."""
+    for table in (tiles.GRAM, tiles.RESIDENT_GRADIENT, tiles.STREAMED_GRADIENT):
+        monkeypatch.setitem(table, "interpreter", dict.fromkeys(KINDS, (tile,)))
+    force(monkeypatch, "interpreter", multiprocessors)
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------------
@@ -84,12 +92,8 @@ def test_every_table(table, images, kernel, monkeypatch):
 def test_several_chains_partial_sums_and_row_tiles(kind, kernel, monkeypatch):
     """More than 1,024 products in one program, more than 512 images in one product, more tiles than one."""
     dtype, precision = KINDS[kind]
-    monkeypatch.setattr(kernels, "_PROGRAMS", 12)
     monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 256)
-    tile = kernels.Tile(16, 256, 4, 1, 16)
-    for table in (kernels.GRAM, kernels.RESIDENT_GRADIENT, kernels.STREAMED_GRADIENT):
-        monkeypatch.setitem(table, "interpreter", dict.fromkeys(KINDS, (tile,)))
-    force(monkeypatch, "interpreter")
+    force_tile(monkeypatch, tiles.Tile(16, 256, 4, 1, 16), multiprocessors=6)
     for shape in ((18, 3, 25, 50), (520, 1, 1, 3)) if kind == "tensor" else ((18, 3, 25, 50),):
         inputs = inputs_of(shape, dtype)
         assert_matches(inputs, value_and_grads(inputs, kernel, precision), 1e-12 if dtype == torch.float64 else 1e-6)
@@ -102,16 +106,29 @@ def test_several_chains_partial_sums_and_row_tiles(kind, kernel, monkeypatch):
 def test_every_walk(shape, layout, kernel, monkeypatch):
     """Planes, channels, and both with short rows run together; blocks smaller than a row, so that each walk has several.
 
-    One program: the VJP's part of the mask gradient is then added to x's where it stands.
+    Few programs: the VJP's part of the mask gradient is then added to x's where it stands.
     """
-    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
-    small = dict.fromkeys(KINDS, (kernels.Tile(16, 32, 4, 1, 16),))
-    for table in (kernels.GRAM, kernels.RESIDENT_GRADIENT, kernels.STREAMED_GRADIENT):
-        monkeypatch.setitem(table, "interpreter", small)
-    force(monkeypatch, "interpreter")
+    force_tile(monkeypatch, tiles.Tile(16, 32, 4, 1, 16), multiprocessors=1)
     inputs = inputs_of(shape, torch.float64)
     laid_out = (*(layouts(t)[layout] for t in inputs[:2]), inputs[2])
     assert_matches(inputs, value_and_grads(laid_out, kernel), 1e-12)
+
+
+def test_maps_that_are_cut_differently_are_merged_together(kernel, monkeypatch):
+    """x channels last: other blocks, other splits, and float64 partial sums for one map's sake."""
+    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 32)
+    force_tile(monkeypatch, tiles.Tile(16, 32, 4, 1, 16), multiprocessors=2)
+    vjp, x, mask = inputs_of((18, 70, 7, 9), torch.float64)
+    laid_out = vjp, x.contiguous(memory_format=torch.channels_last), mask
+    assert_matches(laid_out, value_and_grads(laid_out, kernel), 1e-12)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 46, 114, 160])
+def test_any_number_of_multiprocessors(multiprocessors, kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 64)
+    force_tile(monkeypatch, tiles.Tile(16, 64, 4, 1, 16), multiprocessors)
+    inputs = inputs_of((18, 3, 30, 31), torch.float64)
+    assert_matches(inputs, value_and_grads(inputs, kernel), 1e-12)
 
 
 def test_channels_split_over_programs(kernel):
@@ -191,26 +208,26 @@ def test_error_grows_with_the_chain_and_ours_are_short():
     assert error[512] < 3e-6
     assert 6 < error[4608] / error[512] < 12  # nine times as long
     for name, kind in itertools.product(TABLES, KINDS):
-        for tile in kernels.GRAM[name][kind]:
-            products = tile.block_d if kind == "tensor" else kernels.CHAIN.value
+        for tile in tiles.GRAM[name][kind]:
+            products = tile.block_d if kind == "tensor" else operands.CHAIN.value
             assert products <= 512
-            assert kernels.CHAIN.value % tile.block_d == 0
-            assert kernels.PARTIAL.value % kernels.CHAIN.value == 0
-        for tile in (*kernels.RESIDENT_GRADIENT[name][kind], *kernels.STREAMED_GRADIENT[name][kind]):
-            assert kernels.CHAIN.value % tile.block_k == 0
+            assert operands.CHAIN.value % tile.block_d == 0
+            assert operands.PARTIAL.value % operands.CHAIN.value == 0
+        for tile in (*tiles.RESIDENT_GRADIENT[name][kind], *tiles.STREAMED_GRADIENT[name][kind]):
+            assert operands.CHAIN.value % tile.block_k == 0
 
 
 # ---- launches ---------------------------------------------------------------------------------------------------------------
 
 
-def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, layout="contiguous"):
+def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, layout="contiguous", multiprocessors=132):
     dtype, precision = KINDS.get(kind, (torch.float32, kind))
     images = shape[0]
     maps = layouts(torch.zeros(shape, dtype=dtype))[layout]
     mask = torch.zeros((images, 1, *shape[2:]), dtype=dtype)
     gram, vector = torch.zeros(images, images, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
     background_grams = (gram, gram) if background else (None, None)
-    before, kernels._architecture = kernels._architecture, lambda device: table
+    before, tiles.machine_of = tiles.machine_of, lambda device: tiles.Machine(table, multiprocessors)
     try:
         forward = aot.record(lambda: kernels.forward(maps, maps, mask, background, precision))
         return forward + aot.record(
@@ -219,7 +236,7 @@ def launches_of(shape, table, kind="tensor", *, background=False, need_x=False, 
             )
         )
     finally:
-        kernels._architecture = before
+        tiles.machine_of = before
 
 
 @compiled_only
@@ -227,13 +244,59 @@ def test_launch_count_and_scratch_at_the_size_of_the_ledger():
     launches = launches_of((128, 3, 224, 224), "90")
     names = [launch.kernel.__name__ for launch in launches]
     assert names == [
-        *("_gram_partials_kernel", "_gram_kernel", "_variance_kernel", "_gram_partials_kernel", "_gram_kernel"),
-        *("_symmetrised_kernel", "_gradient_kernel", "_gradient_kernel"),
+        *("gram_partials_kernel", "gram_partials_kernel", "merge_kernel"),
+        *("symmetrised_kernel", "gradient_kernel", "gradient_kernel"),
     ]
+
+
+@compiled_only
+@pytest.mark.parametrize("multiprocessors", [114, 132, 148])
+def test_programs_are_two_rounds_of_the_devices_multiprocessors(multiprocessors):
+    launches = launches_of((128, 3, 224, 224), "90", multiprocessors=multiprocessors)
     programs = [
         math.prod(launch.grid) for launch in launches if launch.kernel.__name__.endswith(("partials_kernel", "gradient_kernel"))
     ]
-    assert all(2 * 132 - 8 <= count <= 2 * 132 for count in programs), programs
+    # Equal shares of the Grams' blocks of 16 columns and of the gradient's of 32: as many as make the longest share shortest.
+    shares = [-(-blocks // (2 * multiprocessors)) for blocks in (3 * 224 * 224 // 16, 224 * 224 // 32)]
+    grams, gradient = 3 * 224 * 224 // 16 / shares[0], 224 * 224 / 32 / shares[1]
+    assert programs == [math.ceil(grams)] * 2 + [math.ceil(gradient)] * 2
+    assert max(programs) <= 2 * multiprocessors
+
+
+@compiled_only
+def test_a_cut_compiles_nothing_new():
+    """The number of multiprocessors is in grids and plain arguments; what merges the moments has the next power of two."""
+    one, other = (launches_of((128, 3, 224, 224), "90", multiprocessors=count) for count in (132, 140))
+    assert [launch.key for launch in one] == [launch.key for launch in other]
+    assert [launch.grid for launch in one] != [launch.grid for launch in other]
+
+
+def test_the_device_is_asked_for_its_multiprocessors(monkeypatch):
+    class Properties:
+        major, minor, shared_memory_per_block_optin, multi_processor_count = 9, 0, 227 * 1024, 114
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    tiles.machine_of.cache_clear()
+    assert tiles.machine_of(torch.device("cuda:0")) == tiles.Machine("90", 114)
+    assert tiles.machine_of(torch.device("cuda:0")).programs == 228
+    tiles.machine_of.cache_clear()
+
+
+@compiled_only
+@pytest.mark.parametrize("need_x", [False, True])
+def test_nothing_is_allocated_for_outputs_that_nobody_asked_for(need_x):
+    empty = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if "empty" in func.__name__ and made.numel() == 0:
+                empty.append(func.__name__)
+            return made
+
+    with Watch():
+        launches_of((4, 3, 16, 16), "90", need_x=need_x)
+    assert not empty
 
 
 @compiled_only
@@ -262,7 +325,7 @@ def test_small_maps_of_every_size_share_their_kernels(layout):
     """Rows that run together have the length of a map or of its channels: compiling for each takes seconds."""
     shapes = [(3, 5, 7, 7), (3, 7, 9, 5), (3, 9, 11, 13)]
     launches = [one for shape in shapes for one in launches_of(shape, "90", layout=layout)]
-    keys = {one.key for one in launches if one.kernel is kernels._gram_partials_kernel}
+    keys = {one.key for one in launches if one.kernel is kernels.gram_partials_kernel}
     assert len(keys) == 2  # of R, with its moments, and of x
 
 
@@ -305,13 +368,13 @@ def test_other_arithmetic_has_no_stack_and_no_spills(capability, kind, drawn):
 
 def test_tables_fit_what_a_device_offers():
     kib = 1024
-    assert kernels._architecture_of((9, 0), 227 * kib) == "90"
-    assert kernels._architecture_of((10, 0), 227 * kib) == "100"
-    assert kernels._architecture_of((8, 0), 163 * kib) == "80"
-    assert kernels._architecture_of((8, 9), 99 * kib) == kernels._architecture_of((8, 6), 99 * kib) == "86"
-    assert kernels._architecture_of((12, 0), 99 * kib) == "120"
-    assert kernels._architecture_of((9, 0), 99 * kib) == "86"  # a device that offers a block less than its kind does
-    assert kernels._architecture_of((13, 0), 300 * kib) == "86"
+    assert tiles.architecture_of((9, 0), 227 * kib) == "90"
+    assert tiles.architecture_of((10, 0), 227 * kib) == "100"
+    assert tiles.architecture_of((8, 0), 163 * kib) == "80"
+    assert tiles.architecture_of((8, 9), 99 * kib) == tiles.architecture_of((8, 6), 99 * kib) == "86"
+    assert tiles.architecture_of((12, 0), 99 * kib) == "120"
+    assert tiles.architecture_of((9, 0), 99 * kib) == "86"  # a device that offers a block less than its kind does
+    assert tiles.architecture_of((13, 0), 300 * kib) == "86"
 
 
 def test_offsets_beyond_32_bits():
@@ -319,7 +382,7 @@ def test_offsets_beyond_32_bits():
     storage_stride = 2**31 + 16
     walk = kernels._walk(torch.empty((2, 3, 4, 4), device="meta").as_strided((2, 3, 4, 4), (storage_stride, 16, 4, 1)))
     assert walk.stride_n == storage_stride
-    assert kernels._order(torch.empty((1, 3, 2**15, 2**15), device="meta"), walk, 32)[0] == kernels.PLANES.value
+    assert kernels._order(torch.empty((1, 3, 2**15, 2**15), device="meta"), walk, 32)[0] == operands.PLANES.value
 
 
 @compiled_only

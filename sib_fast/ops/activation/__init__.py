@@ -20,6 +20,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, automatic, resolve
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import no_third_derivative, register_derivatives
 from sib_fast.ops.activation import reference
 
 _OP = "activation"
@@ -386,21 +387,16 @@ def _autograd_of_backward(ctx, u):
     return to_grad_y if need_grad_y else None, to_saved if need_saved else None, None, None, None
 
 
-def _setup_double_backward(ctx, inputs, output):
-    """Nothing is kept: there is no third derivative."""
-
-
-def _third_derivative(ctx, *_):
-    raise NotImplementedError(f"{_OP}: the third derivative exists only with backend='reference'")
-
-
-for _name, _gradient, _setup in (
-    ("forward", _autograd_of_forward, _setup_forward),
-    ("forward_bits", _autograd_of_forward, _setup_forward_bits),
-    ("backward", _autograd_of_backward, _setup_backward),
-    ("double_backward", _third_derivative, _setup_double_backward),
-):
-    torch.library.register_autograd(f"sib_fast_activation::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
+register_derivatives(
+    "sib_fast_activation",
+    (
+        ("forward", _autograd_of_forward, _setup_forward),
+        ("forward_bits", _autograd_of_forward, _setup_forward_bits),
+        ("backward", _autograd_of_backward, _setup_backward),
+        ("double_backward", no_third_derivative(_OP), None),
+    ),
+    _LIBRARY,
+)
 
 
 class _InPlace(torch.autograd.Function):

@@ -15,6 +15,7 @@ from sib_fast import _checks, _extension
 from sib_fast._again import offer
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import no_third_derivative, register_derivatives
 from sib_fast.ops._handover import register_autograd_with_handover
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import reference
@@ -120,14 +121,6 @@ def _double_backward(ops, ctx, u, u_weight, u_bias):
     return to_grad_y if need_grad_y else None, to_x if need_x else None, to_weight, None, None, to_addend, None
 
 
-def _setup_double_backward(ctx, inputs, output):
-    """Nothing is kept: there is no third derivative."""
-
-
-def _third_derivative(ctx, *_):
-    raise NotImplementedError("batch_norm: the third derivative exists only with backend='reference'")
-
-
 # ---- the registered ops: a CPU and a CUDA kernel each, and derivatives once a namespace -------------------------------------
 
 _FORWARD = {}
@@ -138,11 +131,11 @@ def add_kernels(backend: str, namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     if ops._batch_norm not in _FORWARD.values():
         register_autograd_with_handover(namespace, "_batch_norm", partial(_backward, ops), _setup_forward)
-        for name, gradient, setup in (
+        derivatives = (
             ("_batch_norm_backward", partial(_double_backward, ops), partial(_setup_backward, ops)),
-            ("_batch_norm_double_backward", _third_derivative, _setup_double_backward),
-        ):
-            torch.library.register_autograd(f"{namespace}::{name}", gradient, setup_context=setup)
+            ("_batch_norm_double_backward", no_third_derivative(_OP), None),
+        )
+        register_derivatives(namespace, derivatives)
     _FORWARD[backend] = ops._batch_norm
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._needs import needed
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import register_derivatives
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.batch_norm import _as_laid_out, _dense
 
@@ -139,8 +140,11 @@ def _autograd_of_backward(ctx, u, u_weight, u_bias):
     return to_grad_y if need_grad_y else None, to_x, to_weight, None, None, None, None, None, None
 
 
-for _name, _gradient, _setup in (
-    ("forward", _autograd_of_forward, _setup_forward),
-    ("backward", _autograd_of_backward, _setup_backward),
-):
-    torch.library.register_autograd(f"sib_fast_running_batch_norm::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
+register_derivatives(
+    "sib_fast_running_batch_norm",
+    (
+        ("forward", _autograd_of_forward, _setup_forward),
+        ("backward", _autograd_of_backward, _setup_backward),
+    ),
+    _LIBRARY,
+)

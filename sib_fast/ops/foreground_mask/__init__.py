@@ -21,6 +21,16 @@ KERNELS = ["cpu", "cuda", "triton"]
 _LEVELS = 4  # lo, hi, gate (of g), area (of d)
 
 
+class Limits(NamedTuple):
+    """What the kernels of a backend take: an explicit request for more is refused, "auto" asks the next backend."""
+
+    window: int  # entries of a rank window
+    width: int  # pixels of a row
+
+
+LIMITS = {"cuda": Limits(window=32, width=12288), "triton": Limits(window=256, width=1 << 31)}
+
+
 class MaskOptions(NamedTuple):
     """The op's settings, in the order of the registered schemas."""
 
@@ -53,8 +63,9 @@ def foreground_mask(
              in ranks. slope: of both sigmoids. quantiles: (lo, hi, gate, area). eps: added to the value range.
              backend: "auto" or one of `sib_fast.BACKENDS`.
     Scale:   per image; multiplying an image's vjp by a positive number leaves its mask unchanged (up to eps).
-    Errors:  TypeError, ValueError for bad arguments; RuntimeError for a backend that is not usable;
-             NotImplementedError when a kernel's gradient is differentiated again.
+    Errors:  TypeError, ValueError for bad arguments, and for a backend whose kernels do not take so wide a map or so high a
+             temperature; RuntimeError for a backend that is not usable; NotImplementedError when a kernel's gradient is
+             differentiated again.
     Source:  arXiv 2511.09239, differentiable adaptive mask; the authors' script; SPEC 3 and 6.
     """
     _checks.require_map(_OP, "vjp", vjp)
@@ -64,7 +75,7 @@ def foreground_mask(
     _checks.require_positive(_OP, "eps", eps)
     levels = _checks.require_quantiles(_OP, quantiles)
     options = MaskOptions(window_size, float(temperature), float(slope), levels, float(eps))
-    chosen = resolve(_OP, backend, vjp.device, KERNELS)
+    chosen = _chosen(vjp, options, backend)
     if chosen == REFERENCE:
         with torch.autocast(vjp.device.type, enabled=False):
             return reference.foreground_mask(vjp, **options._asdict())
@@ -77,12 +88,36 @@ def mask_with_ranks(vjp: Tensor, rank_pixels: Tensor | None, options: MaskOption
 
     Shapes:  rank_pixels int32 [N, 4, rank_window_length], -1 where a window leaves the ranks 0 … P-1.
     """
-    return _ForegroundMask.apply(vjp, rank_pixels, options, resolve(_OP, backend, vjp.device, KERNELS))
+    return _ForegroundMask.apply(vjp, rank_pixels, options, _chosen(vjp, options, backend))
 
 
 def selected_ranks(vjp: Tensor, options: MaskOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel selects, for tests: mean_map [N, H, W], levels [N, 4], rank_pixels int32 [N, 4, L]."""
-    return _FORWARD[resolve(_OP, backend, vjp.device, KERNELS)](vjp.detach(), None, *options)[1:]
+    return _FORWARD[_chosen(vjp, options, backend)](vjp.detach(), None, *options)[1:]
+
+
+def _chosen(vjp: Tensor, options: MaskOptions, backend: str) -> str:
+    """The backend that runs: of those that take the image and the options."""
+    refusals = {name: _refusal(vjp, options.temperature, name, limits) for name, limits in LIMITS.items()}
+    if (refusal := refusals.get(backend)) is not None:
+        raise ValueError(f"{_OP}: {refusal}. Use backend='auto', which takes another, or 'reference'")
+    return resolve(_OP, backend, vjp.device, [name for name in KERNELS if refusals.get(name) is None])
+
+
+def _refusal(vjp: Tensor, temperature: float, backend: str, limits: Limits) -> str | None:
+    """Why a backend with these limits does not take the map, or None."""
+    height, width = vjp.shape[2:]
+    if width > limits.width:
+        return f"vjp must be at most {limits.width} pixels wide for backend={backend!r}, got {width}"
+    # First without the size of the image, which may be symbolic and seldom matters.
+    if rank_window_length(temperature, limits.window, vjp.dtype) > limits.window:
+        length = rank_window_length(temperature, height * width, vjp.dtype)
+        if length > limits.window:
+            return (
+                f"temperature must leave a rank window of at most {limits.window} entries for backend={backend!r}, "
+                f"got {temperature!r}, which takes {length} of {vjp.dtype}"
+            )
+    return None
 
 
 def rank_window_length(temperature: float, pixels: int, dtype: torch.dtype) -> int:

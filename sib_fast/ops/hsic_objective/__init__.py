@@ -112,7 +112,8 @@ class _HSICObjective(torch.autograd.Function):
         grads = (None, None, None)
         if any(needs):
             cotangents = grad_loss, grad_foreground, grad_background
-            grads = _HSICObjectiveGrad.apply(*cotangents, *ctx.saved_tensors, *weights, *needs, backend)
+            made = iter(_HSICObjectiveGrad.apply(*cotangents, *ctx.saved_tensors, *weights, *needs, backend))
+            grads = tuple(next(made) if need else None for need in needs)
         # d loss/d base = 1: no kernel, and no second derivative to refuse.
         grads = (grad_loss, *grads)
         return (*(g if need else None for g, need in zip(grads, (need_base, *needs), strict=True)), None, None, None, None)
@@ -125,7 +126,8 @@ class _HSICObjectiveGrad(torch.autograd.Function):
     def forward(ctx, *arguments):
         # The variances, which the gradient depends on through totals, are here to be part of the graph.
         to_loss, to_foreground, to_background, _, *arguments, backend = arguments
-        return _BACKWARD[backend](to_loss, to_foreground, to_background, *arguments)
+        made = _BACKWARD[backend](to_loss, to_foreground, to_background, *arguments)
+        return tuple(g for g, need in zip(made, arguments[-3:], strict=True) if need)
 
     @staticmethod
     def backward(ctx, *_):
@@ -156,7 +158,7 @@ def _fake_backward(
 ):  # fmt: skip
     images = gram_vjp.shape[0]
     shapes = (((images, images), need_vjp), ((images, images), need_x), ((images,), need_variance))
-    return tuple(gram_vjp.new_empty(shape if need else (0,)) for shape, need in shapes)
+    return tuple(gram_vjp.new_empty(shape) if need else None for shape, need in shapes)
 
 
 FAKES = (("_hsic_objective", _fake_forward), ("_hsic_objective_backward", _fake_backward))

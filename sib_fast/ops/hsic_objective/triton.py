@@ -222,7 +222,7 @@ def forward(
         hsic_rows_kernel[(triton.cdiv(images, TILE["ROWS"]),)](gram_vjp, gram_x, rows, products, images, scales[0], **TILE)
         hsic_combine_kernel[(1,)](
             base, rows, products, background_variance, images, *scales, lambda_fg, lambda_bg, totals, loss, foreground,
-            background,            OBJECTIVE=objective, BLOCK=COMBINE, num_warps=COMBINE_WARPS,
+            background, OBJECTIVE=objective, BLOCK=COMBINE, num_warps=COMBINE_WARPS,
         )  # fmt: skip
     return loss, foreground, background, rows, totals
 
@@ -231,17 +231,16 @@ def backward(
     grad_loss: Tensor | None, grad_foreground: Tensor | None, grad_background: Tensor | None, gram_vjp: Tensor, gram_x: Tensor,
     rows: Tensor, totals: Tensor, lambda_fg: float, lambda_bg: float, objective: int, need_vjp: bool, need_x: bool,
     need_variance: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     images = gram_vjp.shape[0]
-    matrix = (images, images)
-    grad_vjp, grad_x = (gram_vjp.new_empty(matrix if need else (0,)) for need in (need_vjp, need_x))
-    grad_variance = gram_vjp.new_empty((images if need_variance else 0,))
+    shapes = (((images, images), need_vjp), ((images, images), need_x), ((images,), need_variance))
+    grads = [gram_vjp.new_empty(shape) if need else None for shape, need in shapes]
     cotangents = grad_loss, grad_foreground, grad_background
     with torch.cuda.device_of(gram_vjp):
         hsic_gradient_kernel[(triton.cdiv(images, TILE["ROWS"]),)](
             *(totals if g is None else g for g in cotangents), gram_vjp, gram_x, rows, totals, images, *_scales(images),
-            lambda_fg, lambda_bg, grad_vjp, grad_x, grad_variance, OBJECTIVE=objective, HAS_LOSS=grad_loss is not None,
+            lambda_fg, lambda_bg, *grads, OBJECTIVE=objective, HAS_LOSS=grad_loss is not None,
             HAS_FOREGROUND=grad_foreground is not None, HAS_BACKGROUND=grad_background is not None, NEED_VJP=need_vjp,
             NEED_X=need_x, NEED_VARIANCE=need_variance, **TILE,
         )  # fmt: skip
-    return grad_vjp, grad_x, grad_variance
+    return tuple(grads)

@@ -17,6 +17,7 @@ from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast._needs import needed
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import no_third_derivative, register_derivatives
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.layer_norm import reference
 
@@ -153,14 +154,6 @@ def _double_backward(ops, ctx, u, u_weight, u_bias):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
 
 
-def _setup_double_backward(ctx, inputs, output):
-    """Nothing is kept: there is no third derivative."""
-
-
-def _third_derivative(ctx, *_):
-    raise NotImplementedError("layer_norm: the third derivative exists only with backend='reference'")
-
-
 # ---- the registered ops: a CPU and a CUDA kernel each, and derivatives once a namespace -------------------------------------
 
 _FORWARD = {}
@@ -170,12 +163,12 @@ def add_kernels(backend: str, namespace: str) -> None:
     """Makes `backend` run the ops of torch.ops.<namespace>, which exist in this process."""
     ops = getattr(torch.ops, namespace)
     if ops._layer_norm not in _FORWARD.values():
-        for name, gradient, setup in (
+        derivatives = (
             ("_layer_norm", partial(_backward, ops), _setup_forward),
             ("_layer_norm_backward", partial(_double_backward, ops), _setup_backward),
-            ("_layer_norm_double_backward", _third_derivative, _setup_double_backward),
-        ):
-            torch.library.register_autograd(f"{namespace}::{name}", gradient, setup_context=setup)
+            ("_layer_norm_double_backward", no_third_derivative(_OP), None),
+        )
+        register_derivatives(namespace, derivatives)
     _FORWARD[backend] = ops._layer_norm
 
 

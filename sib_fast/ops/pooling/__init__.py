@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import register_derivatives
 from sib_fast.ops.pooling import reference  # noqa: F401  the oracle of the tests
 
 _aten = torch.ops.aten
@@ -140,10 +141,13 @@ def _autograd_of_average_backward(ctx, u):
     return _OPS.average(u, *ctx.geometry) if wanted else None, None, *[None] * len(ctx.geometry)
 
 
-for _name, _gradient, _setup in (
-    ("max", _autograd_of_max, _setup_max),
-    ("max_backward", _autograd_of_max_backward, _setup_max_backward),
-    ("average", _autograd_of_average, _setup_average),
-    ("average_backward", _autograd_of_average_backward, _setup_average_backward),
-):
-    torch.library.register_autograd(f"sib_fast_pooling::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
+register_derivatives(
+    "sib_fast_pooling",
+    (
+        ("max", _autograd_of_max, _setup_max),
+        ("max_backward", _autograd_of_max_backward, _setup_max_backward),
+        ("average", _autograd_of_average, _setup_average),
+        ("average_backward", _autograd_of_average_backward, _setup_average_backward),
+    ),
+    _LIBRARY,
+)

@@ -114,19 +114,13 @@ class _RegionStatistics(torch.autograd.Function):
     def backward(ctx, *grads):
         background_grams, backend, precision = ctx.rest
         vjp, x, mask, background_mean, vjp_mean = ctx.saved_tensors
-        need_vjp, need_x, need_mask = ctx.needs_input_grad[:3]
-        grad_vjp, grad_x, grad_mask = _RegionStatisticsGrad.apply(
+        needs = ctx.needs_input_grad[:3]
+        made = _RegionStatisticsGrad.apply(
             *(grads if background_grams else (*grads, None, None)),
-            vjp, x, mask, background_mean, vjp_mean, need_vjp, need_x, need_mask, precision, backend,
+            vjp, x, mask, background_mean, vjp_mean, *needs, precision, backend,
         )  # fmt: skip
-        return (
-            grad_vjp.to(vjp.dtype) if need_vjp else None,
-            grad_x.to(x.dtype) if need_x else None,
-            grad_mask if need_mask else None,
-            None,
-            None,
-            None,
-        )
+        left, dtypes = iter(made), (vjp.dtype, x.dtype, mask.dtype)
+        return (*(next(left).to(dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)), None, None, None)
 
 
 class _RegionStatisticsGrad(torch.autograd.Function):
@@ -136,7 +130,8 @@ class _RegionStatisticsGrad(torch.autograd.Function):
     def forward(ctx, *arguments):
         *arguments, backend = arguments
         grads = [g if g is None else g.contiguous() for g in arguments[:6]]
-        return _BACKWARD[backend](*grads, *arguments[6:])
+        made = _BACKWARD[backend](*grads, *arguments[6:])
+        return tuple(g for g, need in zip(made, arguments[11:14], strict=True) if need)
 
     @staticmethod
     def backward(ctx, *_):
@@ -180,9 +175,8 @@ def _fake_forward(vjp, x, mask, background_grams, precision):
     def new(*shape):
         return vjp.new_empty(shape, dtype=torch.float64)
 
-    background = (images, images) if background_grams else (0,)
-    grams = new(images, images), new(images, images)
-    return (*grams, new(images), new(images), new(images), new(images), new(*background), new(*background))
+    background = (new(images, images) if background_grams else None for _ in range(2))
+    return (new(images, images), new(images, images), *(new(images) for _ in range(4)), *background)
 
 
 def _fake_backward(
@@ -192,10 +186,9 @@ def _fake_backward(
     acc = _checks.accumulation_dtype(vjp.dtype)
 
     def like(tensor, need):
-        return torch.empty_like(tensor, dtype=acc) if need else tensor.new_empty((0,), dtype=acc)
+        return torch.empty_like(tensor, dtype=acc) if need else None
 
-    grad_mask = mask.new_empty(mask.shape if need_mask else (0,))
-    return like(vjp, need_vjp), like(x, need_x), grad_mask
+    return like(vjp, need_vjp), like(x, need_x), mask.new_empty(mask.shape) if need_mask else None
 
 
 FAKES = (("_region_statistics", _fake_forward), ("_region_statistics_backward", _fake_backward))

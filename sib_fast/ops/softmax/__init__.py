@@ -15,6 +15,7 @@ from torch import Tensor
 from sib_fast import _checks, _extension
 from sib_fast._backends import REFERENCE, resolve
 from sib_fast._transforms import refuse_transforms
+from sib_fast.ops._derivatives import no_third_derivative, register_derivatives
 from sib_fast.ops._registration import register_fakes
 from sib_fast.ops.softmax import reference
 
@@ -120,17 +121,12 @@ def _autograd_of_backward(ctx, u):
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def _setup_double_backward(ctx, inputs, output):
-    """Nothing is kept: there is no third derivative."""
-
-
-def _third_derivative(ctx, *_):
-    raise NotImplementedError(f"{_OP}: the third derivative exists only with backend='reference'")
-
-
-for _name, _gradient, _setup in (
-    ("forward", _autograd_of_forward, _setup_forward),
-    ("backward", _autograd_of_backward, _setup_backward),
-    ("double_backward", _third_derivative, _setup_double_backward),
-):
-    torch.library.register_autograd(f"sib_fast_softmax::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
+register_derivatives(
+    "sib_fast_softmax",
+    (
+        ("forward", _autograd_of_forward, _setup_forward),
+        ("backward", _autograd_of_backward, _setup_backward),
+        ("double_backward", no_third_derivative(_OP), None),
+    ),
+    _LIBRARY,
+)

@@ -1,0 +1,18 @@
+// What common/arguments.h asks of a device.
+#pragma once
+
+#include "common/arguments.h"
+#include "cuda/platform.cuh"
+
+namespace sib_fast::cuda {
+
+struct OnCuda {
+  using BFloat16 = torch::headeronly::BFloat16;
+  using Half = torch::headeronly::Half;
+  struct Guard {
+    explicit Guard(const Tensor& x) : current(x.get_device_index()) {}
+    DeviceGuard current;
+  };
+};
+
+}  // namespace sib_fast::cuda

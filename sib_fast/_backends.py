@@ -36,10 +36,10 @@ def automatic(device: torch.device, kernels: Sequence[str]) -> str:
     return next(usable, REFERENCE)
 
 
-def resolve(op: str, backend: str, device: torch.device, kernels: Sequence[str] = ("cpu",)) -> str:
+def resolve(op: str, backend: str, device: torch.device, kernels: Sequence[str] = ("cpu",), depth: int = 1) -> str:
     """The backend that runs `op` on `device`. An explicit request is met or refused; only "auto" may fall back.
 
-    kernels: the backends that the op has, in the order in which "auto" prefers them.
+    kernels: the backends that the op has, in the order in which "auto" prefers them. depth: calls between here and the user.
 
     Errors:  ValueError for an unknown name; RuntimeError for a backend that is missing here, that the op does not have, or
              that cannot run on the device.
@@ -47,7 +47,7 @@ def resolve(op: str, backend: str, device: torch.device, kernels: Sequence[str] 
     if backend == "auto":
         chosen = automatic(device, kernels)
         if chosen == REFERENCE:
-            _warn_once(device.type, kernels)
+            _warn_once(device.type, kernels, depth)
         return chosen
     if backend == REFERENCE:
         return REFERENCE
@@ -69,7 +69,7 @@ def resolve(op: str, backend: str, device: torch.device, kernels: Sequence[str] 
     return backend
 
 
-def _warn_once(device_type: str, kernels: Sequence[str]) -> None:
+def _warn_once(device_type: str, kernels: Sequence[str], depth: int) -> None:
     """A fallback is slow but right, so it is said once a process and device type, at the caller's line."""
     if device_type in _warned or torch.compiler.is_compiling():
         return
@@ -79,5 +79,5 @@ def _warn_once(device_type: str, kernels: Sequence[str]) -> None:
     warnings.warn(
         f"sib_fast: 'auto' runs the reference on {device_type} tensors, which is many times slower than a kernel: {why}. "
         "`python -m sib_fast doctor` says more; backend='reference' asks for it without this warning",
-        stacklevel=4,
+        stacklevel=3 + depth,
     )

@@ -101,7 +101,7 @@ def _chosen(vjp: Tensor, options: MaskOptions, backend: str) -> str:
     refusals = {name: _refusal(vjp, options.temperature, name, limits) for name, limits in LIMITS.items()}
     if (refusal := refusals.get(backend)) is not None:
         raise ValueError(f"{_OP}: {refusal}. Use backend='auto', which takes another, or 'reference'")
-    return resolve(_OP, backend, vjp.device, [name for name in KERNELS if refusals.get(name) is None])
+    return resolve(_OP, backend, vjp.device, [name for name in KERNELS if refusals.get(name) is None], depth=2)
 
 
 def _refusal(vjp: Tensor, temperature: float, backend: str, limits: Limits) -> str | None:

@@ -74,7 +74,7 @@ def test_the_listed_files_and_no_other_land_in_the_layout(packages, tmp_path):
 def test_a_file_that_is_missing_leaves_no_folder(packages, tmp_path):
     stamps, textures, lists = packages
     (lists / "objects.tsv").write_text("mammal\tdog\tanimals/dog.png\n")
-    with pytest.raises(photographs.Problem, match="must hold all files of .*, got none for .*dog"):
+    with pytest.raises(photographs.Problem, match=r"must hold all files of .*, got none for .*dog"):
         unpack(stamps, textures, tmp_path / "cache" / "out", lists)
     assert not list((tmp_path / "cache").iterdir())
 

@@ -34,7 +34,7 @@ def test_an_image_shows_the_object_of_its_label_where_the_mask_is_and_the_backgr
     data = open_dataset("cutouts", root, "train", image_size=SIZE, size=30)
     assert data.classes == CLASSES
     for index, composite in enumerate(data.composites):
-        image, label, mask = data[index]
+        _, label, mask = data[index]
         thing, background = (str(Path(*Path(p).parts[-2:])) for p in (composite.object, composite.background))
         assert thing.startswith(CLASSES[label] + "/")
         rgb = pixels(data, index)
@@ -229,5 +229,5 @@ def test_trees_that_are_refused(tmp_path, damage, message):
 
 
 def test_a_missing_folder_is_named_with_the_layout(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cutouts: root must hold .*objects.*the layout is objects/<class>"):
+    with pytest.raises(FileNotFoundError, match=r"cutouts: root must hold .*objects.*the layout is objects/<class>"):
         open_dataset("cutouts", tmp_path, "train", image_size=SIZE)

@@ -25,6 +25,7 @@ from rich.console import Console
 from sib_fast import SIBLoss
 from sib_fast.lab import recipe, train
 from sib_fast.lab.data import EmbeddedDigits
+from sib_fast.lab.fit import fit
 from sib_fast.lab.models import SmallConvNet
 from sib_fast.lab.networks import load_network
 from sib_fast.lab.train import SIBOptions, TrainConfig, add_arguments, main, run, settings
@@ -688,7 +689,7 @@ def test_importing_the_package_or_the_options_loads_no_extra():
 def fit_tiny(data, tmp_path, **options):
     model = SmallConvNet(width=2)
     arguments = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
-    return recipe.fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
+    return fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
 
 
 def test_fit_counts_its_steps_and_logs_its_terms(tmp_path):

@@ -6,6 +6,8 @@ criterion = sib_fast.SIBLoss().attach(model)      # then train as before: criter
 from sib_fast import estimators, masks, nn
 from sib_fast._backends import BACKENDS, why_not
 from sib_fast._version import __version__
+from sib_fast.evidence import EvidenceTerm
+from sib_fast.evidence_loss import EvidenceLoss
 from sib_fast.loss import SIBLoss
 from sib_fast.nn import prepare, restore
 from sib_fast.ops import foreground_mask, region_statistics
@@ -15,6 +17,8 @@ from sib_fast.vjp import vjp_leaf, vjp_map
 
 __all__ = [
     "BACKENDS",
+    "EvidenceLoss",
+    "EvidenceTerm",
     "RegionStatistics",
     "SIBLoss",
     "StepOutput",

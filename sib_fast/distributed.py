@@ -41,8 +41,7 @@ def global_region_statistics(
              NCCL waits for ever: use drop_last=True); RuntimeError without a process group.
     Source:  SPEC 4; G = Σ_slices a_s a_sᵀ.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(f"{_OP}: a process group must be initialised, got none: call torch.distributed.init_process_group")
+    _require_group(_OP)
     world = dist.get_world_size(group)
     own = region_statistics(vjp, x, mask, background_grams=background_grams and world == 1, backend=backend)
     if world == 1:
@@ -60,6 +59,32 @@ def global_region_statistics(
     places[:, dist.get_rank(group)] = mine
     variances = _SumOfRanks.apply(places, group).flatten(1)
     return RegionStatistics(grams[0], grams[1], variances[0], variances[1], grams[2], grams[3])
+
+
+def global_mean(
+    values: Tensor, counted: Tensor, *, gather: bool = False, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of the values that count, and how many do not, over this process, or with gather over all ranks, the same on each.
+
+    Shapes:  values [N]; counted bool [N]; N may differ among the ranks -> 0-d, in the graph; 0-d int64.
+    Scale:   the sum over the number that count; 0 where none does. What does not count has a gradient of zero. With gather the
+             gradient that reaches this rank's values is that of the sum of all ranks' losses, as `global_region_statistics`.
+    Errors:  RuntimeError with gather and without a process group.
+    """
+    total = torch.where(counted, values, 0.0).sum()
+    count, images = counted.sum(), torch.full_like(counted, True).sum()
+    if gather:
+        _require_group("global_mean")
+        total = _SumOfRanks.apply(total, group)
+        of_all = torch.stack([count, images])
+        dist.all_reduce(of_all, group=group)
+        count, images = of_all.unbind()
+    return total / count.clamp(min=1), images - count
+
+
+def _require_group(op: str) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"{op}: a process group must be initialised, got none: call torch.distributed.init_process_group")
 
 
 class _SumOfRanks(torch.autograd.Function):

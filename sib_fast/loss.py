@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
-from sib_fast._backends import BACKENDS
-from sib_fast.attachment import Attachment, layer_of
+from sib_fast.criterion import Criterion
 from sib_fast.distributed import global_region_statistics
 from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
-from sib_fast.masks import MASKS, DensityMask, GivenMask, check_given, resolve_given
-from sib_fast.network_checks import check_graph, check_module
+from sib_fast.evidence import Evidence, EvidenceTerm
+from sib_fast.masks import MASKS, DensityMask, GivenMask, resolve_given
+from sib_fast.network_checks import check_graph
 from sib_fast.ops import hsic_objective, region_statistics
 from sib_fast.types import RegionStatistics
-from sib_fast.vjp import LABEL_SCALARS, SCALARS, own_share, vjp_map
+from sib_fast.vjp import SCALARS, own_share, vjp_map
 
 _OP = "SIBLoss"
-_CALLS = "calls"  # key of the counter in a state_dict
 
 
 def _exp(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: float, lambda_bg: float) -> Tensor:
@@ -43,14 +36,8 @@ def _expm1(base: Tensor, foreground: Tensor, background: Tensor, lambda_fg: floa
 
 OBJECTIVES = {"exp": _exp, "linear": _linear, "expm1": _expm1}
 
-# Probabilities of a row sum to one at most; label smoothing in half precision is off by this little, a second label by 1.
-_SUM_SLACK = 0.05
 # Below it a VJP is other images'. An untrained network in small batches is at a quarter.
 _OWN_SHARE = 0.1
-
-
-def _is_on_the_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 class _DefaultWeight(float):
@@ -60,7 +47,7 @@ class _DefaultWeight(float):
 _LAMBDA_BG = _DefaultWeight(1000.0)
 
 
-class SIBLoss(nn.Module):
+class SIBLoss(Criterion):
     """Spatial Information Bottleneck loss: the base loss plus two terms on the VJP of the network (SPEC 5).
 
         loss = base + lambda_bg·exp(background) + lambda_fg·exp(−foreground)
@@ -95,15 +82,20 @@ class SIBLoss(nn.Module):
              scalar, estimator, background, objective and mask also take functions: scalar(logits, labels) -> 0-d,
              estimator(gram_vjp, gram_x) -> 0-d, background(RegionStatistics) -> 0-d, objective(base, foreground,
              background, lambda_fg, lambda_bg) -> 0-d, mask(vjp) -> [N, 1, H, W].
+             evidence: an EvidenceTerm beside the S-IB terms, on the last feature map; its own mask is made of S-IB's VJP. None,
+             the default, is the published form.
     Attributes: active: whether the next call applies the S-IB terms; known before the forward pass. terms: detached 0-d
-             tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask).
-             Nothing is synchronised.
+             tensors of the latest call: loss, base and, when active, foreground, background and mask_area (mean of the mask), and
+             what `EvidenceLoss` has. Nothing is synchronised.
     State:   none; with every > 1 the number of training calls so far (under `one_step`: of steps), in the state_dict, so that
              a resumed run continues.
     Scale:   base as base_loss makes it; the estimator needs a batch, so there is no reduction="none".
     Errors:  see docs/errors.md; with SIB_FAST_DEBUG=1 non-finite values raise FloatingPointError and say where.
     Source:  arXiv 2511.09239 and the authors' script; SPEC 2-6.
     """
+
+    _op = _OP
+    _what = "S-IB terms"
 
     def __init__(
         self,
@@ -128,8 +120,18 @@ class SIBLoss(nn.Module):
         accumulation_steps: int = 1,
         every_weight: str = "sum",
         train_in_eval_mode: bool = False,
+        evidence: EvidenceTerm | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            evidence=evidence,
+            base_loss=base_loss,
+            gather=gather,
+            backend=backend,
+            every=every,
+            accumulation_steps=accumulation_steps,
+            every_weight=every_weight,
+            train_in_eval_mode=train_in_eval_mode,
+        )
         for name, weight in (("lambda_fg", lambda_fg), ("lambda_bg", lambda_bg)):
             if not weight >= 0:
                 raise ValueError(f"{_OP}: {name} must be at least 0, got {weight!r}")
@@ -152,16 +154,9 @@ class SIBLoss(nn.Module):
                 f"{_OP}: lambda_bg must be given for normalise_cotangent=True, got the default: 1000 is the weight of a variance "
                 "of order 1e-8, and dividing the cotangent by its norm raises it by 1/norm²"
             )
-        _checks.require_choice(_OP, "backend", backend, ("auto", *BACKENDS))
         _checks.require_window(_OP, window_size)
         _checks.require_positive(_OP, "temperature", temperature)
         _checks.require_positive(_OP, "slope", slope)
-        for name, count in (("every", every), ("accumulation_steps", accumulation_steps)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{_OP}: {name} must be an int of at least 1, got {count!r}")
-        _checks.require_choice(_OP, "every_weight", every_weight, ("sum", "mean"))
-        if base_loss is not None and not callable(base_loss):
-            raise TypeError(f"{_OP}: base_loss must be callable, got {type(base_loss).__name__}")
         self.lambda_fg, self.lambda_bg = float(lambda_fg), float(lambda_bg)
         self.scalar = scalar
         self.normalise_cotangent = bool(normalise_cotangent)
@@ -177,20 +172,7 @@ class SIBLoss(nn.Module):
                 backend=backend,
             )
         self.mask = mask
-        self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
         self.vjp_scale = vjp_scale
-        self.gather = bool(gather)
-        self.backend = backend
-        self.every, self.accumulation_steps, self.every_weight = every, accumulation_steps, every_weight
-        self.train_in_eval_mode = bool(train_in_eval_mode)
-        self._calls = 0  # in training, counted only if every > 1: with every = 1 the criterion has no state
-        self._open_step: bool | None = None  # inside `one_step`: whether a training call was made there
-        self._warned_of_eval_mode = False
-        self.terms: dict[str, Tensor] = {}
-        self._debug = os.environ.get("SIB_FAST_DEBUG") == "1"
-        self._attachment: Attachment | None = None
-        self._graph_checked = False
-        self._looked_at: set[str] = set()  # arguments on a device whose values the first batch's check has read
 
     # ---- attaching --------------------------------------------------------------------------------------------------
 
@@ -212,188 +194,27 @@ class SIBLoss(nn.Module):
                  attached, or if the model cannot be differentiated twice (torch.compile, SyncBatchNorm,
                  DistributedDataParallel(static_graph=True), DataParallel).
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{_OP}.attach: model must be a torch.nn.Module, got {type(model).__name__}")
-        if self._attachment is not None:
-            raise RuntimeError(f"{_OP}.attach: the criterion is attached to a model already; call remove() first")
-        check_module(f"{_OP}.attach", model)
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        self._attachment = Attachment(self, inner, None if layer is None else layer_of(inner, layer))
-        self._graph_checked = False
-        return self
-
-    @property
-    def attached(self) -> bool:
-        """Whether a model's input is being captured."""
-        return self._attachment is not None
-
-    def remove(self) -> None:
-        """Undoes `attach`; does nothing if not attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.every > 1:
-            destination[prefix + _CALLS] = torch.tensor(self._calls)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Neither a checkpoint without the counter nor one with it is refused when `every` was changed in between.
-        calls = state_dict.pop(prefix + _CALLS, None)
-        if calls is not None and self.every > 1:
-            self._calls = int(calls)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A hook cannot travel: a copy starts detached.
-        fresh = {"_attachment": None, "terms": {}, "_graph_checked": False, "_looked_at": set(), "_open_step": None}
-        return {**self.__dict__, **fresh}
+        return self._attach(model, layer=layer, takes_input=True, whole=True)
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
-    def forward(self, logits: Tensor, target: Tensor, x: Tensor | None = None, mask: Tensor | GivenMask | None = None) -> Tensor:
-        """The loss of one batch. x is needed unless attached; mask replaces the criterion's own (see `sib_fast.masks`)."""
-        _checks.require_tensor(_OP, "logits", logits)
-        if self.active:
-            loss = self.active_loss(logits, target, self._input_of(logits) if x is None else x, mask)
-            if self._attachment is not None:
-                self._attachment.release()
-        else:
-            loss = self.plain_loss(logits, target)
-            if not torch.compiler.is_compiling():
-                self.warn_if_trained(loss)
-        self.count_call()
-        return loss
+    def _needs_input(self, given: Tensor | GivenMask | None) -> bool:
+        return True
 
-    @contextmanager
-    def one_step(self, number: int | None = None) -> Iterator[None]:
-        """All training calls inside are of one step, so that `every` applies the terms in all of them or in none.
+    def _roles(self) -> tuple:
+        return self.estimator, self.background
 
-            with criterion.one_step():
-                optimizer.step(closure)      # LBFGS; or SAM's two passes, a mixup of two losses, all micro-batches
+    def _check_graph(self, logits: Tensor, x: Tensor | None, features: Tensor | None) -> None:
+        check_graph(_OP, logits.grad_fn, x)
+        super()._check_graph(logits, x, features)
 
-        A block without a training call, or that raised, is no step; a block inside a block belongs to the outer one. Calls
-        outside are a step each, as ever.
-
-        Args:    number: of this step, where the trainer counts steps itself and keeps the count.
-        Errors:  ValueError with accumulation_steps > 1, which says that calls are counted.
-        """
-        if self.accumulation_steps > 1:
-            raise ValueError(
-                f"{_OP}.one_step: accumulation_steps must be 1, got {self.accumulation_steps}: put all micro-batches of a step "
-                "into the block, or leave the block out"
-            )
-        if self._open_step is not None:
-            yield
-            return
-        if number is not None:
-            self._calls = int(number)
-        self._open_step = False
-        try:
-            yield
-            self._calls += self._open_step
-        finally:
-            self._open_step = None
-
-    @property
-    def active(self) -> bool:
-        """Whether the next call applies the S-IB terms, as grad mode, training modes and `every` stand now."""
-        return self._training() and (self.every == 1 or self._calls // self.accumulation_steps % self.every == 0)
-
-    def _training(self) -> bool:
-        if not (torch.is_grad_enabled() and self.training):
-            return False
-        return self._attachment is None or self._attachment.training() or self.train_in_eval_mode
-
-    def count_call(self) -> None:
-        """Counts one training call, where there is a schedule. `forward` does; a caller of the two losses below must."""
-        if self.every > 1 and self._training():
-            if self._open_step is None:
-                self._calls += 1
-            else:
-                self._open_step = True
-
-    def warn_if_trained(self, loss: Tensor) -> None:
-        """Lets the first backward pass through a base loss warn, where only the model's eval mode left the terms out.
-
-        A validation pass has no backward. `forward` does it; a caller of `plain_loss` must.
-        """
-        attachment = self._attachment
-        if self._warned_of_eval_mode or attachment is None or not loss.requires_grad or attachment.training():
-            return
-        if self.training and not self.train_in_eval_mode:
-            message = (
-                f"{_OP}: the attached model must be in training mode for the S-IB terms, got one in eval mode: this backward "
-                "pass trains the base loss alone. Call model.train(); or give SIBLoss(train_in_eval_mode=True), to fine-tune "
-                "with frozen batch norm; or call criterion.eval(), if the base loss is meant"
-            )
-        elif not self.training and attachment.is_held_by_model(self):
-            message = (
-                f"{_OP}: the criterion must be in training mode for the S-IB terms, got eval mode together with the model that "
-                "holds it: this backward pass trains the base loss alone. Call train() of both; to fine-tune with frozen batch "
-                "norm give SIBLoss(train_in_eval_mode=True) and call criterion.train() after model.eval()"
-            )
-        else:
-            return
-        criterion = weakref.ref(self)
-
-        def warn(_: Tensor) -> None:
-            self = criterion()
-            if self is not None and not self._warned_of_eval_mode:
-                self._warned_of_eval_mode = True
-                warnings.warn(message, stacklevel=2)
-
-        loss.register_hook(warn)
-
-    def plain_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The base loss alone, whatever `active` says."""
-        loss = self._base(logits, target)
-        value = loss.detach().clone()  # trainers divide the loss in place (timm: loss /= accumulation_steps)
-        self.terms = {"loss": value, "base": value}
-        return loss
-
-    def active_loss(self, logits: Tensor, target: Tensor, x: Tensor, mask: Tensor | GivenMask | None = None) -> Tensor:
-        """The loss with its S-IB terms, whatever `active` says."""
-        self._check_batch(logits, target, x)
-        if not torch.compiler.is_compiling() and not self._graph_checked:
-            check_graph(_OP, logits.grad_fn, x)
-            self._graph_checked = True
-        if not torch.compiler.is_compiling():
-            self.check_values(target, mask)
-        with torch.autocast(logits.device.type, enabled=False):
-            return self._active_loss(logits, target, x, mask)
-
-    def check_values(self, target: Tensor, mask: Tensor | GivenMask | None = None) -> None:
-        """Raises ValueError for values that would give another answer than asked for: a mask that is none, several labels for a
-        scalar of one. Looks where that costs no synchronisation: on the CPU; on a device at the first batch, and always under
-        SIB_FAST_DEBUG=1. `active_loss` does this by itself, but not while it is compiled.
-        """
-        given = mask.values if isinstance(mask, GivenMask) else mask
-        if self._may_look_at("mask", given):
-            check_given(_OP, mask)
-        asks = self.scalar in LABEL_SCALARS and isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] > 1
-        if asks and target.is_floating_point() and self._may_look_at("target", target):
-            sums = target.detach().to(torch.float32).sum(dim=1)
-            if ((sums > 1 + _SUM_SLACK) | (sums == 0)).any():
-                raise ValueError(
-                    f"{_OP}: target must hold one label per image for scalar={self.scalar!r}, got rows that sum to "
-                    f"{sums.min():g} … {sums.max():g}: scalar='multilabel_energy' is for heads with several labels, or pass a "
-                    "function of the logits"
-                )
-
-    def _may_look_at(self, name: str, value: object) -> bool:
-        if not isinstance(value, Tensor) or value.is_meta:
-            return False
-        free = _is_on_the_host(value) or self._debug or name not in self._looked_at
-        self._looked_at.add(name)
-        return free
-
-    def _active_loss(self, logits: Tensor, target: Tensor, x: Tensor, given: Tensor | GivenMask | None) -> Tensor:
+    def _active_loss(
+        self, logits: Tensor, target: Tensor, x: Tensor | None, given: Tensor | GivenMask | None, features: Tensor | None
+    ) -> Tensor:
         compute = torch.float64 if torch.float64 in (logits.dtype, x.dtype) else torch.float32
         base = self._base(logits.to(compute), target.to(compute) if target.is_floating_point() else target)
         options = {"scale": self.vjp_scale, "normalise_cotangent": self.normalise_cotangent}
-        labels = self._labels(logits, target)
+        labels = self._labels(self.scalar, logits, target)
         vjp = vjp_map(logits, x, self.scalar, labels, create_graph=True, **options).to(compute)
         if not vjp.requires_grad:
             raise RuntimeError(
@@ -419,6 +240,10 @@ class SIBLoss(nn.Module):
             "background": background,
             "mask_area": mask.detach().mean(),
         }
+        if self.evidence is not None:
+            found = self._evidence_beside(logits, target, features, vjp.detach(), mask.detach(), given, compute)
+            loss = loss + self._times * self.evidence.weight * found.value
+            self.terms |= {"loss": loss.detach().clone(), **found.terms}
         if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))
@@ -432,8 +257,7 @@ class SIBLoss(nn.Module):
 
         One fused op for the default estimator and background and every built-in objective.
         """
-        times = self.every if self.every_weight == "sum" else 1
-        weights = (times * self.lambda_fg, times * self.lambda_bg)
+        weights = (self._times * self.lambda_fg, self._times * self.lambda_bg)
         objective = next((name for name, function in OBJECTIVES.items() if function is self.objective), None)
         if objective and self.estimator is ESTIMATORS["hsic_biased"] and self.background is BACKGROUNDS["variance"]:
             return hsic_objective(
@@ -451,104 +275,43 @@ class SIBLoss(nn.Module):
         base = base.to(foreground.device).to(foreground.dtype)
         return self.objective(base, foreground, background, *weights), foreground, background
 
-    def _labels(self, logits: Tensor, target: Tensor) -> Tensor | None:
-        """What the scalar is told of the target: class indices [N], None where it does not ask.
+    def _evidence_beside(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        features: Tensor,
+        vjp: Tensor,
+        mask: Tensor,
+        given: Tensor | GivenMask | None,
+        compute: torch.dtype,
+    ) -> Evidence:
+        """The evidence term, whose own mask is of S-IB's VJP, since that is there; of the same settings it is S-IB's mask."""
+        like = self.mask if isinstance(self.mask, DensityMask) else None
+        maker = self.evidence.maker(self.backend, like)
 
-        A function gets a multi-hot target as it is: integers or bools [N, K] are no probabilities, whose argmax is a label.
-        """
-        if not callable(self.scalar) and self.scalar not in LABEL_SCALARS:
-            return None
-        if logits.shape[1] == 1:
-            target = target.reshape(-1)
-            return (target > 0.5 if target.is_floating_point() else target).to(torch.int64)
-        if target.ndim == 1:
-            return target
-        if target.is_floating_point():
-            return target.argmax(dim=1)
-        if callable(self.scalar):
-            return target
-        raise TypeError(
-            f"{_OP}: target must be class indices or floating-point probabilities for scalar={self.scalar!r}, got {target.dtype} "
-            f"{list(target.shape)}: scalar='multilabel_energy' is for heads with several labels, or pass a function of the logits"
-        )
+        def own_mask(_: Tensor) -> Tensor:
+            if maker == self.mask:
+                return mask
+            with torch.no_grad():
+                return self._made(maker, vjp)
 
-    def _target_of_base(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The target as base_loss wants it: binary cross-entropy neither takes integers and bools nor [N] for one logit."""
-        if not isinstance(target, Tensor) or logits.ndim != 2:
-            return target
-        if isinstance(self.base_loss, nn.CrossEntropyLoss) or self.base_loss is F.cross_entropy:
-            if logits.shape[1] == 1:
-                raise ValueError(
-                    f"{_OP}: base_loss must not be cross-entropy for one logit, got logits {list(logits.shape)}: the softmax "
-                    "of one logit is 1 and its loss 0. Use base_loss=nn.BCEWithLogitsLoss(), or two logits"
-                )
-            if target.ndim == 2 and not target.is_floating_point():
-                raise TypeError(
-                    f"{_OP}: target must be class indices or floating-point probabilities for cross-entropy, got {target.dtype} "
-                    f"{list(target.shape)}: several labels per image want base_loss=nn.BCEWithLogitsLoss(), one-hot rows .float()"
-                )
-            return target
-        binary = isinstance(self.base_loss, nn.BCEWithLogitsLoss)
-        if binary and logits.shape[1] == 1 and target.ndim == 1:
-            target = target[:, None]
-        takes_indices = isinstance(self.base_loss, nn.MultiLabelMarginLoss)
-        whole = target.ndim == 2 and not target.is_floating_point() and not takes_indices
-        return target.to(logits.dtype) if whole else target
+        return self._evidence_of(logits, target, features, given, own_mask, compute)
 
-    def _base(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss = self.base_loss(logits, self._target_of_base(logits, target))
-        if loss.ndim != 0:
-            raise ValueError(
-                f"{_OP}: base_loss must return a 0-d tensor (reduction='mean' or 'sum'), got shape {list(loss.shape)}; the "
-                "S-IB terms are defined for a batch, so there is no loss per image"
-            )
-        return loss
-
-    def _mask(self, vjp: Tensor, given: Tensor | GivenMask | None) -> Tensor:
-        maker, image_size = self.mask, None if self._attachment is None else self._attachment.image_size
+    def _made(self, maker: Callable[[Tensor], Tensor], vjp: Tensor) -> Tensor:
+        image_size = None if self._attachment is None else self._attachment.image_size
         if image_size is not None and isinstance(maker, DensityMask):
             maker = maker.scaled(image_size, vjp.shape[2:])
+        return maker(vjp)
+
+    def _mask(self, vjp: Tensor, given: Tensor | GivenMask | None) -> Tensor:
         if given is None:
-            mask = maker(vjp)
+            mask = self._made(self.mask, vjp)
         else:
-            mask, annotated = resolve_given(_OP, given, vjp, image_size)
+            mask, annotated = resolve_given(_OP, given, vjp, None if self._attachment is None else self._attachment.image_size)
             if annotated is not None:
-                mask = torch.where(annotated[:, None, None, None], mask, maker(vjp))
+                mask = torch.where(annotated[:, None, None, None], mask, self._made(self.mask, vjp))
         _checks.require_same_shape(_OP, "mask", mask, "x", (vjp.shape[0], 1, *vjp.shape[2:]))
         return mask
-
-    def _input_of(self, logits: Tensor) -> Tensor:
-        if self._attachment is None:
-            raise RuntimeError(
-                f"{_OP}: x must be given while the loss is active: call criterion(logits, target, x) with x.requires_grad_() "
-                "before the forward pass, or criterion.attach(model) once"
-            )
-        return self._attachment.input_of(logits)
-
-    def _check_batch(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
-        _checks.require_floating(_OP, "logits", logits)
-        if logits.ndim != 2:
-            raise ValueError(
-                f"{_OP}: logits must have shape [N, classes], got {list(logits.shape)}: one logit per image is logits[:, None]"
-            )
-        _checks.require_map(_OP, "x", x)
-        _checks.require_same_device(_OP, "x", x, "logits", logits)
-        _checks.require_tensor(_OP, "target", target)
-        images = logits.shape[0]
-        if x.shape[0] != images:
-            raise ValueError(f"{_OP}: x must hold the {images} images of logits, got {x.shape[0]}")
-        if list(target.shape) not in ([images], list(logits.shape)):
-            raise ValueError(
-                f"{_OP}: target must be class indices [{images}] or probabilities {list(logits.shape)}, got {list(target.shape)}"
-            )
-        for role in (self.estimator, self.background):
-            minimum = getattr(role, "minimum_batch", 1)
-            if images < minimum:
-                name = getattr(role, "__name__", type(role).__name__)
-                raise ValueError(
-                    f"{_OP}: the batch must hold N >= {minimum} images for {name}, got {images}: drop the last "
-                    "partial batch, DataLoader(drop_last=True)"
-                )
 
     def _warn_of_cross_talk(self, share: float) -> None:
         if share < _OWN_SHARE:
@@ -558,12 +321,6 @@ class SIBLoss(nn.Module):
                 "is what train-mode batch norm mixes into it: normalise_cotangent=True, or frozen batch norm",
                 stacklevel=2,
             )
-
-    @staticmethod
-    def _check_finite(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"{_OP}: {name} must be finite (SIB_FAST_DEBUG=1), got NaN or Inf")
 
     def extra_repr(self) -> str:
         names = {name: getattr(getattr(self, name), "__name__", getattr(self, name)) for name in ("estimator", "background")}

@@ -136,19 +136,27 @@ def obstacle_in(module: nn.Module) -> str | None:
         return _DATA_PARALLEL
     if type(module) is nn.SyncBatchNorm:
         return _SYNC_BATCH_NORM
-    # OptimizedModule, or nn.Module.compile() in place; both keep the compiled call under this name.
-    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+    if is_compiled(module):
         return _COMPILED
     return None
 
 
-def check_module(op: str, model: nn.Module) -> None:
-    """Raises RuntimeError if the module tree shows a known obstacle. Looks at types only."""
+def is_compiled(module: nn.Module) -> bool:
+    """An OptimizedModule, or one that nn.Module.compile() compiled in place; both keep the compiled call under this name."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def check_module(op: str, model: nn.Module, *, whole: bool = True) -> None:
+    """Raises RuntimeError if the module tree shows a known obstacle. Looks at types only.
+
+    whole: all layers are differentiated twice. Otherwise only some are, and a layer is an obstacle where it lies among these,
+    which the graph shows; what wraps the model stays one.
+    """
     for name, module in model.named_modules():
         if hasattr(module, "set_reshard_after_backward") and not getattr(model, "_sib_fast_double_backward", False):
             raise RuntimeError(f"{op}: {_FSDP}")
         message = obstacle_in(module)
-        if message is not None:
+        if message is not None and (whole or message in (_STATIC_GRAPH, _DATA_PARALLEL)):
             raise RuntimeError(f"{op}: {message}" + (f" (module {name!r})" if name else ""))
 
 

@@ -209,6 +209,43 @@ def vjp_map(
         return vjp if scale == 1.0 else vjp / scale
 
 
+def carried_on(op: str, features: Tensor, x: Tensor, vjp: Tensor) -> Tensor:
+    """The VJP at x of which `vjp` is the part at a feature map: R_A through the layers between, outside of every graph.
+
+    A second call and not a joint one for both: the layers below the map are then differentiated once, their weights not at all,
+    and nothing of it is kept. Batch norm mixes images as in `vjp_map`; the scale is the one that `vjp_map` would take.
+
+    Shapes:  features [N, C', h, w] in the graph of x; vjp of the shape of features -> the shape of x, float64 if x is, otherwise
+             float32.
+    Errors:  RuntimeError if x does not require grad, the graph of features does not reach it, or the layers between are compiled
+             in a way that allows one backward pass only.
+    """
+    if not x.requires_grad:
+        raise RuntimeError(f"{op}: x must require grad before the forward pass: call x.requires_grad_(), then model(x)")
+    scale = FLOAT16_SCALE if features.dtype == torch.float16 else 1.0
+    grad = None
+    if features.requires_grad and features.grad_fn is not None:
+        cotangent = (vjp * scale).to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            try:
+                (grad,) = torch.autograd.grad(features, x, cotangent, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if "donated buffer" in str(error):
+                    raise RuntimeError(
+                        f"{op}: layers that are compiled below the map must be compiled to allow two backward passes: set "
+                        "torch._functorch.config.donated_buffer = False before the first forward pass, or give the masks "
+                        "(mask='given'), which needs none at the image"
+                    ) from error
+                raise
+    if grad is None:
+        raise RuntimeError(
+            f"{op}: features must be computed from x, but their graph does not reach it: pass the tensor that the model was "
+            "called with, run no layer under no_grad, or give the masks (mask='given'), which needs no image"
+        )
+    grad = grad.to(_checks.accumulation_dtype(x.dtype))
+    return grad if scale == 1.0 else grad / scale
+
+
 def own_share(
     logits: Tensor, x: Tensor, scalar: str | Callable, labels: Tensor | None, scale: float | None, normalise_cotangent: bool
 ) -> float:

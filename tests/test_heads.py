@@ -270,7 +270,7 @@ def test_smoothed_and_mixed_targets_are_labels(dtype):
 
 
 def test_on_a_device_soft_targets_are_looked_at_in_the_first_batch_and_under_debug(monkeypatch):
-    monkeypatch.setattr("sib_fast.loss._is_on_the_host", lambda tensor: False)
+    monkeypatch.setattr("sib_fast.criterion._is_on_the_host", lambda tensor: False)
     x, target = image_batch()
     x.requires_grad_()
     logits = conv_net()(x)

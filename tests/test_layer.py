@@ -193,9 +193,9 @@ def test_copies_carry_no_live_hook():
     criterion = SIBLoss(**WEIGHTS).attach(net, "stem")
     other = copy.deepcopy(net)
     net(x)
-    captured = criterion._attachment.captured()
+    captured = criterion._attachment.input.captured()
     other(x)
-    assert criterion._attachment.captured() is captured
+    assert criterion._attachment.input.captured() is captured
 
 
 def test_under_checkpointing():

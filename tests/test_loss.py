@@ -508,7 +508,7 @@ def test_nothing_synchronises(backend, option, name, monkeypatch):
     given = collate([None, *segmentation()[1:]], 12, 11)
     soft = torch.softmax(logits.detach(), 1)
     # As on a device, where values are looked at in the first batch alone.
-    monkeypatch.setattr("sib_fast.loss._is_on_the_host", lambda tensor: False)
+    monkeypatch.setattr("sib_fast.criterion._is_on_the_host", lambda tensor: False)
     criteria = [SIBLoss(**{**WEIGHTS, option: name}, backend=backend) for _ in range(2)]
     for criterion in criteria:
         criterion(logits, soft, leaf, given)

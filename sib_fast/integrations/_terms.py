@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sib_fast import SIBLoss
+from sib_fast.criterion import Criterion
 
 
 class TermAverage:
@@ -13,7 +13,7 @@ class TermAverage:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
-    def update(self, criterion: SIBLoss) -> None:
+    def update(self, criterion: Criterion) -> None:
         for name, value in criterion.terms.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value.detach(), count + 1)

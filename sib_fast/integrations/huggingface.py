@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sib_fast import SIBLoss, prepare
+from sib_fast.criterion import Criterion
 from sib_fast.integrations._terms import TermAverage
 
 _OP = "SIBTrainer"
@@ -26,9 +27,9 @@ class SIBTrainerMixin:
 
     Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N], probabilities [N, K], or for a
              multi-label model multi-hot [N, K].
-    Args:    criterion: a SIBLoss, default SIBLoss(), or with the multi-label energy and binary cross-entropy if the model's
-             problem_type is "multi_label_classification". fast: give the network the package's layers (`sib_fast.prepare`).
-    Errors:  TypeError if criterion is no SIBLoss; ValueError for a model that was loaded with fused attention, for
+    Args:    criterion: a SIBLoss or an EvidenceLoss, default SIBLoss(), or with the multi-label energy and binary
+             cross-entropy if the model's problem_type is "multi_label_classification". fast: give the network the package's layers (`sib_fast.prepare`).
+    Errors:  TypeError if criterion is neither; ValueError for a model that was loaded with fused attention, for
              compute_loss_func, label_smoothing_factor (put it into the criterion's base loss), torch_compile, and a
              cross-entropy criterion for several labels.
     """
@@ -36,13 +37,13 @@ class SIBTrainerMixin:
     # The loss is a mean over the batch: without this the Trainer may take it for one that is summed over the accumulation.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, criterion: SIBLoss | None = None, fast: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, criterion: Criterion | None = None, fast: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
         if criterion is None:
             criterion = SIBLoss(scalar="multilabel_energy", base_loss=nn.BCEWithLogitsLoss()) if several else SIBLoss()
-        if not isinstance(criterion, SIBLoss):
-            raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
+        if not isinstance(criterion, Criterion):
+            raise TypeError(f"{_OP}: criterion must be a SIBLoss or an EvidenceLoss, got {type(criterion).__name__}")
         if several and isinstance(criterion.base_loss, nn.CrossEntropyLoss):
             raise ValueError(
                 f"{_OP}: the criterion's base_loss must not be cross-entropy for problem_type "

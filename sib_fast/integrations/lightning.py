@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from sib_fast import SIBLoss, prepare
+from sib_fast import prepare
+from sib_fast.criterion import Criterion
 
 _OP = "SIBCallback"
 
 
 class SIBCallback(Callback):
-    """Attaches a SIBLoss of a LightningModule to its network for `fit`, and logs the terms by the module's own logger.
+    """Attaches a LightningModule's SIBLoss or EvidenceLoss to its network for `fit`; logs the terms by the module's own logger.
 
     The module's `training_step` stays `loss = self.criterion(self.model(x), target)`. With `every` > 1 a step is one of
     `trainer.global_step`: all micro-batches of `accumulate_grad_batches` and all calls of an LBFGS closure, unless the criterion
@@ -25,7 +26,7 @@ class SIBCallback(Callback):
 
     Args:    criterion, model: names of the two attributes on the LightningModule. prefix: of the logged names. fast: give
              the network the package's layers (`sib_fast.prepare`).
-    Errors:  TypeError if the attributes are no SIBLoss and no module; RuntimeError for DDPStrategy(static_graph=True), which
+    Errors:  TypeError if the attributes are no criterion and no module; RuntimeError for DDPStrategy(static_graph=True), which
              Lightning's own advice may suggest and with which DDP stops synchronising in silence, and as `SIBLoss.attach`.
     """
 
@@ -36,12 +37,13 @@ class SIBCallback(Callback):
         self._step: AbstractContextManager | None = None  # the criterion's `one_step`, while a step is under way
         self._begun_at = 0
 
-    def _parts(self, module: lightning.LightningModule) -> tuple[SIBLoss, nn.Module]:
+    def _parts(self, module: lightning.LightningModule) -> tuple[Criterion, nn.Module]:
         criterion, model = (getattr(module, name, None) for name in self._names)
-        for name, value, wanted in zip(self._names, (criterion, model), (SIBLoss, nn.Module), strict=True):
-            if not isinstance(value, wanted):
+        wanted_kinds = ((Criterion, "SIBLoss or EvidenceLoss"), (nn.Module, "Module"))
+        for name, value, (kind, wanted) in zip(self._names, (criterion, model), wanted_kinds, strict=True):
+            if not isinstance(value, kind):
                 raise TypeError(
-                    f"{_OP}: {type(module).__name__}.{name} must be a {wanted.__name__}, got {type(value).__name__}: name the "
+                    f"{_OP}: {type(module).__name__}.{name} must be a {wanted}, got {type(value).__name__}: name the "
                     "attributes, SIBCallback(criterion=..., model=...)"
                 )
         return criterion, model
@@ -72,9 +74,9 @@ class SIBCallback(Callback):
         if self._names[0] in off or (off and not criterion.train_in_eval_mode):
             criterion._warned_of_eval_mode = True  # once is enough
             warnings.warn(
-                f"{_OP}: criterion and model must be in training mode for the S-IB terms, got {' and '.join(off)} in eval mode, "
-                "which Lightning keeps: the base loss alone will be trained. Call train() of both before fit; or, to fine-tune "
-                "with frozen batch norm, give SIBLoss(train_in_eval_mode=True) and leave the criterion in training mode",
+                f"{_OP}: criterion and model must be in training mode for the {criterion._what}, got {' and '.join(off)} in eval "
+                "mode, which Lightning keeps: the base loss alone will be trained. Call train() of both before fit; or, to "
+                f"fine-tune with frozen batch norm, give {criterion._op}(train_in_eval_mode=True) and leave the criterion in training mode",
                 stacklevel=2,
             )
 

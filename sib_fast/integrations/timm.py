@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sib_fast import SIBLoss, prepare
+from sib_fast.criterion import Criterion
 
 try:
     from timm.task import ClassificationTask
@@ -24,20 +25,20 @@ class SIBTask(ClassificationTask):
     """timm's classification task with the S-IB loss: the criterion attached, its terms beside the loss.
 
     `task(input, target)` returns 'loss', 'output' and the criterion's terms ('base', and while active 'foreground',
-    'background', 'mask_area'). Mixup's and CutMix's soft targets, gradient accumulation, EMA and `no_sync` work as in
-    timm; `timm.utils.ModelEmaV3` copies the network without the hook. A task does not see the optimiser's steps: with
+    'background', 'mask_area', or an EvidenceLoss's own). Mixup's and CutMix's soft targets, gradient accumulation, EMA and
+    `no_sync` work as in timm; `timm.utils.ModelEmaV3` copies the network without the hook. A task does not see the optimiser's steps: with
     `every` > 1 and gradient accumulation give the criterion accumulation_steps. `fast` gives the network the package's layers
     (`sib_fast.prepare`).
 
     Shapes:  input [N, C, H, W] floating point; target int64 [N] or probabilities [N, K].
-    Errors:  TypeError if criterion is no SIBLoss; RuntimeError for `compile`, for DDP's static_graph, and as
-             `SIBLoss.attach`.
+    Errors:  TypeError if criterion is neither a SIBLoss nor an EvidenceLoss; RuntimeError for `compile`, for DDP's
+             static_graph, and as `SIBLoss.attach`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: SIBLoss | None = None,
+        criterion: Criterion | None = None,
         *,
         fast: bool = True,
         device: torch.device | None = None,
@@ -45,8 +46,8 @@ class SIBTask(ClassificationTask):
         verbose: bool = True,
     ) -> None:
         criterion = SIBLoss() if criterion is None else criterion
-        if not isinstance(criterion, SIBLoss):
-            raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
+        if not isinstance(criterion, Criterion):
+            raise TypeError(f"{_OP}: criterion must be a SIBLoss or an EvidenceLoss, got {type(criterion).__name__}")
         if fast:
             model = prepare(model)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ class DensityMask:
         """The same mask for a feature map: the window covers the same share of it (nearest odd number, at least 1)."""
         factor = math.sqrt(math.prod(map_size) / math.prod(image_size))
         return replace(self, window_size=2 * max(0, round((self.window_size * factor - 1) / 2)) + 1)
+
+    def with_settings(self, **settings: Any) -> DensityMask:
+        return replace(self, **settings) if settings else self
 
     def __call__(self, vjp: Tensor) -> Tensor:
         return foreground_mask(

@@ -173,11 +173,19 @@ def resolve_given(
     Integers are read as 0 and 1 or 0 and 255; whether they are is for `check_given`.
     image_size: where the VJP is one of a feature map; a mask of the image's size is then averaged down to it.
     """
-    values, annotated = mask if isinstance(mask, GivenMask) else (mask, None)
-    _checks.require_tensor(op, "mask", values)
+    values, annotated = require_given(op, mask, vjp)
     images, _, height, width = vjp.shape
     if image_size is not None and tuple(values.shape) == (images, 1, *image_size):
-        values = torch.nn.functional.adaptive_avg_pool2d(_as_mask(values, vjp.dtype), (height, width))
+        values = torch.nn.functional.adaptive_avg_pool2d(values, (height, width))
+    _checks.require_same_shape(op, "mask", values, "x", (images, 1, height, width))
+    return values, annotated
+
+
+def require_given(op: str, mask: Tensor | GivenMask, vjp: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Checks all of a given mask but its size. Returns (values [N, 1, H, W] in the VJP's dtype, annotated or None)."""
+    values, annotated = mask if isinstance(mask, GivenMask) else (mask, None)
+    _checks.require_tensor(op, "mask", values)
+    images, _, height, width = (*vjp.shape[:2], *values.shape[2:]) if values.ndim == 4 else vjp.shape
     _checks.require_same_shape(op, "mask", values, "x", (images, 1, height, width))
     if values.is_floating_point() or values.is_complex():
         _checks.require_floating(op, "mask", values)
@@ -189,3 +197,8 @@ def resolve_given(
         if annotated.dtype != torch.bool:
             raise TypeError(f"{op}: mask.annotated must be bool, got {annotated.dtype}")
     return _as_mask(values, vjp.dtype), annotated
+
+
+def is_fully_annotated(annotated: Tensor) -> bool:
+    """Whether every image is annotated, as far as it is known without a synchronisation: on a device it is not."""
+    return annotated.device.type == "cpu" and bool(annotated.all())

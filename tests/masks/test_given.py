@@ -274,7 +274,7 @@ def test_rounding_of_a_resized_mask_passes():
 
 
 def test_on_a_device_the_first_batch_is_looked_at_and_every_one_under_debug(monkeypatch):
-    monkeypatch.setattr("sib_fast.loss._is_on_the_host", lambda tensor: False)
+    monkeypatch.setattr("sib_fast.criterion._is_on_the_host", lambda tensor: False)
     good, bad = OBJECT.expand(6, 1, 12, 11), OBJECT.expand(6, 1, 12, 11) * 255
     criterion = SIBLoss(window_size=5)
     loss_of(None, criterion)  # a batch without masks is not the first

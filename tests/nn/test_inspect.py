@@ -200,7 +200,7 @@ def test_looking_changes_nothing(prepared):
     x, target = image_batch()
     before = copy.deepcopy(model.state_dict())
     modules = [(module, type(module), module.training, dict(vars(module))) for module in model.modules()]
-    random, grads, captured = torch.get_rng_state(), [p.grad for p in model.parameters()], criterion._attachment.captured
+    random, grads, captured = torch.get_rng_state(), [p.grad for p in model.parameters()], criterion._attachment.input.captured
     report = inspect(model, x)
     assert report.twice_differentiable
     assert torch.equal(torch.get_rng_state(), random)
@@ -211,7 +211,7 @@ def test_looking_changes_nothing(prepared):
         assert module.training == training
         assert vars(module) == attributes
     assert [p.grad for p in model.parameters()] == grads
-    assert criterion._attachment.captured is captured
+    assert criterion._attachment.input.captured is captured
     assert not x.requires_grad
     model.train()
     assert torch.isfinite(criterion(model(x), target))

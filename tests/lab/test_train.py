@@ -297,6 +297,49 @@ def test_schedules(schedule):
         assert rates[-1] < 1e-4
 
 
+def test_a_part_follows_the_schedule_at_its_own_rate():
+    for schedule, peak in (("one_cycle", 0.99), ("cosine", 1.0), ("constant", 1.0)):
+        config = TrainConfig(schedule=schedule, epochs=4, lr=0.1, part_lr=("classifier=0.5",), device="cpu")
+        chosen = recipe.Training(config, SmallConvNet(width=2), config.criterion(), 40, 1).configure_optimizers()
+        optimiser, rates = chosen["optimizer"], []
+        for _ in range(40):
+            rates.append([group["lr"] for group in optimiser.param_groups])
+            optimiser.step()
+            if "lr_scheduler" in chosen:
+                chosen["lr_scheduler"]["scheduler"].step()
+        assert all(part == pytest.approx(5 * rest) for rest, part in rates)
+        assert max(part for _, part in rates) >= 0.5 * peak
+
+
+def test_mixing_reaches_the_loss_and_resumes_to_the_same_bits(tmp_path):
+    sib = dataclasses.replace(SIB, true_masks=True)
+    train_one(tmp_path / "mixed", sib=sib, mixup=0.4, cutmix=1.0)
+    train_one(tmp_path / "plain", sib=sib)
+    with pytest.raises(AssertionError):
+        assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "plain" / "network.pt")
+    train_one(tmp_path / "again", sib=sib, mixup=0.4, cutmix=1.0)
+    assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "again" / "network.pt")
+
+
+def test_a_tenth_of_the_masks(tmp_path):
+    """At annotated 0 the loss has its own masks, at 1 the data's, and between something else."""
+    areas = {}
+    for share in (0.0, 0.25, 1.0):
+        sib = dataclasses.replace(SIB, true_masks=True, annotated=share)
+        train_one(tmp_path / str(share), sib=sib, epochs=1, train_size=8, test_size=2)
+        areas[share] = float(read_log(tmp_path / str(share))[0]["mask_area"])
+    train_one(tmp_path / "own", epochs=1, train_size=8, test_size=2)
+    assert areas[0.0] == float(read_log(tmp_path / "own")[0]["mask_area"])
+    true = EmbeddedDigits("train", 8, seed=TINY["seed"]).masks.float().mean().item()
+    assert areas[1.0] == pytest.approx(true, rel=1e-6)
+    assert areas[0.25] not in (areas[0.0], areas[1.0])
+
+
+def test_annotated_on_the_command_line_says_that_masks_are_used():
+    chosen = settings(parse("--annotated", "0.1")).sib
+    assert (chosen.true_masks, chosen.annotated) == (True, 0.1)
+
+
 def test_label_smoothing_reaches_both_losses():
     for sib in (None, SIB):
         criterion = TrainConfig(sib=sib, label_smoothing=0.25, device="cpu").criterion().eval()
@@ -580,11 +623,10 @@ def test_options_cover_every_setting():
 def test_sib_options_are_the_loss_s_with_its_defaults():
     signature = inspect.signature(SIBLoss).parameters
     ours = {f.name: f.default for f in dataclasses.fields(SIBOptions)}
-    for name in ("layer", "prepare", "true_masks"):
+    for name in ("layer", "prepare", "true_masks", "annotated"):
         del ours[name]
-    theirs = {
-        name: p.default for name, p in signature.items() if name not in ("base_loss", "accumulation_steps", "train_in_eval_mode")
-    }
+    left_out = ("base_loss", "accumulation_steps", "train_in_eval_mode", "evidence")
+    theirs = {name: p.default for name, p in signature.items() if name not in left_out}
     assert ours.keys() == theirs.keys()
     assert {n: v for n, v in ours.items() if n != "lambda_bg"} == {n: v for n, v in theirs.items() if n != "lambda_bg"}
     assert SIBOptions().criterion().lambda_bg == theirs["lambda_bg"]
@@ -644,7 +686,10 @@ def test_recipes_are_defaults_that_options_override():
         ("--data mnist", "open_dataset: name must be one of"),
         ("--data pets", "pets: root must be given"),
         ("--data pets --root {tmp}", "pets: root must hold"),
-        ("--data folder --root {tmp} --correlation 0.1", "train: correlation must come with data digits, got data 'folder'"),
+        (
+            "--data folder --root {tmp} --correlation 0.1",
+            "train: correlation must come with data digits or cutouts, got data 'folder'",
+        ),
         ("--correlation 2", "correlation must be in [0, 1], got 2.0"),
         ("--image-size 8", "image_size must be at least 16, got 8"),
         ("--lambda-bg -1", "lambda_bg must be at least 0, got -1.0"),
@@ -654,6 +699,19 @@ def test_recipes_are_defaults_that_options_override():
         ("--gather", "train: gather must come with more than one device, got devices 1"),
         ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
+        ("--annotated 1.5", "train: annotated must be in [0, 1], got 1.5"),
+        ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks, got annotated 0.5"),
+        ("--plain --annotated 0.5", "train: annotated must not be given for plain training, got 0.5"),
+        ("--data cutouts", "cutouts: root must be given"),
+        ("--mixup -1", "train: mixup must be finite and not negative, got -1.0"),
+        ("--init nothing.pt", "train: init must be a file or a name of weights, got nothing.pt"),
+        ("--freeze fc", "train: freeze must name stem, classifier or a part of the network (features, classifier, …), got 'fc'"),
+        (
+            "--part-lr fc=1",
+            "train: part_lr must name stem, classifier or a part of the network (features, classifier, …), got 'fc'",
+        ),
+        ("--part-lr 1e-3", "train: part_lr must be NAME=RATE with a positive rate, got '1e-3'"),
+        ("--arch timm:nothing", "network: arch must be timm:<name> of a model of timm"),
     ],
 )
 def test_bad_options_are_a_sentence_before_anything_is_trained(line, message, tmp_path, capsys, monkeypatch):

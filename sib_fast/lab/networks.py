@@ -88,7 +88,7 @@ def build_network(arch: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def timm_config(arch: str) -> dict[str, Any]:
-    """What timm knows of an architecture and the weights that its tag names: mean, std, input_size, where they are.
+    """What timm knows of an architecture and the weights that its tag names: mean, std, where they are; empty without weights.
 
     Errors:  ValueError for an unknown name; ImportError without timm.
     """
@@ -97,11 +97,14 @@ def timm_config(arch: str) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"network: arch {arch!r} needs timm, got {error}; pip install 'sib_fast[timm]'") from error
     name = arch.removeprefix(TIMM)
-    config = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
-    if config is None:
+    try:
+        if not timm.is_model(name):
+            raise RuntimeError(f"no model {name}")
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # also for a tag that the model does not have
         similar = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5]) or "timm.list_models()"
-        raise ValueError(f"network: arch must be timm:<name> of a model of timm ({similar}), got {arch!r}")
-    return config.to_dict()
+        raise ValueError(f"network: arch must be timm:<name> of a model of timm ({similar}), got {arch!r}") from error
+    return {} if config is None else config.to_dict()
 
 
 def classifier_parameters(spec: NetworkSpec) -> frozenset[str]:

@@ -180,7 +180,7 @@ def _usual_normalisation(arch: str) -> tuple[_Channels | None, _Channels | None]
         return (_LITE_MEAN,) * 3, (_LITE_STD,) * 3
     if arch.startswith(TIMM):
         config = timm_config(arch)
-        return tuple(config["mean"]), tuple(config["std"])
+        return (tuple(config["mean"]), tuple(config["std"])) if config else (None, None)
     try:
         import torchvision
 

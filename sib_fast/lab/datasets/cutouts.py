@@ -54,7 +54,7 @@ class Composite(NamedTuple):
 
 
 class Cutouts(LabelledImages):
-    """Composites made when they are asked for, each a function of (seed, split, index) and the files alone.
+    """Composites made when they are asked for, each a function of (split_seed, seed, split, index) and the files alone.
 
     Labels are balanced: image i has class i mod K. Every object of the split is shown once before one is shown again.
 
@@ -65,7 +65,8 @@ class Cutouts(LabelledImages):
         correlation: a class has its own background kind with this probability, otherwise one of all kinds.
         backgrounds: ``"correlated"``; ``"shifted"``: a kind of another class, never the own; ``"grey"``: no photograph.
             All else of an image is the same in the three.
-        seed: of the composites. split_seed: of which groups are for tests; by default the same.
+        seed: of the composites. split_seed: of which groups are for tests; fixed unless given, so that tests of any seed show
+            nothing that a training of any seed has seen.
         augment: random crops and flips, drawn from torch's generator.
 
     Attributes: kinds: the kind of every class. composites: how every image is made.
@@ -86,7 +87,7 @@ class Cutouts(LabelledImages):
         backgrounds: str = "correlated",
         masks: str = "auto",
         seed: int = 0,
-        split_seed: int | None = None,
+        split_seed: int = 0,
         augment: bool = False,
     ):
         if size < 1:
@@ -95,8 +96,9 @@ class Cutouts(LabelledImages):
             raise ValueError(f"cutouts: image_size must be at least 8, got {image_size}")
         if not 0 <= correlation <= 1:
             raise ValueError(f"cutouts: correlation must be in [0, 1], got {correlation}")
-        if seed < 0 or (split_seed is not None and split_seed < 0):
-            raise ValueError(f"cutouts: seed must not be negative, got {min(seed, split_seed or 0)}")
+        for name, value in (("seed", seed), ("split_seed", split_seed)):
+            if value < 0:
+                raise ValueError(f"cutouts: {name} must not be negative, got {value}")
         _checks.require_choice("cutouts", "backgrounds", backgrounds, BACKGROUNDS)
         objects, photographs = read_tree(root)
         classes = tuple(objects)
@@ -104,7 +106,6 @@ class Cutouts(LabelledImages):
         self.kinds = _read_kinds(root, classes, tuple(photographs))
         self._transform = JointTransform(image_size, True) if augment else None
 
-        split_seed = seed if split_seed is None else split_seed
         objects, photographs = (
             {name: _part(name, groups, split, split_seed) for name, groups in tree.items()} for tree in (objects, photographs)
         )

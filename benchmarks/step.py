@@ -10,7 +10,8 @@ A step is zero_grad, forward, loss and backward (no optimiser), random weights a
 
 variants    plain, naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare), lazy (prepared,
             every=4: the mean of four steps), recompute (prepared with recompute=True), penalty and penalty_prepared (no S-IB:
-            cross-entropy and a penalty on its input gradient), plain_compiled, naive_compiled (the whole naive step in one
+            cross-entropy and a penalty on its input gradient), area, share and their _prepared forms (EvidenceLoss; not of
+            networks without a map for it), share_lazy (every=4, as lazy), plain_compiled, naive_compiled (the whole naive step in one
             torch.compile region), ours_compiled (prepared, sib_fast.compile_step), convolutions_compiled (the same, of our
             layers the convolutions alone, so that the compiler fuses the rest itself). On the CPU the compiled ones run on
             request only: minutes to build.
@@ -51,15 +52,17 @@ import sib_fast
 from benchmarks import gate
 from benchmarks.journal import ROOT, Journal, attempts
 from benchmarks.provenance import Item, command_line, report
-from benchmarks.step_traffic import penalised_loss
+from benchmarks.step_traffic import EVIDENCE, NO_MAP, evidence_loss, penalised_loss
 from sib_fast.lab.naive import naive_sib_loss
 
-EAGER = ("plain", "naive", "ours", "ours_prepared", "lazy", "recompute", "penalty", "penalty_prepared")
+EAGER = ("plain", "naive", "ours", "ours_prepared", "lazy", "recompute", "penalty", "penalty_prepared", *EVIDENCE, "share_lazy")
+LAZY = ("lazy", "share_lazy")
 COMPILED = ("plain_compiled", "naive_compiled", "ours_compiled", "convolutions_compiled")
 PRECISIONS = ("float32", "tf32", "bf16")
 LAYOUTS = ("contiguous", "channels_last")
 LAZY_EVERY = 4
-PREPARED = ("ours_prepared", "lazy", "recompute", "penalty_prepared", "ours_compiled")  # all layers ours
+# All layers ours.
+PREPARED = ("ours_prepared", "lazy", "recompute", "penalty_prepared", "area_prepared", "share_prepared", "ours_compiled")
 # The ops with kernels of their own that a prepared model runs.
 LAYERS = {"convnext_tiny": ("layer_norm", "activation"), "vit_s": ("layer_norm", "softmax", "activation")}
 DEFAULT_LAYERS = ("batch_norm", "activation")
@@ -132,7 +135,7 @@ class Setting:
 
 def needs_of(variant: str, setting: Setting) -> list[str]:
     """The verdicts behind a variant's figures (benchmarks/gate.py); PyTorch's own step needs none."""
-    loss = variant in EAGER[2:6] or variant in COMPILED[2:]
+    loss = variant in EAGER[2:6] or variant in COMPILED[2:] or variant.startswith("share")
     found = gate.needs_of_head(setting.backend, setting.device) if loss else []
     layers = LAYERS.get(setting.model, DEFAULT_LAYERS) if variant in PREPARED else ()
     return found + gate.needs(gate.families("auto", layers, setting.device))
@@ -166,7 +169,8 @@ def loss_of(
                 return compiled_naive(x.clone().requires_grad_(), target)
 
         return run
-    criterion = sib_fast.SIBLoss(every=LAZY_EVERY if variant == "lazy" else 1, backend=backend)
+    options = {"every": LAZY_EVERY if variant in LAZY else 1, "backend": backend}
+    criterion = evidence_loss(variant, **options) if variant.startswith(EVIDENCE) else sib_fast.SIBLoss(**options)
     if variant in ("ours_compiled", "convolutions_compiled"):
         step = sib_fast.compile_step(model, criterion, mode=compile_mode)
         return lambda x, target: step(x, target).loss
@@ -186,7 +190,7 @@ def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, setting: 
                 value = loss(x, target)
             value.backward()
 
-    if variant != "lazy":
+    if variant not in LAZY:
         return once
     return lambda: [once() for _ in range(LAZY_EVERY)] and None
 
@@ -209,7 +213,7 @@ def interleaved(setting: Setting, variants: tuple[str, ...], rounds: int) -> dic
             step()
             synchronise(setting.device)
             if round_ >= warmups:
-                times[variant].append((time.perf_counter() - start) / (LAZY_EVERY if variant == "lazy" else 1))
+                times[variant].append((time.perf_counter() - start) / (LAZY_EVERY if variant in LAZY else 1))
     return times
 
 
@@ -427,7 +431,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         grid = itertools.product(args.models, args.precisions, args.layouts)
         images = args.images or 16
         asked = [
-            Cell(Setting(model, images, args.size, args.device, precision, layout, args.compile_mode), variants)
+            Cell(
+                Setting(model, images, args.size, args.device, precision, layout, args.compile_mode),
+                tuple(v for v in variants if model not in NO_MAP or not v.startswith(EVIDENCE)),
+            )
             for model, precision, layout in grid
         ]
     return [cell for cell in asked if cell.setting.precision != "tf32" or args.device == "cuda"]

@@ -15,7 +15,8 @@ peak    most bytes of tensors alive at once, parameters, gradients and input inc
 
 Variants: plain (cross-entropy), naive (sib_fast.lab.naive), ours (SIBLoss attached), ours_prepared (and sib_fast.prepare),
 ours_recompute (prepared with recompute=True: less memory, more bytes); and without S-IB, a penalty on the gradient of the
-cross-entropy with respect to the input: penalty, penalty_prepared.
+cross-entropy with respect to the input: penalty, penalty_prepared; or EvidenceLoss: area (no mask), share (its own mask), and
+these prepared. Networks without a map that evidence could be read at have no such rows.
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ from sib_fast.testing.models import differentiable_twice
 
 STORED = ROOT / "benchmarks" / "results" / "accounting" / "step_traffic.json"
 MARKS = ("<!-- step_traffic -->", "<!-- /step_traffic -->")
-VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared")
-PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared")
+EVIDENCE = ("area", "area_prepared", "share", "share_prepared")
+VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared", *EVIDENCE)
+PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared", "area_prepared", "share_prepared")
+# Refused: a normalisation on the last map, tokens.
+NO_MAP = ("convnext_tiny", "vit_b_16", "vit_s", "swin_t")
+# Layers that are not linear above the last map: no rectified evidence.
+ABSOLUTE = ("mobilenet_v3_large",)
 PRECISIONS = ("float32", "bf16")
 GOAL = ("resnet50", 128, 224)  # in bf16: the goal for a GPU, counted
 # The page that shows a variant's rows.
 DOCS = {
-    ROOT / "docs/step.md": ("plain", "naive", "ours", "ours_prepared", "ours_recompute"),
+    ROOT / "docs/step.md": ("plain", "naive", "ours", "ours_prepared", "ours_recompute", *EVIDENCE),
     ROOT / "docs/input_gradients.md": ("plain", "penalty", "penalty_prepared"),
 }
 MODELS = (
@@ -145,9 +151,16 @@ def penalised_loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return loss + gradient.square().sum()
 
 
-def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, precision: str = "float32") -> Callable[[], None]:
-    """One training step without the optimiser, under autocast in bf16; the model is prepared here where the variant says so."""
-    loss = _loss_of(variant, model, x, target)
+def evidence_loss(variant: str, form: str = "rectified", **options: Any) -> sib_fast.EvidenceLoss:
+    return sib_fast.EvidenceLoss(variant.partition("_")[0], evidence=form, **options)
+
+
+def step_of(
+    variant: str, model: nn.Module, x: Tensor, target: Tensor, precision: str = "float32", form: str = "rectified"
+) -> Callable[[], None]:
+    """One training step without the optimiser, under autocast in bf16; the model is prepared here where the variant says so.
+    form: of the evidence, for the variants that have one."""
+    loss = _loss_of(variant, model, x, target, form)
 
     def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -157,7 +170,7 @@ def step_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, precision
     return step
 
 
-def _loss_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], Tensor]:
+def _loss_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, form: str) -> Callable[[], Tensor]:
     if variant in PREPARED:
         sib_fast.prepare(model, recompute=variant == "ours_recompute")
     if variant == "plain":
@@ -171,7 +184,7 @@ def _loss_of(variant: str, model: nn.Module, x: Tensor, target: Tensor) -> Calla
         return naive
     if variant.startswith("penalty"):
         return lambda: penalised_loss(model, x, target)
-    criterion = sib_fast.SIBLoss().attach(model)
+    criterion = (evidence_loss(variant, form) if variant in EVIDENCE else sib_fast.SIBLoss()).attach(model)
     return lambda: criterion(model(x), target)
 
 
@@ -189,7 +202,7 @@ def count(name: str, variant: str, images: int, size: int, precision: str = "flo
         if variant != "plain" and not (variant in PREPARED and nn.Hardsigmoid in SWAPS):
             differentiable_twice(model)  # PyTorch's Hardsigmoid is not
         x, target = torch.randn(images, 3, size, size), torch.randint(0, 1000, (images,))
-        step = step_of(variant, model, x, target, precision)
+        step = step_of(variant, model, x, target, precision, "absolute" if name in ABSOLUTE else "rectified")
         with Traffic([x, target, *model.parameters(), *model.buffers()]) as traffic:
             step()
     return traffic
@@ -198,7 +211,8 @@ def count(name: str, variant: str, images: int, size: int, precision: str = "flo
 def measure(
     name: str, images: int, size: int, variants: tuple[str, ...] = VARIANTS, top: int = 12, precision: str = "float32"
 ) -> dict[str, Any]:
-    counted = {variant: count(name, variant, images, size, precision) for variant in variants}
+    possible = [variant for variant in variants if variant not in EVIDENCE or name not in NO_MAP]
+    counted = {variant: count(name, variant, images, size, precision) for variant in possible}
     rows = {}
     for variant, traffic in counted.items():
         totals = {
@@ -271,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         write_docs()
     print(table(rows))
     for row in rows:
-        last = variants[-1]
+        last = next(reversed(row["variants"]))
         print(f"\n{row['model']} {row['shape']} {row['precision']}, {last}, most bytes by op:")
         for op, (gigabytes, times) in row["variants"][last]["top_gigabytes"].items():
             print(f"  {gigabytes:9.3f} GB  {times:5} × {op}")

@@ -170,7 +170,7 @@ class Attachment:
 
     def map_of(self, logits: Tensor) -> Tensor:
         """The map of the forward pass that made these logits; RuntimeError where there is nothing."""
-        if self.seen:
+        if self.seen is not None and self._runs:
             self.found_map(logits)
         self.map.look_at_copy()
         features = self.map.captured() if self.map.captured is not None else None

@@ -83,7 +83,8 @@ _LINEAR = (
     "Unbind",
     "Unfold",
     "Upsample",
-    "_InPlace",
+    # An op in place on a view, as Dropout(inplace=True) behind a flatten; which op it was is not shown.
+    "CopySlices",
 )
 # Linear where only one of their tensors comes from the map.
 _BILINEAR = (
@@ -206,7 +207,7 @@ def last_map(op: str, logits: Tensor, candidates: Iterable[Candidate]) -> Candid
     if chosen is None:
         raise RuntimeError(
             f"{op}: the model must have a module, run once, that returns a [N, C, H, W] map from which the logits are made, got "
-            "none: name it with at=..., or pass features=... in the explicit form"
+            "none (of layers under no_grad a graph shows nothing): name it with at=..., or pass features=... in the explicit form"
         )
     target = _node_of(chosen.output)
     tokens = next((node for node in _between(logits.grad_fn, target) if _is(node, _ATTENTION)), None)
@@ -235,7 +236,8 @@ def _reaches_from(target: Node, wanted: Callable[[Node], bool]) -> Node | None:
 
 
 def _is_pooled(candidate: Candidate) -> bool:
-    return _is(_node_of(candidate.output), _AVERAGES)
+    # By its class too: of layers under no_grad the graph shows nothing.
+    return isinstance(candidate.module, nn.AdaptiveAvgPool2d | nn.AvgPool2d) or _is(_node_of(candidate.output), _AVERAGES)
 
 
 def _was_pooled(candidate: Candidate, wide: Candidate | None) -> bool:

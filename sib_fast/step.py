@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from sib_fast import _checks
+from sib_fast.criterion import Criterion
 from sib_fast.loss import SIBLoss
 from sib_fast.masks import GivenMask
 from sib_fast.network_checks import check_before_compiling, check_module
@@ -67,6 +68,12 @@ def compile_step(model: nn.Module, criterion: SIBLoss, **compile_options: Any) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(criterion, Criterion) and criterion.evidence is not None:
+        raise RuntimeError(
+            f"{_OP}: criterion must have no evidence term, got {criterion.evidence}: its map is captured by a hook, outside of a "
+            "compiled region. With EvidenceLoss only the layers above the map are differentiated twice: compile those below, "
+            "model.trunk = torch.compile(model.trunk), and leave the step eager"
+        )
     if not isinstance(criterion, SIBLoss):
         raise TypeError(f"{_OP}: criterion must be a SIBLoss, got {type(criterion).__name__}")
     if compile_options.pop("fullgraph", True) is not True:

@@ -527,7 +527,22 @@ def test_a_bandwidth_that_is_not_positive(sigma):
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
-    *(f"{name}.py" for name in ("loss", "attachment", "vjp", "network_checks", "_checks", "_backends", "_transforms")),
+    *(
+        f"{name}.py"
+        for name in (
+            "loss",
+            "criterion",
+            "evidence",
+            "evidence_loss",
+            "place",
+            "attachment",
+            "vjp",
+            "network_checks",
+            "_checks",
+            "_backends",
+            "_transforms",
+        )
+    ),
     *("estimators", "masks", "nn", "ops"),
 ]
 

@@ -28,7 +28,8 @@ class SIBTrainerMixin:
     Shapes:  inputs["pixel_values"] [N, C, H, W] floating point; inputs["labels"] int64 [N], probabilities [N, K], or for a
              multi-label model multi-hot [N, K].
     Args:    criterion: a SIBLoss or an EvidenceLoss, default SIBLoss(), or with the multi-label energy and binary
-             cross-entropy if the model's problem_type is "multi_label_classification". fast: give the network the package's layers (`sib_fast.prepare`).
+             cross-entropy if the model's problem_type is "multi_label_classification". fast: give the network the package's
+             layers (`sib_fast.prepare`).
     Errors:  TypeError if criterion is neither; ValueError for a model that was loaded with fused attention, for
              compute_loss_func, label_smoothing_factor (put it into the criterion's base loss), torch_compile, and a
              cross-entropy criterion for several labels.

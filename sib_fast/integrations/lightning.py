@@ -76,7 +76,8 @@ class SIBCallback(Callback):
             warnings.warn(
                 f"{_OP}: criterion and model must be in training mode for the {criterion._what}, got {' and '.join(off)} in eval "
                 "mode, which Lightning keeps: the base loss alone will be trained. Call train() of both before fit; or, to "
-                f"fine-tune with frozen batch norm, give {criterion._op}(train_in_eval_mode=True) and leave the criterion in training mode",
+                f"fine-tune with frozen batch norm, give {criterion._op}(train_in_eval_mode=True) and leave the "
+                "criterion in training mode",
                 stacklevel=2,
             )
 

@@ -26,9 +26,9 @@ class SIBTask(ClassificationTask):
 
     `task(input, target)` returns 'loss', 'output' and the criterion's terms ('base', and while active 'foreground',
     'background', 'mask_area', or an EvidenceLoss's own). Mixup's and CutMix's soft targets, gradient accumulation, EMA and
-    `no_sync` work as in timm; `timm.utils.ModelEmaV3` copies the network without the hook. A task does not see the optimiser's steps: with
-    `every` > 1 and gradient accumulation give the criterion accumulation_steps. `fast` gives the network the package's layers
-    (`sib_fast.prepare`).
+    `no_sync` work as in timm; `timm.utils.ModelEmaV3` copies the network without the hook. A task does not see the optimiser's
+    steps: with `every` > 1 and gradient accumulation give the criterion accumulation_steps. `fast` gives the network the
+    package's layers (`sib_fast.prepare`).
 
     Shapes:  input [N, C, H, W] floating point; target int64 [N] or probabilities [N, K].
     Errors:  TypeError if criterion is neither a SIBLoss nor an EvidenceLoss; RuntimeError for `compile`, for DDP's

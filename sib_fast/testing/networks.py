@@ -167,6 +167,93 @@ def plain_step(
     return PlainStep(loss, base, foreground, background, x, vjp, mask)
 
 
+class MappedNet(nn.Module):
+    """A trunk whose output is a feature map that is 0 where nothing is, and a head. Shapes: [N, 3, H, W] -> [N, classes].
+
+    head: "linear", pooled to 2×2; "bent", with a ReLU between two linear layers; "mean", a global average.
+    """
+
+    def __init__(self, head: str = "linear", classes: int = 5, norm: str = "batch", seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        normalise = {"batch": nn.BatchNorm2d, "group": lambda width: nn.GroupNorm(2, width)}[norm]
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, bias=False),
+            normalise(6),
+            nn.SiLU(),
+            nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False),
+            normalise(8),
+            nn.ReLU(),
+        )
+        pool: list[nn.Module] = [nn.AdaptiveAvgPool2d(1 if head == "mean" else 2), nn.Flatten()]
+        width = 8 if head == "mean" else 32
+        bend: list[nn.Module] = [nn.Linear(width, width), nn.ReLU()] if head == "bent" else []
+        self.head = nn.Sequential(*pool, *bend, nn.Linear(width, classes))
+        with torch.no_grad():
+            self.head[-1].weight.mul_(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+
+def plain_cells(mask: Tensor, height: int, width: int) -> Tensor:
+    """The greatest value in every cell, cell i from floor(iH/h) to ceil((i+1)H/h). Shapes: [N, 1, H, W] -> [N, 1, h, w]."""
+    rows, columns = mask.shape[2:]
+    cells = mask.new_zeros((*mask.shape[:2], height, width))
+    for i in range(height):
+        for j in range(width):
+            down = slice(i * rows // height, -(-(i + 1) * rows // height))
+            across = slice(j * columns // width, -(-(j + 1) * columns // width))
+            cells[:, :, i, j] = mask[:, :, down, across].amax(dim=(2, 3))
+    return cells
+
+
+def plain_evidence(
+    features: Tensor,
+    logits: Tensor,
+    scalar: Tensor,
+    *,
+    kind: str,
+    form: str,
+    x: Tensor | None = None,
+    window_size: int = 31,
+    mask: Tensor | None = None,
+    annotated: Tensor | None = None,
+    target_area: float = 0.0,
+    normalise: bool = True,
+) -> Tensor:
+    """SPEC 11 by autograd, image by image: the mean of the area or the background share of the evidence at a map.
+
+    Shapes:  features [N, C, h, w], logits [N, K], scalar 0-d; x [N, C', H, W], where the mask is of its VJP; mask [N, 1, H, W]
+             given, for the images that are annotated [N].
+    """
+    (cotangent,) = torch.autograd.grad(scalar, logits, create_graph=True)
+    if normalise:
+        cotangent = cotangent / cotangent.detach().norm(dim=1, keepdim=True)
+    (vjp,) = torch.autograd.grad(logits, features, cotangent, create_graph=True)
+    product = vjp * features
+    evidence = {"rectified": F.relu(product.sum(1)), "absolute": product.abs().sum(1), "squared": (vjp * vjp).sum(1)}[form]
+    cells = None
+    if kind == "share":
+        given = None if mask is None else plain_cells(mask.double(), *features.shape[2:])
+        own = None
+        if given is None or not (annotated is None or bool(annotated.all())):
+            (at_image,) = torch.autograd.grad(logits, x, cotangent.detach(), retain_graph=True)
+            own = plain_cells(plain_mask(at_image, window_size), *features.shape[2:])
+        has = torch.ones(len(logits), dtype=torch.bool) if annotated is None else annotated
+        cells = torch.stack([given[i] if given is not None and has[i] else own[i] for i in range(len(logits))])
+    values = []
+    for i in range(len(logits)):
+        if evidence[i].sum() == 0:
+            continue
+        q = evidence[i] / evidence[i].sum()
+        if kind == "share":
+            values.append(((1 - cells[i, 0]) * q).sum())
+        else:
+            values.append(F.relu(1 / (q.numel() * (q * q).sum()) - target_area))
+    return sum(values) / len(values)
+
+
 def parameter_gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """d loss/d parameter for every named parameter, zeros where the loss does not depend on one."""
     names, parameters = zip(*model.named_parameters(), strict=True)

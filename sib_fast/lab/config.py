@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sib_fast import SIBLoss
+from sib_fast import EvidenceLoss, EvidenceTerm, SIBLoss, prepare
 from sib_fast.lab.networks import SMALL
 from sib_fast.lab.parts import read_rates
 
@@ -22,6 +22,8 @@ COMPOSED = ("digits", "cutouts")
 """The data sets whose images are put together here, and how many is a setting."""
 SCHEDULES = ("one_cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+PARTS = ("sib", "term")
+"""Fields of TrainConfig whose own fields are options."""
 STRATEGIES = ("auto", "ddp", "ddp_spawn")
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -63,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SIBOptions:
-    """What makes a training S-IB; the arguments of :class:`sib_fast.SIBLoss` with its defaults, and three more.
+    """What makes a training S-IB; the arguments of :class:`sib_fast.SIBLoss` with its defaults, and two more.
 
     Not `train_in_eval_mode`: the networks trained here are in training mode.
 
@@ -71,8 +73,6 @@ class SIBOptions:
         lambda_bg: None is SIBLoss's default.
         layer: name of the layer whose feature map takes the image's place, as ``SIBLoss.attach`` takes it.
         prepare: give the network the package's layers, whose second derivative is faster.
-        true_masks: the data's masks in the place of the loss's own.
-        annotated: share of the training images whose mask true_masks hands over; the others keep the loss's own.
     """
 
     lambda_fg: float = 0.01
@@ -94,24 +94,49 @@ class SIBOptions:
     every_weight: str = "sum"
     layer: str | None = None
     prepare: bool = True
-    true_masks: bool = False
-    annotated: float = 1.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.annotated <= 1:
-            raise ValueError(f"train: annotated must be in [0, 1], got {self.annotated}")
-        if self.annotated < 1 and not self.true_masks:
-            raise ValueError(f"train: annotated must come with true_masks, got annotated {self.annotated}")
-
-    def criterion(self, label_smoothing: float = 0.0, accumulation_steps: int = 1) -> SIBLoss:
+    def criterion(
+        self, label_smoothing: float = 0.0, accumulation_steps: int = 1, evidence: EvidenceTerm | None = None
+    ) -> SIBLoss:
         """A new criterion. Errors: as :class:`sib_fast.SIBLoss`."""
         arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("layer", "prepare", "true_masks", "annotated"):
+        for name in ("layer", "prepare"):
             del arguments[name]
         if self.lambda_bg is None:
             del arguments["lambda_bg"]
         base_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        return SIBLoss(**arguments, base_loss=base_loss, accumulation_steps=accumulation_steps)
+        return SIBLoss(**arguments, base_loss=base_loss, accumulation_steps=accumulation_steps, evidence=evidence)
+
+
+@dataclass(frozen=True)
+class EvidenceOptions:
+    """A term on the evidence at a feature map, beside S-IB's terms or, in plain training, beside the base loss.
+
+    Attributes:
+        evidence: ``"area"`` or ``"share"``, and the others are :class:`sib_fast.EvidenceTerm`'s of the same names:
+            evidence_form: ``evidence``. evidence_weight: ``weight``. evidence_at: ``at``. evidence_window: ``window_size``.
+            evidence_area: ``target_area``.
+    """
+
+    evidence: str = "area"
+    evidence_form: str = EvidenceTerm.evidence  # type: ignore[assignment]
+    evidence_weight: float = EvidenceTerm.weight
+    evidence_at: str | None = None
+    evidence_window: int | None = None
+    evidence_area: float = EvidenceTerm.target_area
+
+    def arguments(self, given: bool) -> dict[str, Any]:
+        """Of EvidenceTerm and EvidenceLoss. given: every image comes with a mask, so that none has to be made."""
+        arguments = {
+            "kind": self.evidence,
+            "evidence": self.evidence_form,
+            "weight": self.evidence_weight,
+            "at": self.evidence_at,
+            "target_area": self.evidence_area,
+        }
+        if self.evidence == "share":
+            arguments |= {"mask": "given" if given else "density", "window_size": self.evidence_window}
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,10 @@ class TrainConfig:
         init: weights to begin with, as :func:`sib_fast.lab.pretrained.read_weights` takes them; None draws them.
         freeze: parts that do not learn, as :func:`sib_fast.lab.parts.part` names them; their batch norms keep their statistics.
         freeze_batch_norm: the same of every batch norm.
-        sib: None trains plainly.
+        sib: None trains without S-IB's terms.
+        term: on the evidence at a feature map; None: none.
+        true_masks: the data's masks in the place of the loss's own.
+        annotated: share of the training images whose mask true_masks hands over; the others keep the loss's own.
         out: folder for everything that the run writes.
         width: channels of the first layer of a small architecture, None for its default.
         normalise: (mean, standard deviation) of every channel in the place of the data's own, or of those of `init`.
@@ -159,6 +187,9 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     freeze_batch_norm: bool = False
     sib: SIBOptions | None = SIBOptions()
+    term: EvidenceOptions | None = None
+    true_masks: bool = False
+    annotated: float = 1.0
     out: Path = Path("runs/train")
     width: int | None = None
     image_size: int = 224
@@ -232,6 +263,12 @@ class TrainConfig:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"train: {name} must be finite and not negative, got {getattr(self, name)}")
         read_rates(self.part_lr)
+        if self.true_masks and not self.reads_masks:
+            raise ValueError("train: true_masks must not be given for plain training, got True")
+        if not 0 <= self.annotated <= 1:
+            raise ValueError(f"train: annotated must be in [0, 1], got {self.annotated}")
+        if self.annotated < 1 and not self.true_masks:
+            raise ValueError(f"train: annotated must come with true_masks, got annotated {self.annotated}")
         if self.normalise is not None and not (len(self.normalise) == 2 and self.normalise[1] > 0):
             raise ValueError(f"train: normalise must be a mean and a positive standard deviation, got {self.normalise}")
         if self.width is not None and self.arch not in SMALL:
@@ -246,25 +283,61 @@ class TrainConfig:
     @classmethod
     def from_flat(cls, settings: dict[str, Any]) -> TrainConfig:
         """The inverse of :meth:`flat`; what is left out has its default."""
-        own, sib = ({f.name for f in dataclasses.fields(c)} for c in (cls, SIBOptions))
+        own, sib, term = ({f.name for f in dataclasses.fields(c)} for c in (cls, SIBOptions, EvidenceOptions))
         options = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items() if name != "method"
         }
         plain = settings.get("method", "sib") == "plain"
         chosen = None if plain else SIBOptions(**{name: value for name, value in options.items() if name in sib})
-        return cls(**{name: value for name, value in options.items() if name in own}, sib=chosen)
+        beside = {name: value for name, value in options.items() if name in term}
+        if beside and beside.get("evidence") is None:
+            name = min(beside.keys() - {"evidence"}, default="evidence")
+            raise ValueError(f"train: {name} must come with evidence area or share, got {beside.get(name)!r}")
+        return cls(
+            **{name: value for name, value in options.items() if name in own},
+            sib=chosen,
+            term=EvidenceOptions(**beside) if beside else None,
+        )
 
     def flat(self) -> dict[str, Any]:
         """Method, fields and S-IB options as JSON keeps them."""
-        fields = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items() if name != "sib"}
-        flat = {"method": "plain" if self.sib is None else "sib", **fields, **(vars(self.sib) if self.sib else {})}
+        fields = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items() if name not in PARTS
+        }
+        parts = (vars(part) for part in (self.sib, self.term) if part is not None)
+        flat = {"method": "plain" if self.sib is None else "sib", **fields}
+        for part in parts:
+            flat |= part
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     def criterion(self) -> nn.Module:
-        """A new criterion, not attached. Errors: as :class:`sib_fast.SIBLoss`."""
-        if self.sib is None:
-            return nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
-        return self.sib.criterion(self.label_smoothing, self.accumulate)
+        """A new criterion, not attached. Errors: as :class:`sib_fast.SIBLoss` and :class:`sib_fast.EvidenceLoss`."""
+        arguments = {} if self.term is None else self.term.arguments(given=self.true_masks and self.annotated == 1)
+        if self.sib is not None:
+            term = EvidenceTerm(**arguments) if arguments else None
+            return self.sib.criterion(self.label_smoothing, self.accumulate, term)
+        base_loss = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
+        if self.term is None:
+            return base_loss
+        return EvidenceLoss(**arguments, base_loss=base_loss, accumulation_steps=self.accumulate)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the criterion is attached to the network."""
+        return self.sib is not None or self.term is not None
+
+    @property
+    def reads_masks(self) -> bool:
+        return self.sib is not None or (self.term is not None and self.term.evidence == "share")
+
+    def attach(self, criterion: Any, model: nn.Module) -> None:
+        """Prepare the model, as the settings have it, and attach the criterion, if it is one to attach."""
+        if self.differentiates and (self.sib is None or self.sib.prepare):
+            prepare(model)
+        if self.sib is not None:
+            criterion.attach(model, self.sib.layer)
+        elif self.term is not None:
+            criterion.attach(model)
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimiser steps, all of the same number of images; what is left over takes part in another epoch's order."""

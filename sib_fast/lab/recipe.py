@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sib_fast import prepare
 from sib_fast.lab.annotation import PartlyAnnotated
 from sib_fast.lab.fit import quiet
 from sib_fast.lab.networks import NetworkSpec, classifier_parameters, save_network
@@ -87,8 +86,7 @@ class _Data(lightning.LightningDataModule):
     def __init__(self, config: TrainConfig, spec: NetworkSpec, train: LabelledImages, val: LabelledImages):
         super().__init__()
         self.config, self.spec, self.val = config, spec, val
-        annotated = 1.0 if config.sib is None or not config.sib.true_masks else config.sib.annotated
-        self.train = train if annotated == 1 else PartlyAnnotated(train, annotated, config.seed)
+        self.train = train if config.annotated == 1 else PartlyAnnotated(train, config.annotated, config.seed)
 
     def _loader(self, data: LabelledImages, train: bool) -> DataLoader[Any]:
         config, trainer = self.config, self.trainer
@@ -145,13 +143,10 @@ class Training(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         # here and not earlier: hooks do not travel to the processes of ddp_spawn
-        if self.config.sib is not None:
-            if self.config.sib.prepare:
-                prepare(self.model)
-            self.criterion.attach(self.model, self.config.sib.layer)
+        self.config.attach(self.criterion, self.model)
 
     def teardown(self, stage: str) -> None:
-        if self.config.sib is not None:
+        if self.config.differentiates:
             self.criterion.remove()
 
     def on_train_epoch_start(self) -> None:
@@ -167,10 +162,10 @@ class Training(lightning.LightningModule):
         if kinds:
             kind = kinds[int(torch.randint(len(kinds), ()))]
             image, target, mask = mix(kind, getattr(self.config, kind), image, target, self.classes, mask)
-        given = {"mask": mask} if self.config.sib is not None and self.config.sib.true_masks else {}
+        given = {"mask": mask} if self.config.true_masks else {}
         logits = self.model(image)
         loss = self.criterion(logits, target, **given)
-        terms = self.criterion.terms if self.config.sib is not None else {"loss": loss.detach(), "base": loss.detach()}
+        terms = self.criterion.terms if self.config.differentiates else {"loss": loss.detach(), "base": loss.detach()}
         for name, value in terms.items():
             self._count(name, value)
         self._count("train_accuracy", logits.detach().argmax(1) == label)

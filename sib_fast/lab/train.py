@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sib_fast import prepare
 from sib_fast._backends import resolve
-from sib_fast.lab.config import COMPOSED, PRECISIONS, RECIPES, SCHEDULES, STRATEGIES, SIBOptions, TrainConfig
+from sib_fast.lab.config import (
+    COMPOSED,
+    PARTS,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    STRATEGIES,
+    EvidenceOptions,
+    SIBOptions,
+    TrainConfig,
+)
 from sib_fast.lab.networks import LITE, SMALL, TIMM, NetworkSpec, classifier_parameters, load_network, timm_config
 from sib_fast.lab.parts import freeze, groups, hold_statistics
 from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
@@ -71,7 +80,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 write_atomically(config.out / "init.json", (json.dumps(report.document(), indent=1) + "\n").encode())
                 console.print(f"train: init from {report}", soft_wrap=True)
             if config.progress:
-                method = "plain" if config.sib is None else "S-IB"
+                method = " + ".join(
+                    ["plain" if config.sib is None else "S-IB"] + ([f"evidence {config.term.evidence}"] if config.term else [])
+                )
                 console.print(f"{method} {config.arch} on {config.data}, {len(train)} images, {config.epochs} epochs …")
         try:
             train_network(config, spec, model, config.criterion(), train, val, go_on)
@@ -135,7 +146,7 @@ def _open_data(config: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
     elif config.data == "digits" and config.augment:
         raise ValueError("train: augment must not be given with data digits, whose images are random compositions")
     train, val = (config.open(split) for split in ("train", "test"))
-    if config.sib is not None and config.sib.true_masks and not train.has_masks:
+    if config.true_masks and not train.has_masks:
         raise ValueError(f"train: true_masks must come with data that has masks, got data {config.data!r}")
     if config.steps_per_epoch(len(train)) < 1:
         needed = f"{config.batch_size} x {config.accumulate} x {config.devices}"
@@ -201,9 +212,9 @@ def _rehearse(config: TrainConfig, model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)
-            if config.sib is not None:
-                criterion.attach(prepare(probe) if config.sib.prepare else probe, config.sib.layer)
-            criterion(probe(x), target)
+            config.attach(criterion, probe)
+            given = {"mask": torch.ones(count, 1, *x.shape[2:])} if config.true_masks else {}
+            criterion(probe(x), target, **given)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"train: arch must take S-IB or plain steps at image_size {config.image_size}, got {reason}") from error
@@ -259,7 +270,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     machine = parser.add_argument_group("machine")
     sib = parser.add_argument_group("S-IB (see sib_fast.SIBLoss)")
-    defaults = vars(TrainConfig()) | vars(SIBOptions())
+    evidence = parser.add_argument_group("evidence at a feature map (see sib_fast.EvidenceTerm), beside --sib or --plain")
+    defaults = vars(TrainConfig()) | vars(SIBOptions()) | vars(EvidenceOptions()) | {"evidence": None}
 
     def option(group: Any, name: str, text: str, kind: Any = None, **kwargs: Any) -> None:
         value = defaults[name]
@@ -284,6 +296,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(own, "data", "digits, folder, pets, voc, dogs, cub or cutouts", str, metavar="NAME")
     option(own, "root", "folder of the data, docs/data.md", Path, metavar="FOLDER")
     option(own, "masks", "of the data: auto, segmentation or box", str, metavar="KIND")
+    option(own, "true_masks", "the data's masks in the place of the loss's own")
+    option(own, "annotated", "share of the training images whose mask is given; the others keep the loss's own", float)
     option(own, "arch", f"{', '.join(SMALL)}, {LITE}, timm:NAME or a classification network of torchvision", str, metavar="NAME")
     option(own, "init", "weights to begin with: DEFAULT, a name of torchvision's, or a file (.pt, .pth, .safetensors)", str)
     option(own, "width", "channels of the first layer of a small architecture", int)
@@ -326,8 +340,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "background", "background term: variance, hsic or relative_variance", str)
     option(sib, "objective", "exp, expm1 or linear", str)
     option(sib, "mask", "how the mask is made of the VJP", str)
-    option(sib, "true_masks", "the data's masks in its place")
-    option(sib, "annotated", "share of the training images whose mask is given; the others keep the loss's own", float)
     option(sib, "window_size", "side of the mask's density window, odd", int)
     option(sib, "temperature", "of the mask's soft quantiles", float)
     option(sib, "slope", "of the mask's sigmoids", float)
@@ -339,6 +351,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "every_weight", "sum or mean", str)
     option(sib, "layer", "take the VJP at this layer's output", str, metavar="NAME")
     option(sib, "prepare", "the package's layers, whose second derivative is faster")
+
+    option(evidence, "evidence", "area or share: adds the term", str, metavar="KIND")
+    option(evidence, "evidence_form", "rectified, absolute or squared", str)
+    option(evidence, "evidence_weight", "of the term", float)
+    option(evidence, "evidence_at", "module whose output is the map; by default the last before pooling", str, metavar="NAME")
+    option(evidence, "evidence_window", "side of the own mask's density window, odd", int)
+    option(evidence, "evidence_area", "the area is not lowered below it", float)
 
 
 def settings(args: argparse.Namespace) -> TrainConfig:
@@ -357,7 +376,8 @@ def settings(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_flat(base | RECIPES.get(recipe, {}) | given)
 
 
-_NAMES = {"method"} | {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c) if f.name != "sib"}
+_OPTIONS = (TrainConfig, SIBOptions, EvidenceOptions)
+_NAMES = {"method"} | {f.name for c in _OPTIONS for f in dataclasses.fields(c)} - set(PARTS)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -334,16 +334,16 @@ def test_fine_tuning_begins_with_the_weights_and_says_what_it_took(tmp_path):
     save_network(tmp_path / "first.pt", first, source)
     options = {
         "arch": "small_conv_net", "width": 4, "image_size": 32, "epochs": 1, "batch_size": 8, "train_size": 16, "test_size": 8,
-        "device": "cpu", "progress": False, "init": str(tmp_path / "first.pt"), "freeze": ("stem",), "threads": 1,
-        "part_lr": ("classifier=0.01",), "sib": SIBOptions(lambda_bg=1e5, window_size=7, true_masks=True, annotated=0.5),
+        "device": "cpu", "progress": False, "init": str(tmp_path / "first.pt"), "freeze": ("features.3",), "threads": 1, "freeze_batch_norm": True,
+        "part_lr": ("classifier=0.01",), "sib": SIBOptions(lambda_bg=1e5, window_size=7), "true_masks": True, "annotated": 0.5,
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=200, highlight=False)
     spec = run(TrainConfig(**options, out=tmp_path / "run"), console=console)
     assert (spec.mean, spec.std) == (MEAN, STD)  # the weights' own
     state = load_network(tmp_path / "run" / "network.pt")[1].state_dict()
-    for name in ("features.0.weight", "features.1.weight", "features.1.running_mean"):
+    for name in ("features.3.weight", *(f"features.{3 * k + 1}.{n}" for k in range(5) for n in ("weight", "running_mean"))):
         assert torch.equal(state[name], source.state_dict()[name]), name
-    moved = (state["features.3.weight"] - source.state_dict()["features.3.weight"]).abs().max()
+    moved = (state["features.0.weight"] - source.state_dict()["features.0.weight"]).abs().max()
     assert 0 < moved < 5e-3
     document = json.loads((tmp_path / "run" / "init.json").read_text())
     assert document["drawn"] == ["classifier.weight", "classifier.bias"]

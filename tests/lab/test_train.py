@@ -24,6 +24,7 @@ from rich.console import Console
 
 from sib_fast import SIBLoss
 from sib_fast.lab import recipe, train
+from sib_fast.lab.config import EvidenceOptions
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.fit import fit
 from sib_fast.lab.models import SmallConvNet
@@ -172,7 +173,7 @@ def test_weights_zero_train_as_plain_training_bit_for_bit(tmp_path):
 
 def test_true_masks_are_the_masks_of_the_data(tmp_path):
     options = {"epochs": 1, "train_size": 8, "test_size": 2}
-    train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+    train_one(tmp_path, true_masks=True, **options)
     masks = EmbeddedDigits("train", 8, seed=TINY["seed"]).masks
     assert float(read_log(tmp_path)[0]["mask_area"]) == pytest.approx(masks.float().mean().item(), rel=1e-6)
 
@@ -180,7 +181,7 @@ def test_true_masks_are_the_masks_of_the_data(tmp_path):
 def test_true_masks_of_a_set_without_any_are_refused(image_folder, tmp_path):
     options = {"data": "folder", "root": image_folder, "epochs": 1, "train_size": 512, "test_size": 1000, "correlation": 0.4}
     with pytest.raises(ValueError, match="true_masks must come with data that has masks, got data 'folder'"):
-        train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+        train_one(tmp_path, true_masks=True, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -312,12 +313,11 @@ def test_a_part_follows_the_schedule_at_its_own_rate():
 
 
 def test_mixing_reaches_the_loss_and_resumes_to_the_same_bits(tmp_path):
-    sib = dataclasses.replace(SIB, true_masks=True)
-    train_one(tmp_path / "mixed", sib=sib, mixup=0.4, cutmix=1.0)
-    train_one(tmp_path / "plain", sib=sib)
+    train_one(tmp_path / "mixed", true_masks=True, mixup=0.4, cutmix=1.0)
+    train_one(tmp_path / "plain", true_masks=True)
     with pytest.raises(AssertionError):
         assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "plain" / "network.pt")
-    train_one(tmp_path / "again", sib=sib, mixup=0.4, cutmix=1.0)
+    train_one(tmp_path / "again", true_masks=True, mixup=0.4, cutmix=1.0)
     assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "again" / "network.pt")
 
 
@@ -325,8 +325,7 @@ def test_a_tenth_of_the_masks(tmp_path):
     """At annotated 0 the loss has its own masks, at 1 the data's, and between something else."""
     areas = {}
     for share in (0.0, 0.25, 1.0):
-        sib = dataclasses.replace(SIB, true_masks=True, annotated=share)
-        train_one(tmp_path / str(share), sib=sib, epochs=1, train_size=8, test_size=2)
+        train_one(tmp_path / str(share), true_masks=True, annotated=share, epochs=1, train_size=8, test_size=2)
         areas[share] = float(read_log(tmp_path / str(share))[0]["mask_area"])
     train_one(tmp_path / "own", epochs=1, train_size=8, test_size=2)
     assert areas[0.0] == float(read_log(tmp_path / "own")[0]["mask_area"])
@@ -335,8 +334,28 @@ def test_a_tenth_of_the_masks(tmp_path):
     assert areas[0.25] not in (areas[0.0], areas[1.0])
 
 
+@pytest.mark.parametrize("sib", [None, SIB], ids=["plain", "sib"])
+def test_evidence_terms_beside_either_training(tmp_path, sib, capsys):
+    """By the command line, with all that a term can be given; the log says what it came to."""
+    for name, term, more in (
+        ("area", EvidenceOptions("area", evidence_form="absolute", evidence_area=0.2, evidence_at="features.11"), {}),
+        ("own", EvidenceOptions("share", evidence_window=5), {}),
+        ("given", EvidenceOptions("share", evidence_weight=3.0), {"true_masks": True}),
+        ("half", EvidenceOptions("share"), {"true_masks": True, "annotated": 0.5}),
+    ):
+        config = TrainConfig(**TINY | {"epochs": 1}, sib=sib, term=term, out=tmp_path / name, **more)
+        assert TrainConfig.from_flat(json.loads(json.dumps(config.flat()))) == config
+        assert main(parse(*words(config))) == 0, capsys.readouterr().err
+        row = {key: float(value) for key, value in read_log(tmp_path / name)[0].items()}
+        value = row["area" if name == "area" else "share"]
+        assert 0 < value < 1
+        if sib is None and name != "area":  # the area has a hinge, which means of terms do not show
+            assert row["loss"] == pytest.approx(row["base"] + term.evidence_weight * value, rel=1e-4)
+        assert ("background" in row) == (sib is not None)
+
+
 def test_annotated_on_the_command_line_says_that_masks_are_used():
-    chosen = settings(parse("--annotated", "0.1")).sib
+    chosen = settings(parse("--annotated", "0.1"))
     assert (chosen.true_masks, chosen.annotated) == (True, 0.1)
 
 
@@ -616,14 +635,14 @@ def test_options_cover_every_setting():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     flags = {action.dest for action in parser._actions} - {"help", "resume", "recipe"}
-    assert flags == {"method"} | {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c)} - {"sib"}
+    assert flags == {"method"} | {f.name for c in train._OPTIONS for f in dataclasses.fields(c)} - {"sib", "term"}
     assert "default: 0.01" in parser.format_help()
 
 
 def test_sib_options_are_the_loss_s_with_its_defaults():
     signature = inspect.signature(SIBLoss).parameters
     ours = {f.name: f.default for f in dataclasses.fields(SIBOptions)}
-    for name in ("layer", "prepare", "true_masks", "annotated"):
+    for name in ("layer", "prepare"):
         del ours[name]
     left_out = ("base_loss", "accumulation_steps", "train_in_eval_mode", "evidence")
     theirs = {name: p.default for name, p in signature.items() if name not in left_out}
@@ -701,7 +720,11 @@ def test_recipes_are_defaults_that_options_override():
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
         ("--annotated 1.5", "train: annotated must be in [0, 1], got 1.5"),
         ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks, got annotated 0.5"),
-        ("--plain --annotated 0.5", "train: annotated must not be given for plain training, got 0.5"),
+        ("--plain --annotated 0.5", "train: true_masks must not be given for plain training, got True"),
+        ("--plain --evidence area --true-masks", "train: true_masks must not be given for plain training, got True"),
+        ("--evidence-form absolute", "train: evidence_form must come with evidence area or share, got 'absolute'"),
+        ("--evidence volume", "kind must be one of"),
+        ("--evidence area --evidence-at nowhere", "train: arch must take S-IB or plain steps at image_size 32, got"),
         ("--data cutouts", "cutouts: root must be given"),
         ("--mixup -1", "train: mixup must be finite and not negative, got -1.0"),
         ("--init nothing.pt", "train: init must be a file or a name of weights, got nothing.pt"),

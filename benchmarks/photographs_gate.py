@@ -117,20 +117,18 @@ def further_variants(variant: Variant) -> list[Variant]:
 
 
 def criterion(variant: Variant, setting: Setting, model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cells.*")  # 4x4 cells at 128 px are what is compared
-        if variant.term in ("plain", "backgrounds"):
-            return nn.CrossEntropyLoss()
-        if variant.term == "sib":
-            return SIBLoss(1.0, variant.weight, window_size=setting.window, objective="expm1").attach(model)
-        assert variant.at is not None
-        assert variant.evidence is not None
-        form: str | Callable[[Tensor, Tensor], Tensor] = variant.evidence
-        if variant.evidence == "rectified" and variant.at != "last":
-            form = FORMS["rectified"]  # refused by name below non-linear layers, which is what is measured here
-        masks = {} if variant.term == "area" else {"mask": "given" if variant.given else "density", "window_size": setting.window}
-        at = setting.maps[variant.at]
-        return EvidenceLoss(variant.term, evidence=form, weight=variant.weight, at=at, **masks).attach(model)
+    if variant.term in ("plain", "backgrounds"):
+        return nn.CrossEntropyLoss()
+    if variant.term == "sib":
+        return SIBLoss(1.0, variant.weight, window_size=setting.window, objective="expm1").attach(model)
+    assert variant.at is not None
+    assert variant.evidence is not None
+    form: str | Callable[[Tensor, Tensor], Tensor] = variant.evidence
+    if variant.evidence == "rectified" and variant.at != "last":
+        form = FORMS["rectified"]  # refused by name below non-linear layers, which is what is measured here
+    masks = {} if variant.term == "area" else {"mask": "given" if variant.given else "density", "window_size": setting.window}
+    at = setting.maps[variant.at]
+    return EvidenceLoss(variant.term, evidence=form, weight=variant.weight, at=at, **masks).attach(model)
 
 
 # ---- one network ----------------------------------------------------------------------------------------------------
@@ -417,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         return report(args.out)
     torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message=".*cells, fewer than.*")  # the 4×4 cells of 128 pixels are what is compared
     return run(args.root, args.out, args.only, tuple(args.seeds))
 
 

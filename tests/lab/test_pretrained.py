@@ -334,7 +334,8 @@ def test_fine_tuning_begins_with_the_weights_and_says_what_it_took(tmp_path):
     save_network(tmp_path / "first.pt", first, source)
     options = {
         "arch": "small_conv_net", "width": 4, "image_size": 32, "epochs": 1, "batch_size": 8, "train_size": 16, "test_size": 8,
-        "device": "cpu", "progress": False, "init": str(tmp_path / "first.pt"), "freeze": ("features.3",), "threads": 1, "freeze_batch_norm": True,
+        "device": "cpu", "progress": False, "init": str(tmp_path / "first.pt"), "threads": 1,
+        "freeze": ("features.3",), "freeze_batch_norm": True,
         "part_lr": ("classifier=0.01",), "sib": SIBOptions(lambda_bg=1e5, window_size=7), "true_masks": True, "annotated": 0.5,
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=200, highlight=False)

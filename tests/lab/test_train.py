@@ -345,6 +345,8 @@ def test_evidence_terms_beside_either_training(tmp_path, sib, capsys):
     ):
         config = TrainConfig(**TINY | {"epochs": 1}, sib=sib, term=term, out=tmp_path / name, **more)
         assert TrainConfig.from_flat(json.loads(json.dumps(config.flat()))) == config
+        # where every image has a mask, none is made, and the image is not differentiated to
+        assert name == "area" or config.criterion().evidence.mask == ("given" if name == "given" else "density")
         assert main(parse(*words(config))) == 0, capsys.readouterr().err
         row = {key: float(value) for key, value in read_log(tmp_path / name)[0].items()}
         value = row["area" if name == "area" else "share"]
@@ -779,6 +781,24 @@ def test_fit_counts_its_steps_and_logs_its_terms(tmp_path):
     assert seconds > 0
     with (tmp_path / "log" / "metrics.csv").open() as file:
         assert float(list(csv.DictReader(file))[-1]["loss"]) == pytest.approx(terms["loss"])
+
+
+def test_fits_terms_are_means_over_their_epoch(tmp_path):
+    class Counting(torch.nn.Module):
+        """The loss is the number of the call."""
+
+        calls = 0
+
+        def forward(self, logits, target):
+            self.calls += 1
+            return 0 * logits.sum() + self.calls
+
+    data = EmbeddedDigits("train", 12, seed=0)
+    options = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
+    _, _, terms = fit(SmallConvNet(width=2), Counting(), data, **options, log_folder=tmp_path / "log")
+    assert terms["loss"] == 5.0  # of the calls 4, 5 and 6
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [2.0, 5.0]
 
 
 def test_interrupt_inside_lightning_arrives_as_one_and_the_next_interrupt_still_works(tmp_path):

@@ -257,11 +257,11 @@ def compose(composite: Composite, size: int) -> tuple[Tensor, Tensor]:
         side = max(1, round(share * min(photograph.size)))
         left, top = (int(place * (length - side + 1)) for place, length in zip((across, down), photograph.size, strict=True))
         canvas = photograph.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    # premultiplied: the colour of transparent pixels, often black, must not bleed into the outline
-    thing = _object(composite.object).convert("RGBa")
+    thing = _object(composite.object)
     share, down, across = composite.place
     width, height = (max(1, round(share * size * length / max(thing.size))) for length in thing.size)
-    thing = thing.resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
+    # Pillow resizes premultiplied: the colour of transparent pixels, often black, does not bleed into the outline
+    thing = thing.resize((width, height), Image.Resampling.BICUBIC)
     if composite.mirrored:
         thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     left, top = int(across * (size - width + 1)), int(down * (size - height + 1))

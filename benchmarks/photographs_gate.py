@@ -41,7 +41,7 @@ from sib_fast.lab.results import commit, write_atomically
 SEEDS = (0, 1)
 TRAINING, TESTS, EXPLAINED = 1200, 480, 240
 CORRELATION = 0.95
-METHODS = {"gradient": ("saliency", {}), "integrated": ("integrated_gradients", {"n_steps": 16})}
+METHODS = {"gradient": ("saliency", {}), "integrated": ("integrated_gradients", {"n_steps": 16, "internal_batch_size": 60})}
 _BATCH = 60
 
 

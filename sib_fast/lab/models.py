@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -93,3 +94,100 @@ class SmallResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(self.stem(image))).flatten(1))
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: inverted residual blocks with ReLU6, no squeeze-and-excitation; every activation a module of its own.
+
+    Parameters have the names of PyPI's ``efficientnet-lite-pytorch`` without its underscores, so that the published ImageNet
+    weights fit; its layers are torch's own, so that `prepare` knows them all.
+
+    Args:
+        num_classes: number of logits.
+
+    Shapes:  image [N, 3, H, W] -> logits [N, num_classes]; padded as TensorFlow pads: a side of n becomes ⌈n / 2⌉, five times.
+    Source:  Tan and Le 2019 and the README of TensorFlow's ``efficientnet/lite``; batch norm and stochastic depth as there.
+    """
+
+    # kernel, stride, expansion, channels, blocks
+    _STAGES = (
+        (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4),
+        (3, 1, 6, 320, 1),
+    )  # fmt: skip
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        self.conv_stem = _same_padded(3, 32, 3, 2)
+        self.bn0 = _lite_norm(32)
+        self.act0 = nn.ReLU6()
+        total, channels = sum(count for *_, count in self._STAGES), 32
+        blocks: list[nn.Module] = []
+        for kernel, stride, expansion, out_channels, count in self._STAGES:
+            for i in range(count):
+                drop = 0.2 * len(blocks) / total
+                blocks.append(_InvertedResidual(channels, out_channels, kernel, stride if i == 0 else 1, expansion, drop))
+                channels = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.conv_head = nn.Conv2d(channels, 1280, 1, bias=False)
+        self.bn1 = _lite_norm(1280)
+        self.act1 = nn.ReLU6()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(1280, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.blocks(self.act0(self.bn0(self.conv_stem(image))))
+        x = self.act1(self.bn1(self.conv_head(x)))
+        return self.fc(self.dropout(self.pool(x).flatten(1)))
+
+
+class _InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution, projection; beside a shortcut where the shape stays."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int, drop: float):
+        super().__init__()
+        wide = channels * expansion
+        if expansion > 1:
+            self.expand_conv = nn.Conv2d(channels, wide, 1, bias=False)
+            self.bn0 = _lite_norm(wide)
+            self.act0 = nn.ReLU6()
+        self.depthwise_conv = _same_padded(wide, wide, kernel, stride, groups=wide)
+        self.bn1 = _lite_norm(wide)
+        self.act1 = nn.ReLU6()
+        self.project_conv = nn.Conv2d(wide, out_channels, 1, bias=False)
+        self.bn2 = _lite_norm(out_channels)
+        self.expands, self.residual = expansion > 1, stride == 1 and channels == out_channels
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act0(self.bn0(self.expand_conv(x))) if self.expands else x
+        y = self.bn2(self.project_conv(self.act1(self.bn1(self.depthwise_conv(y)))))
+        if not self.residual:
+            return y
+        if self.training and self.drop > 0:
+            kept = torch.empty(len(y), 1, 1, 1, dtype=y.dtype, device=y.device).bernoulli_(1 - self.drop)
+            y = y * (kept / (1 - self.drop))
+        return x + y
+
+
+def _lite_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def _same_padded(channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> nn.Conv2d:
+    """TensorFlow's "same": at stride 2 and even sides one pixel less on the left, which no `padding` of torch's says. A hook pads
+    and the layer is torch's own, so that `prepare` may swap it."""
+    same = kernel // 2 if stride == 1 else 0
+    conv = nn.Conv2d(channels, out_channels, kernel, stride, padding=same, groups=groups, bias=False)
+    if stride > 1:
+        conv.register_forward_pre_hook(_pad_same)
+    return conv
+
+
+def _pad_same(conv: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    (x,) = arguments
+    padding = []
+    for size, kernel, stride in zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        padding += [total // 2, total - total // 2]
+    return nn.functional.pad(x, padding)

@@ -1,21 +1,15 @@
-"""The training itself: Lightning modules of a few lines, and trainers that keep to the output folder.
+"""What ``sib-fast train`` runs: a Lightning module, and a trainer that keeps to the output folder.
 
-``fit`` trains in memory, as the study does. ``train_network`` is what ``sib-fast train`` runs: checkpoints, logs, several
-devices. An epoch there is a function of the settings and its number alone, so that one cut short can be run again.
+An epoch is a function of the settings and its number alone, so that one cut short can be run again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import logging
-import math
 import random
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,142 +23,27 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sib_fast import prepare
-from sib_fast.lab.networks import NetworkSpec, save_network
+from sib_fast.lab.annotation import PartlyAnnotated
+from sib_fast.lab.fit import quiet
+from sib_fast.lab.networks import NetworkSpec, classifier_parameters, save_network
+from sib_fast.lab.parts import hold_statistics, optimiser_and_schedule
 from sib_fast.lab.results import write_atomically
+from sib_fast.lab.transforms import mix
 
 if TYPE_CHECKING:
+    from sib_fast.lab.config import TrainConfig
     from sib_fast.lab.datasets import LabelledImages
-    from sib_fast.lab.train import TrainConfig
     from sib_fast.masks import GivenMask
 
 
-class Recipe(lightning.LightningModule):
-    """AdamW with a one-cycle schedule; the criterion decides whether this is plain or S-IB training.
-
-    Nothing below knows about S-IB: an attached :class:`sib_fast.SIBLoss` is called as cross entropy is.
-    """
-
-    def __init__(self, model: nn.Module, criterion: nn.Module, lr: float, weight_decay: float, given_masks: bool = False):
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.given_masks = given_masks
-        self._values: dict[str, list[Tensor]] = {}
-
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
-        image, target, mask = batch
-        extra = {"mask": mask} if self.given_masks else {}
-        loss = self.criterion(self.model(image), target, **extra)
-        terms = getattr(self.criterion, "terms", {"loss": loss.detach()})
-        for name, value in terms.items():
-            self._values.setdefault(name, []).append(value)
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        # once an epoch: Lightning's log at every step took a tenth of the step of a small network
-        self.log_dict({name: torch.stack(values).double().mean() for name, values in self._values.items()})
-        self._values.clear()
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimiser = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.lr, total_steps=steps)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class _EpochDone(Callback):
-    def __init__(self, tell: Callable[[int], None]):
-        self.tell = tell
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.tell(trainer.current_epoch + 1)
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+LOG = Path("logs") / "metrics.csv"
 
 
 class _ProgressBar(RichProgressBar):
     def get_metrics(self, *arguments: object) -> dict[str, object]:
         # the logger's version number is the name of the network, which the line above the bar says already
         return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes on devices, workers or cloud services for as long as a network trains; errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # the number of workers is the user's choice; a log written again on resuming is ours
-            for note in ("does not have many workers", "is not empty", "dirpath has changed"):
-                warnings.filterwarnings("ignore", message=f".*{note}.*")
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def fit(
-    model: nn.Module,
-    criterion: nn.Module,
-    data: Dataset[tuple[Tensor, Tensor, Tensor]],
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-    device: str,
-    log_folder: Path,
-    epoch_done: Callable[[int], None] = lambda epochs: None,
-    precision: str = "32-true",
-    given_masks: bool = False,
-) -> tuple[int, float, dict[str, float]]:
-    """Train the model in place, metrics of every epoch in ``log_folder/metrics.csv``.
-
-    Args:    epoch_done: called with the number of finished epochs after each of them.
-             precision: Lightning's, e.g. "bf16-mixed". given_masks: hand the data's masks to the criterion.
-    Returns: steps taken, seconds they took, and the last epoch's mean of every logged term.
-    Errors:  KeyboardInterrupt when the user interrupts.
-    """
-    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
-    with _quiet():
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator=device,
-            devices=1,
-            precision=precision,
-            logger=CSVLogger(log_folder.parent, name="", version=log_folder.name),
-            default_root_dir=log_folder,
-            callbacks=[_EpochDone(epoch_done)],
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-        )
-        begin = time.perf_counter()
-        try:
-            trainer.fit(Recipe(model, criterion, lr, weight_decay, given_masks), loader)
-        except SystemExit as error:
-            # Lightning turns an interrupt into an exit
-            if trainer.interrupted:
-                raise KeyboardInterrupt from error
-            raise
-        seconds = time.perf_counter() - begin
-    terms = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    return trainer.global_step, seconds, terms
-
-
-# ---- sib-fast train -------------------------------------------------------------------------------------------------
-
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
-LOG = Path("logs") / "metrics.csv"
 
 
 def _seed(*key: int) -> None:
@@ -206,7 +85,8 @@ class _EpochSampler(DistributedSampler):
 class _Data(lightning.LightningDataModule):
     def __init__(self, config: TrainConfig, spec: NetworkSpec, train: LabelledImages, val: LabelledImages):
         super().__init__()
-        self.config, self.spec, self.train, self.val = config, spec, train, val
+        self.config, self.spec, self.val = config, spec, val
+        self.train = train if config.annotated == 1 else PartlyAnnotated(train, config.annotated, config.seed)
 
     def _loader(self, data: LabelledImages, train: bool) -> DataLoader[Any]:
         config, trainer = self.config, self.trainer
@@ -242,40 +122,53 @@ class Training(lightning.LightningModule):
                 a resumed run writes its logs anew from it: no gap, nothing twice, whatever the process was doing when it died.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, criterion: nn.Module, total_steps: int, val_size: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        criterion: nn.Module,
+        total_steps: int,
+        val_size: int,
+        classes: int = 10,
+        classifier: frozenset[str] = frozenset(),
+    ):
         super().__init__()
         self.config = config
         self.model, self.criterion = model, criterion
         self.total_steps, self.val_size = total_steps, val_size
+        self.classes, self.classifier = classes, classifier
         self.rows: list[dict[str, float]] = []
         self.lr = 0.0
         self._sums: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         # here and not earlier: hooks do not travel to the processes of ddp_spawn
-        if self.config.sib is not None:
-            if self.config.sib.prepare:
-                prepare(self.model)
-            self.config.sib.attach(self.criterion, self.model)
+        self.config.attach(self.criterion, self.model)
 
     def teardown(self, stage: str) -> None:
-        if self.config.sib is not None:
+        if self.config.differentiates:
             self.criterion.remove()
 
     def on_train_epoch_start(self) -> None:
         self._sums.clear()
+        hold_statistics(self.model)
         _seed(self.config.seed, self.current_epoch, self.global_rank)
         torch.cuda.manual_seed(torch.initial_seed())  # does nothing without CUDA
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         image, target, mask = batch
-        given = {"mask": mask} if self.config.sib is not None and self.config.sib.true_masks else {}
+        kinds = [name for name in ("mixup", "cutmix") if getattr(self.config, name) > 0]
+        label = target
+        if kinds:
+            kind = kinds[int(torch.randint(len(kinds), ()))]
+            image, target, mask = mix(kind, getattr(self.config, kind), image, target, self.classes, mask)
+        given = {"mask": mask} if self.config.true_masks else {}
         logits = self.model(image)
         loss = self.criterion(logits, target, **given)
-        terms = self.criterion.terms if self.config.sib is not None else {"loss": loss.detach(), "base": loss.detach()}
+        terms = self.criterion.terms if self.config.differentiates else {"loss": loss.detach(), "base": loss.detach()}
         for name, value in terms.items():
             self._count(name, value)
-        self._count("train_accuracy", logits.detach().argmax(1) == target)
+        self._count("train_accuracy", logits.detach().argmax(1) == label)
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train_loss", terms["loss"], prog_bar=True, logger=False)
         return loss
@@ -321,22 +214,7 @@ class Training(lightning.LightningModule):
             self._log_row(row)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        config = self.config
-        optimiser = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        if config.schedule == "constant":
-            return {"optimizer": optimiser}
-        if config.schedule == "one_cycle":
-            schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=self.total_steps)
-        else:
-            warm_up = round(self.total_steps * config.warm_up_epochs / config.epochs)
-
-            def factor(step: int) -> float:
-                if step < warm_up:
-                    return (step + 1) / warm_up
-                return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, self.total_steps - warm_up)))
-
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimiser_and_schedule(self.config, self.model, self.classifier, self.total_steps)
 
 
 class _SaveNetworks(Callback):
@@ -384,7 +262,8 @@ def train_network(
     """
     logs = config.out / LOG.parent
     steps = config.steps_per_epoch(len(train))
-    module = Training(config, model, criterion, steps * config.epochs, len(val))
+    classifier = classifier_parameters(spec) if config.part_lr else frozenset()
+    module = Training(config, model, criterion, steps * config.epochs, len(val), len(spec.classes), classifier)
     callbacks: list[Callback] = [_SaveNetworks(config.out, spec)]
     if config.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=config.ema))
@@ -392,7 +271,7 @@ def train_network(
         callbacks.append(_ProgressBar(leave=False))
     last = {"dirpath": config.out / CHECKPOINT.parent, "filename": CHECKPOINT.stem, "enable_version_counter": False}
     callbacks.append(ModelCheckpoint(**last, save_on_train_epoch_end=True))
-    with _quiet():
+    with quiet():
         tensorboard = TensorBoardLogger(logs, name="", version="tensorboard", default_hp_metric=False)
         trainer = lightning.Trainer(
             max_epochs=config.epochs,

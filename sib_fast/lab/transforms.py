@@ -7,14 +7,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sib_fast.masks import GivenMask
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def read_rgb(path: str) -> Tensor:
-    """An image file as RGB. Palette, grey, CMYK and RGBA images are converted; alpha is dropped.
+def read_image(path: str, mode: str) -> Image.Image:
+    """An image file in a mode of Pillow, ``"RGB"`` or ``"RGBA"``; the file's own orientation: annotations refer to the stored
+    pixels, not to EXIF's view.
 
-    Shapes:  -> [3, H, W] uint8, the file's own orientation: annotations refer to the stored pixels, not to EXIF's view.
     Errors:  FileNotFoundError; ValueError for a file that is no image, is cut short, or has more than 8 bits a channel.
     """
     try:
@@ -23,11 +25,24 @@ def read_rgb(path: str) -> Tensor:
                 raise ValueError(f"mode {file.mode}, which a conversion would clip")
             # Pillow warns when a palette with several transparent entries loses them in one step
             image = file.convert("RGBA") if "transparency" in file.info else file
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
+            return image.convert(mode)
     except FileNotFoundError:
         raise
     except Exception as error:  # what Pillow's many decoders throw at a damaged file
         raise ValueError(f"dataset: {path} must be a readable image of 8 bits a channel, got {error!r}") from error
+
+
+def read_rgb(path: str) -> Tensor:
+    """An image file as RGB. Palette, grey, CMYK and RGBA images are converted; alpha is dropped.
+
+    Shapes:  -> [3, H, W] uint8. Errors: as :func:`read_image`.
+    """
+    return v2.functional.pil_to_tensor(read_image(path, "RGB"))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Shapes: [3, H, W] uint8 -> float32, (pixel - mean) / std with ImageNet's."""
+    return v2.functional.normalize(pixels.to(torch.float32) / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 class JointTransform:
@@ -58,5 +73,47 @@ class JointTransform:
     def __call__(self, image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         planes = image if mask is None else torch.cat([image, mask.to(torch.uint8) * 255])
         planes = self._geometry(planes)
-        pixels = v2.functional.normalize(planes[:3].to(torch.float32) / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
-        return pixels, None if mask is None else planes[3:] >= 128
+        return normalise(planes[:3]), None if mask is None else planes[3:] >= 128
+
+
+def mix(
+    kind: str, alpha: float, images: Tensor, targets: Tensor, classes: int, mask: Tensor | GivenMask | None
+) -> tuple[Tensor, Tensor, Tensor | GivenMask | None]:
+    """MixUp or CutMix of every image with its neighbour in the batch; masks go with the images. Draws from torch's generator.
+
+    A mask says what share of a pixel is object. CutMix moves pixels, and the masks' with them: exact. MixUp blends two
+    pixels, and the masks by the same weights, λM + (1−λ)M': object in both is 1, background in both is 0. Object in one
+    alone is λ or 1−λ, so that at even weights it is 0.5, which counts for neither region (`labels_to_mask`), and near λ = 1,
+    where the other image is all but invisible, so is its object. A union would call that object foreground of full weight.
+    A mixed image is annotated where both were: of the other half nothing is known.
+
+    Args:    kind: ``"mixup"`` or ``"cutmix"``. alpha: λ is drawn from Beta(alpha, alpha), one a batch.
+    Shapes:  images [N, C, H, W]; targets int64 [N]; mask [N, 1, H, W] -> the same, targets as probabilities [N, classes].
+    Source:  Zhang et al. 2018; Yun et al. 2019, whose weight is the share of pixels that are left.
+    """
+    weight = torch.distributions.Beta(alpha, alpha).sample().item()
+    soft = torch.nn.functional.one_hot(targets, classes).to(images.dtype)
+    if kind == "mixup":
+
+        def blend(values: Tensor) -> Tensor:
+            return torch.lerp(values.roll(1, 0), values, weight)
+    else:
+        height, width = images.shape[-2:]
+        side = (1 - weight) ** 0.5
+        down, across = (int(v * length) for v, length in zip(torch.rand(2).tolist(), (height, width), strict=True))
+        half = (side * height / 2, side * width / 2)
+        top, bottom = max(0, round(down - half[0])), min(height, round(down + half[0]))
+        left, right = max(0, round(across - half[1])), min(width, round(across + half[1]))
+        weight = 1 - (bottom - top) * (right - left) / (height * width)
+
+        def blend(values: Tensor) -> Tensor:
+            mixed = values.clone()
+            mixed[..., top:bottom, left:right] = values.roll(1, 0)[..., top:bottom, left:right]
+            return mixed
+
+    targets = torch.lerp(soft.roll(1, 0), soft, weight)
+    if isinstance(mask, GivenMask):
+        mask = GivenMask(blend(mask.values.to(images.dtype)), mask.annotated & mask.annotated.roll(1, 0))
+    elif mask is not None:
+        mask = blend(mask.to(images.dtype))
+    return blend(images), targets, mask

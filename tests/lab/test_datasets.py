@@ -19,6 +19,7 @@ from sib_fast import SIBLoss
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.datasets import NAMES, open_dataset
 from sib_fast.masks import GivenMask
+from tests.lab.cutout_tree import write_cutouts
 
 SIZE = 14  # of a shorter side of 16, which evaluation then leaves as it is and crops: masks can be compared pixel by pixel
 HEIGHT, WIDTH = 16, 20
@@ -203,7 +204,7 @@ def tree(tmp_path):
     def write(name):
         root = tmp_path / name
         root.mkdir()
-        WRITERS[name](root)
+        (WRITERS | {"cutouts": write_cutouts})[name](root)
         return root
 
     return write
@@ -215,13 +216,14 @@ def tree(tmp_path):
 @pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_items_are_alike_in_every_set(tree, name, augment):
-    root, size = (None, {"size": 6}) if name == "digits" else (tree(name), {})
+    root, size = None if name == "digits" else tree(name), {"size": 6} if name in ("digits", "cutouts") else {}
     for split in ("train", "test", "val"):
         data = open_dataset(name, root, split, image_size=16, augment=augment, **size)
         assert data.image_size == 16
         assert len(data.mean) == len(data.std) == 3
         assert all(isinstance(c, str) and c for c in data.classes)
         assert data.has_masks == (data.mask_kind != "none") == (name != "folder")
+        assert data.labels == [int(data[index][1]) for index in range(len(data))]
         for index in range(len(data)):
             image, label, mask = data[index]
             assert (image.dtype, image.shape) == (torch.float32, (3, 16, 16))
@@ -611,7 +613,11 @@ def test_a_box_outside_its_image_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("imagenet", {}, "open_dataset: name must be one of 'digits', 'folder', 'pets', 'voc', 'dogs', 'cub', got 'imagenet'"),
+        (
+            "imagenet",
+            {},
+            "open_dataset: name must be one of 'digits', 'folder', 'pets', 'voc', 'dogs', 'cub', 'cutouts', got 'imagenet'",
+        ),
         ("pets", {"split": "trainval"}, "open_dataset: split must be one of 'train', 'test', 'val', got 'trainval'"),
         ("pets", {"masks": "box"}, "pets: masks must be one of 'auto', 'segmentation', got 'box'"),
         ("dogs", {"masks": "segmentation"}, "dogs: masks must be one of 'auto', 'box', got 'segmentation'"),

@@ -84,7 +84,9 @@ def test_networks_of_torchvision():
     assert model.fc.out_features == 7
     # a segmentation network, a detection network and a typing error
     for name in ("fcn_resnet50", "retinanet_resnet50_fpn", "resnet1"):
-        with pytest.raises(ValueError, match=rf"network: arch must be one of small_conv_net, small_resnet or .*, got '{name}'"):
+        with pytest.raises(
+            ValueError, match=rf"network: arch must be one of small_conv_net, small_resnet, efficientnet_lite0, .*, got '{name}'"
+        ):
             build_network(name, 7)
 
 

@@ -24,9 +24,11 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from rich.console import Console
 
-from sib_fast import EvidenceLoss, EvidenceTerm, SIBLoss
+from sib_fast import SIBLoss
 from sib_fast.lab import recipe, train
+from sib_fast.lab.config import EvidenceOptions
 from sib_fast.lab.data import EmbeddedDigits
+from sib_fast.lab.fit import fit
 from sib_fast.lab.models import SmallConvNet
 from sib_fast.lab.networks import load_network
 from sib_fast.lab.train import SIBOptions, TrainConfig, add_arguments, main, run, settings
@@ -173,7 +175,7 @@ def test_weights_zero_train_as_plain_training_bit_for_bit(tmp_path):
 
 def test_true_masks_are_the_masks_of_the_data(tmp_path):
     options = {"epochs": 1, "train_size": 8, "test_size": 2}
-    train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+    train_one(tmp_path, true_masks=True, **options)
     masks = EmbeddedDigits("train", 8, seed=TINY["seed"]).masks
     assert float(read_log(tmp_path)[0]["mask_area"]) == pytest.approx(masks.float().mean().item(), rel=1e-6)
 
@@ -181,7 +183,7 @@ def test_true_masks_are_the_masks_of_the_data(tmp_path):
 def test_true_masks_of_a_set_without_any_are_refused(image_folder, tmp_path):
     options = {"data": "folder", "root": image_folder, "epochs": 1, "train_size": 512, "test_size": 1000, "correlation": 0.4}
     with pytest.raises(ValueError, match="true_masks must come with data that has masks, got data 'folder'"):
-        train_one(tmp_path, sib=dataclasses.replace(SIB, true_masks=True), **options)
+        train_one(tmp_path, true_masks=True, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -296,6 +298,69 @@ def test_schedules(schedule):
         assert max(rates) == pytest.approx(0.1, rel=0.02)
         assert rates[0] == pytest.approx(0.1 / 25)
         assert rates[-1] < 1e-4
+
+
+def test_a_part_follows_the_schedule_at_its_own_rate():
+    for schedule, peak in (("one_cycle", 0.99), ("cosine", 1.0), ("constant", 1.0)):
+        config = TrainConfig(schedule=schedule, epochs=4, lr=0.1, part_lr=("classifier=0.5",), device="cpu")
+        chosen = recipe.Training(config, SmallConvNet(width=2), config.criterion(), 40, 1).configure_optimizers()
+        optimiser, rates = chosen["optimizer"], []
+        for _ in range(40):
+            rates.append([group["lr"] for group in optimiser.param_groups])
+            optimiser.step()
+            if "lr_scheduler" in chosen:
+                chosen["lr_scheduler"]["scheduler"].step()
+        assert all(part == pytest.approx(5 * rest) for rest, part in rates)
+        assert max(part for _, part in rates) >= 0.5 * peak
+
+
+def test_mixing_reaches_the_loss_and_resumes_to_the_same_bits(tmp_path):
+    train_one(tmp_path / "mixed", true_masks=True, mixup=0.4, cutmix=1.0)
+    train_one(tmp_path / "plain", true_masks=True)
+    with pytest.raises(AssertionError):
+        assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "plain" / "network.pt")
+    train_one(tmp_path / "again", true_masks=True, mixup=0.4, cutmix=1.0)
+    assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "again" / "network.pt")
+
+
+def test_a_tenth_of_the_masks(tmp_path):
+    """At annotated 0 the loss has its own masks, at 1 the data's, and between something else."""
+    areas = {}
+    for share in (0.0, 0.25, 1.0):
+        train_one(tmp_path / str(share), true_masks=True, annotated=share, epochs=1, train_size=8, test_size=2)
+        areas[share] = float(read_log(tmp_path / str(share))[0]["mask_area"])
+    train_one(tmp_path / "own", epochs=1, train_size=8, test_size=2)
+    assert areas[0.0] == float(read_log(tmp_path / "own")[0]["mask_area"])
+    true = EmbeddedDigits("train", 8, seed=TINY["seed"]).masks.float().mean().item()
+    assert areas[1.0] == pytest.approx(true, rel=1e-6)
+    assert areas[0.25] not in (areas[0.0], areas[1.0])
+
+
+@pytest.mark.parametrize("sib", [None, SIB], ids=["plain", "sib"])
+def test_evidence_terms_beside_either_training(tmp_path, sib, capsys):
+    """By the command line, with all that a term can be given; the log says what it came to."""
+    for name, term, more in (
+        ("area", EvidenceOptions("area", evidence_form="absolute", evidence_area=0.2, evidence_at="features.11"), {}),
+        ("own", EvidenceOptions("share", evidence_window=5), {}),
+        ("given", EvidenceOptions("share", evidence_weight=3.0), {"true_masks": True}),
+        ("half", EvidenceOptions("share"), {"true_masks": True, "annotated": 0.5}),
+    ):
+        config = TrainConfig(**TINY | {"epochs": 1}, sib=sib, term=term, out=tmp_path / name, **more)
+        assert TrainConfig.from_flat(json.loads(json.dumps(config.flat()))) == config
+        # where every image has a mask, none is made, and the image is not differentiated to
+        assert name == "area" or config.criterion().evidence.mask == ("given" if name == "given" else "density")
+        assert main(parse(*words(config))) == 0, capsys.readouterr().err
+        row = {key: float(value) for key, value in read_log(tmp_path / name)[0].items()}
+        value = row["area" if name == "area" else "share"]
+        assert 0 < value < 1
+        if sib is None and name != "area":  # the area has a hinge, which means of terms do not show
+            assert row["loss"] == pytest.approx(row["base"] + term.evidence_weight * value, rel=1e-4)
+        assert ("background" in row) == (sib is not None)
+
+
+def test_annotated_on_the_command_line_says_that_masks_are_used():
+    chosen = settings(parse("--annotated", "0.1"))
+    assert (chosen.true_masks, chosen.annotated) == (True, 0.1)
 
 
 def test_label_smoothing_reaches_both_losses():
@@ -604,18 +669,17 @@ def test_options_cover_every_setting():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     flags = {action.dest for action in parser._actions} - {"help", "resume", "recipe"}
-    assert flags == {"method"} | {f.name for c in (TrainConfig, SIBOptions) for f in dataclasses.fields(c)} - {"sib"}
+    assert flags == {"method"} | {f.name for c in train._OPTIONS for f in dataclasses.fields(c)} - {"sib", "term"}
     assert "default: 0.01" in parser.format_help()
 
 
 def test_sib_options_are_the_loss_s_with_its_defaults():
     signature = inspect.signature(SIBLoss).parameters
     ours = {f.name: f.default for f in dataclasses.fields(SIBOptions)}
-    for name in ("layer", "prepare", "true_masks", "evidence_form", "evidence_weight"):
+    for name in ("layer", "prepare"):
         del ours[name]
-    theirs = {
-        name: p.default for name, p in signature.items() if name not in ("base_loss", "accumulation_steps", "train_in_eval_mode")
-    }
+    left_out = ("base_loss", "accumulation_steps", "train_in_eval_mode", "evidence")
+    theirs = {name: p.default for name, p in signature.items() if name not in left_out}
     assert ours.keys() == theirs.keys()
     assert {n: v for n, v in ours.items() if n != "lambda_bg"} == {n: v for n, v in theirs.items() if n != "lambda_bg"}
     assert SIBOptions().criterion().lambda_bg == theirs["lambda_bg"]
@@ -623,23 +687,6 @@ def test_sib_options_are_the_loss_s_with_its_defaults():
     assert (criterion.lambda_fg, criterion.lambda_bg, criterion.mask.slope) == (0.5, 2e4, 3.0)
     assert (criterion.every, criterion.accumulation_steps) == (2, 4)
     assert criterion.background.__name__ == "relative_variance"
-
-
-def test_evidence_beside_the_s_ib_terms_and_alone(tmp_path):
-    beside = SIBOptions(evidence="area", evidence_form="absolute", evidence_weight=0.5).criterion()
-    assert isinstance(beside, SIBLoss)
-    assert beside.evidence == EvidenceTerm("area", evidence="absolute", weight=0.5)
-    alone = SIBOptions(0.0, 0.0, evidence="share", window_size=7, every=2).criterion(0.1, accumulation_steps=3)
-    assert isinstance(alone, EvidenceLoss)
-    assert alone.evidence == EvidenceTerm("share", window_size=7, temperature=0.1, slope=10.0, quantiles=SIBOptions.quantiles)
-    assert (alone.every, alone.accumulation_steps, alone.base_loss.label_smoothing) == (2, 3, 0.1)
-    options = {"epochs": 1, "train_size": 8, "test_size": 2}
-    sib = dataclasses.replace(SIB, lambda_fg=0.0, lambda_bg=0.0, evidence="share", true_masks=True)
-    train_one(tmp_path / "alone", sib=sib, **options)
-    row = read_log(tmp_path / "alone")[0]
-    assert float(row["loss"]) == pytest.approx(float(row["base"]) + float(row["share"]), rel=1e-5)
-    train_one(tmp_path / "beside", sib=dataclasses.replace(SIB, evidence="area"), **options)
-    assert {"area", "evidence_dead", "foreground"} <= read_log(tmp_path / "beside")[0].keys()
 
 
 def test_recipes_are_defaults_that_options_override():
@@ -692,7 +739,10 @@ def test_recipes_are_defaults_that_options_override():
         ("--data mnist", "open_dataset: name must be one of"),
         ("--data pets", "pets: root must be given"),
         ("--data pets --root {tmp}", "pets: root must hold"),
-        ("--data folder --root {tmp} --correlation 0.1", "train: correlation must come with data digits, got data 'folder'"),
+        (
+            "--data folder --root {tmp} --correlation 0.1",
+            "train: correlation must come with data digits or cutouts, got data 'folder'",
+        ),
         ("--correlation 2", "correlation must be in [0, 1], got 2.0"),
         ("--image-size 8", "image_size must be at least 16, got 8"),
         ("--lambda-bg -1", "lambda_bg must be at least 0, got -1.0"),
@@ -700,13 +750,25 @@ def test_recipes_are_defaults_that_options_override():
         ("--background median", "background must be one of"),
         ("--backend magic", "backend must be one of"),
         ("--gather", "train: gather must come with more than one device, got devices 1"),
-        ("--evidence size", "kind must be one of 'area', 'share'"),
-        (
-            "--evidence area --lambda-fg 0 --lambda-bg 0 --true-masks",
-            "train: true_masks must not be given with evidence area alone",
-        ),
         ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
+        ("--annotated 1.5", "train: annotated must be in [0, 1], got 1.5"),
+        ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks, got annotated 0.5"),
+        ("--plain --annotated 0.5", "train: true_masks must not be given for plain training, got True"),
+        ("--plain --evidence area --true-masks", "train: true_masks must not be given for plain training, got True"),
+        ("--evidence-form absolute", "train: evidence_form must come with evidence area or share, got 'absolute'"),
+        ("--evidence volume", "kind must be one of"),
+        ("--evidence area --evidence-at nowhere", "train: arch must take S-IB or plain steps at image_size 32, got"),
+        ("--data cutouts", "cutouts: root must be given"),
+        ("--mixup -1", "train: mixup must be finite and not negative, got -1.0"),
+        ("--init nothing.pt", "train: init must be a file or a name of weights, got nothing.pt"),
+        ("--freeze fc", "train: freeze must name stem, classifier or a part of the network (features, classifier, …), got 'fc'"),
+        (
+            "--part-lr fc=1",
+            "train: part_lr must name stem, classifier or a part of the network (features, classifier, …), got 'fc'",
+        ),
+        ("--part-lr 1e-3", "train: part_lr must be NAME=RATE with a positive rate, got '1e-3'"),
+        ("--arch timm:nothing", "network: arch must be timm:<name> of a model of timm"),
     ],
 )
 def test_bad_options_are_a_sentence_before_anything_is_trained(line, message, tmp_path, capsys, monkeypatch):
@@ -733,7 +795,7 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
 def fit_tiny(data, tmp_path, **options):
     model = SmallConvNet(width=2)
     arguments = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
-    return recipe.fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
+    return fit(model, torch.nn.CrossEntropyLoss(), data, **arguments | options, log_folder=tmp_path / "log")
 
 
 def test_fit_counts_its_steps_and_logs_its_terms(tmp_path):
@@ -742,6 +804,24 @@ def test_fit_counts_its_steps_and_logs_its_terms(tmp_path):
     assert seconds > 0
     with (tmp_path / "log" / "metrics.csv").open() as file:
         assert float(list(csv.DictReader(file))[-1]["loss"]) == pytest.approx(terms["loss"])
+
+
+def test_fits_terms_are_means_over_their_epoch(tmp_path):
+    class Counting(torch.nn.Module):
+        """The loss is the number of the call."""
+
+        calls = 0
+
+        def forward(self, logits, target):
+            self.calls += 1
+            return 0 * logits.sum() + self.calls
+
+    data = EmbeddedDigits("train", 12, seed=0)
+    options = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
+    _, _, terms = fit(SmallConvNet(width=2), Counting(), data, **options, log_folder=tmp_path / "log")
+    assert terms["loss"] == 5.0  # of the calls 4, 5 and 6
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [2.0, 5.0]
 
 
 def test_interrupt_inside_lightning_arrives_as_one_and_the_next_interrupt_still_works(tmp_path):

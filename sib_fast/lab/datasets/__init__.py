@@ -12,7 +12,7 @@ from typing import Any
 from sib_fast import _checks
 from sib_fast.lab.datasets.base import LabelledImages
 
-NAMES = ("digits", "folder", "pets", "voc", "dogs", "cub")
+NAMES = ("digits", "folder", "pets", "voc", "dogs", "cub", "cutouts")
 """Every name has a module of that name here, with ``MASKS`` (what it offers) and ``open_split``."""
 
 __all__ = ["NAMES", "LabelledImages", "open_dataset"]
@@ -37,7 +37,8 @@ def open_dataset(
         image_size: side S of the square images.
         augment: random resized crops and flips; ``digits`` are random compositions as they are, and take none.
         masks: ``"auto"`` (the best there is), or ``"segmentation"`` or ``"box"`` where the set has them.
-        options: ``digits`` only: ``size``, ``correlation``, ``seed``.
+        options: ``digits``: ``size``, ``correlation``, ``seed``; ``cutouts``: these and the others of
+            :class:`sib_fast.lab.datasets.cutouts.Cutouts`.
 
     Shapes:  image [3, S, S] float32, normalised; label [] int64; mask [1, S, S] bool, true on the object. In a set without
              masks the third is a :class:`sib_fast.masks.GivenMask` that says "not annotated", which SIBLoss takes as it is.
@@ -61,4 +62,6 @@ def open_dataset(
         raise ValueError(f"{name}: root must be given, got None; docs/data.md says what belongs in it")
     from sib_fast.lab.datasets.files import ImageFiles
 
+    if name == "cutouts":
+        return module.open_split(Path(root).expanduser(), split, masks, image_size=image_size, augment=augment, **options)
     return ImageFiles(module.open_split(Path(root).expanduser(), split, masks, **options), image_size, augment)

@@ -33,6 +33,11 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor | GivenMask]]):
         self.mask_kind = mask_kind
 
     @property
+    def labels(self) -> list[int]:
+        """Of every image, in order; no image is read for it."""
+        raise NotImplementedError
+
+    @property
     def has_masks(self) -> bool:
         return self.mask_kind != "none"
 

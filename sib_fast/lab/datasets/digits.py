@@ -18,6 +18,10 @@ class Digits(LabelledImages):
         super().__init__(classes, embedded.image_size, (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3, "segmentation")
         self.embedded = embedded
 
+    @property
+    def labels(self) -> list[int]:
+        return self.embedded.labels.tolist()
+
     def __len__(self) -> int:
         return len(self.embedded)
 

@@ -44,6 +44,10 @@ class ImageFiles(LabelledImages):
         self._read_mask = listing.read_mask
         self._transform = JointTransform(image_size, augment)
 
+    @property
+    def labels(self) -> list[int]:
+        return [sample.label for sample in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

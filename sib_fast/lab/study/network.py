@@ -19,8 +19,8 @@ from sib_fast.explain.controls import insertion_deletion, randomisation
 from sib_fast.explain.metrics import localisation
 from sib_fast.lab.data import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
+from sib_fast.lab.fit import fit
 from sib_fast.lab.networks import NetworkSpec, build_network, save_network
-from sib_fast.lab.recipe import fit
 from sib_fast.lab.results import commit, write_atomically
 from sib_fast.lab.study.composites import composites
 from sib_fast.lab.study.measures import background_measures, evidence_map, evidence_measures, maps_of, method_options

@@ -223,6 +223,7 @@ def test_after_backward_only_the_results_are_alive(prepared):
         loss.backward()
     # The smallest map of the step is the mask; parameters and their gradients are smaller.
     assert max(p.numel() for p in net.parameters()) * 4 < map_bytes
+
     def held() -> list:
         return [storage for storage in log.alive(map_bytes) if storage.data_ptr() != x.untyped_storage().data_ptr()]
 

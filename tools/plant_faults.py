@@ -213,6 +213,7 @@ FAULTS = [
     ('cuda statistics: panels without their gap', CUDA_GRAMS, 'return (rows + 1) * kPanel;', 'return rows * kPanel;'),
     ("cuda statistics: moments about another image's first element", CUDA_GRAMS, 'const auto shift = shifts[n - first_i];', 'const auto shift = shifts[0];'),
     ("cuda statistics: moments' shifts read before they are there", CUDA_GRAMS, 'moment_shifts(args.pixels, map, first_i + tid);\n    __syncthreads();', 'moment_shifts(args.pixels, map, first_i + tid);'),
+    ("cuda norms: cuts of an H200 on every device", "csrc/cuda/norm.cuh", "blocks_for(x, kNormRounds)", "int64_t{16 * 132}"),
     ('cuda statistics: cuts of an H200 on every device', "csrc/cuda/platform.cuh", 'return rounds * device_of(tensor).multiprocessors;', 'return rounds * (132 + 0 * device_of(tensor).multiprocessors);'),
     ('cuda mask: unequal chunks', ARITHMETIC, 'divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;', 'kMostPixels;'),
     ('cuda mask: too long a window', CUDA_MASK, 'SIB_CHECK(kOp, o.length <= kLongestWindow,', 'SIB_CHECK(kOp, o.length <= kLongestWindow + 8,'),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import sib_fast
 from benchmarks.provenance import ROOT
-from sib_fast import SIBLoss
+from sib_fast import EvidenceLoss, SIBLoss
 from sib_fast.testing.networks import conv_net, image_batch, parameter_gradients, plain_step, relative_error
 
 KERNELS = ("cuda", "triton")
@@ -58,6 +58,22 @@ def test_prepared_layers_give_the_same_gradients(kernel):
         grads.append(parameter_gradients(SIBLoss(**WEIGHTS, backend=kernel)(net(leaf), target, leaf), net))
     for name in grads[0]:
         assert relative_error(grads[1][name], grads[0][name]) < 1e-9, name
+
+
+@pytest.mark.parametrize("kind", ["area", "share"])
+@pytest.mark.parametrize("form", ["rectified", "absolute"])
+def test_every_gradient_of_the_evidence_in_float64(kernel, kind, form):
+    """Against the CPU's, whose masks are the reference's."""
+    x, target = image_batch(6, 3, 24, 20)
+    net = conv_net().double()
+    results = []
+    for device, backend in ((x.device, kernel), ("cpu", "reference")):
+        criterion = EvidenceLoss(kind, evidence=form, window_size=5, backend=backend)
+        twin = copy.deepcopy(net).to(device)
+        criterion.attach(twin)
+        results.append(parameter_gradients(criterion(twin(x.double().to(device)), target.to(device)), twin))
+    for name, want in results[1].items():
+        assert relative_error(results[0][name].to("cpu"), want) < 1e-9, name
 
 
 def test_recomputed_gradients_are_the_kept_ones(on_gpu):
@@ -125,6 +141,18 @@ def test_a_step_does_not_synchronise(kernel, request):
     net = conv_net()
     criterion = SIBLoss(**WEIGHTS, backend=kernel).attach(net)
     criterion(net(x), target).backward()
+    request.getfixturevalue("no_synchronisation")
+    criterion(net(x), target).backward()
+
+
+@real_gpu
+@pytest.mark.parametrize("kind", ["area", "share"])
+def test_a_step_with_evidence_does_not_synchronise(on_gpu, request, kind):
+    x, target = image_batch()
+    net = conv_net()
+    criterion = EvidenceLoss(kind, window_size=5).attach(net)
+    for _ in range(2):  # the first finds the map and looks at the graph
+        criterion(net(x), target).backward()
     request.getfixturevalue("no_synchronisation")
     criterion(net(x), target).backward()
 

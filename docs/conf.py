@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 from sib_fast import __version__
@@ -14,6 +15,7 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_heading_anchors = 4
 exclude_patterns = ["README.md"]
+smartquotes = False  # a quote after code would face the wrong way
 pygments_style = "friendly"
 
 html_theme = "furo"
@@ -25,7 +27,6 @@ html_show_sphinx = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # "Shapes:" says more than "Tensor"
-autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 90
 
 _SECTION = re.compile(r"^([A-Z][a-z]+): +(.*)$")
@@ -50,6 +51,15 @@ def _paragraphs(lines: list[str]) -> list[list[str]]:
         if line.strip():
             out[-1].append(line.rstrip())
     return [paragraph for paragraph in out if paragraph]
+
+
+def _arguments(obj: object, text: str) -> list[str]:
+    """`a, b: what they are. c: ...` as one text an argument."""
+    try:
+        names = "|".join(sorted(map(re.escape, inspect.signature(obj).parameters), key=len, reverse=True))
+    except (TypeError, ValueError):
+        return [text]
+    return re.split(rf"(?<=[.);]) (?=(?:{names})(?:, (?:{names}))*: )", text)
 
 
 def _house_style(app, what, name, obj, options, lines: list[str]) -> None:
@@ -83,12 +93,7 @@ def _house_style(app, what, name, obj, options, lines: list[str]) -> None:
                 break
             body.append(lines[position].strip())
             position += 1
-        items = [[]]
-        for line in body:
-            if re.match(r"^[a-z_, ]+: ", line) and (items[-1] and section[1] == "Args"):
-                items.append([])
-            items[-1].append(line)
-        text = [_inline(" ".join(item)) for item in items if item]
+        text = [_inline(item) for item in (_arguments(obj, " ".join(body)) if section[1] == "Args" else [" ".join(body)])]
         out.append(f":{section[1]}: " + text[0] if text else f":{section[1]}:")
         out.extend(line for item in text[1:] for line in ("", "    " + item))
         out.append("")

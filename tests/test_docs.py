@@ -313,6 +313,9 @@ def marked(page: str, mark: str) -> str:
     return re.search(rf"<!-- {mark} -->\n?(.*?)<!-- /{mark} -->", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
+TERMS = {"plain": "none", "sib": "`variance`", "sib_relative": "`relative_variance`", "foreground_only": "none"}
+
+
 def selection() -> list[str]:
     """The rows of docs/weights.md: means over the selection's seeds."""
     runs: dict[tuple, list[tuple[float, float]]] = {}

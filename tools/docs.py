@@ -1,7 +1,7 @@
 """The documentation site: `python tools/docs.py [OUT]`, build/site by default. Warnings are errors; nothing is fetched.
 
-The site is docs/ and a few pages that lie where they belong: an op's story beside its kernels, the ledger beside its results. They
-are brought together under build/site-pages, where links between pages are links of the site, and links to other files of the
+The site is docs/ and a few pages that lie where they belong: an op's story beside its kernels, the ledger beside its results.
+They are brought together under build/site-pages, where links between pages are links of the site, and links to other files of the
 repository are their names.
 """
 

@@ -329,9 +329,9 @@ def test_backend_reaches_every_op(monkeypatch):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         resolve = module.resolve
 
-        def recorder(name, backend, *rest, resolve=resolve):
+        def recorder(name, backend, *rest, resolve=resolve, **options):
             asked.append((name, backend))
-            return resolve(name, backend, *rest)
+            return resolve(name, backend, *rest, **options)
 
         monkeypatch.setattr(module, "resolve", recorder)
     run(conv_net(), x, target, backend="reference")

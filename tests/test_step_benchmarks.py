@@ -150,8 +150,8 @@ def test_a_red_op_costs_the_variants_that_run_it(setting, monkeypatch):
         return set(item.name.split(": ")[1].split()) | {"plain"}
 
     assert left() == left("cpu layer_norm forward", "cuda region_statistics forward") == set(variants)
-    assert left("cpu softmax backward") == set(variants) - {"ours_prepared", "lazy", "recompute", "penalty_prepared"}
-    ours = {v for v in variants if v.startswith("ours")} | {"lazy", "recompute"}
+    assert left("cpu softmax backward") == set(variants) - set(step.PREPARED)
+    ours = {v for v in variants if v.startswith(("ours", "share"))} | {"lazy", "recompute"}
     assert left("cpu region_statistics backward", "cpu head forward") == set(variants) - ours
 
 

@@ -80,7 +80,7 @@ CUDA_BN, CUDA_BN_FORMULAS, CUDA_BN_PASSES = (
     "csrc/cuda/batch_norm_formulas.cuh",
     "csrc/cuda/batch_norm_passes.cuh",
 )
-CUDA_PACKS, CUDA_ROWS, CUDA_SOFT = "csrc/cuda/packs.cuh", "csrc/cuda/row_passes.cuh", "csrc/cuda/softmax_cuda.cu"
+CUDA_ROWS, CUDA_SOFT = "csrc/cuda/row_passes.cuh", "csrc/cuda/softmax_cuda.cu"
 CUDA_LN, CUDA_LN_FORMULAS, CUDA_LN_COLUMNS = (
     "csrc/cuda/layer_norm_cuda.cu",
     "csrc/cuda/layer_norm_formulas.cuh",
@@ -213,6 +213,7 @@ FAULTS = [
     ('cuda statistics: panels without their gap', CUDA_GRAMS, 'return (rows + 1) * kPanel;', 'return rows * kPanel;'),
     ("cuda statistics: moments about another image's first element", CUDA_GRAMS, 'const auto shift = shifts[n - first_i];', 'const auto shift = shifts[0];'),
     ("cuda statistics: moments' shifts read before they are there", CUDA_GRAMS, 'moment_shifts(args.pixels, map, first_i + tid);\n    __syncthreads();', 'moment_shifts(args.pixels, map, first_i + tid);'),
+    ("cuda norms: cuts of an H200 on every device", "csrc/cuda/norm.cuh", "blocks_for(x, kNormRounds)", "int64_t{16 * 132}"),
     ('cuda statistics: cuts of an H200 on every device', "csrc/cuda/platform.cuh", 'return rounds * device_of(tensor).multiprocessors;', 'return rounds * (132 + 0 * device_of(tensor).multiprocessors);'),
     ('cuda mask: unequal chunks', ARITHMETIC, 'divide_up(pixels, divide_up(pixels, kMostPixels) * kBatch) * kBatch;', 'kMostPixels;'),
     ('cuda mask: too long a window', CUDA_MASK, 'SIB_CHECK(kOp, o.length <= kLongestWindow,', 'SIB_CHECK(kOp, o.length <= kLongestWindow + 8,'),
@@ -264,8 +265,8 @@ FAULTS = [
     ("cuda batch norm: a run's last pack lost", CUDA_BN_PASSES, 'j_end = min(first + at.pack_step, at.packs);', 'j_end = min(first + at.pack_step, at.packs - (at.packs > 1));'),
     ('cuda batch norm: runs one channel apart', CUDA_BN_PASSES, '(kThreads >> at.width_bits) * at.channels * spatial;', '(kThreads >> at.width_bits) * spatial;'),
     ("cuda batch norm: neighbours' places counted", CUDA_BN_PASSES, '        blank(v, lo[u], hi[u]);\n', ''),
-    ("cuda batch norm: neighbours' places overwritten", CUDA_PACKS, "if (packed && lo == 0 && hi == V) return", "if (packed && hi == V) return"),
-    ("cuda batch norm: a pack's first place not written", CUDA_PACKS, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
+    ("cuda batch norm: neighbours' places overwritten", PACK, "if (packed && lo == 0 && hi == V) return", "if (packed && hi == V) return"),
+    ("cuda batch norm: a pack's first place not written", PACK, 'if (i >= lo && i < hi) to[first + i]', 'if (i > lo && i < hi) to[first + i]'),
     ("cuda batch norm: a warp's sums lost", CUDA_BN_PASSES, 'for (int w = 0; w < kWarps; ++w) sums[k]', 'for (int w = 1; w < kWarps; ++w) sums[k]'),
     ("cuda batch norm: block's sums without their barrier", CUDA_BN_PASSES, '  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;', '#pragma unroll\n  for (int k = 0; k < K; ++k) {\n    sums[k] = 0.0;'),
     ('cuda batch norm: the last row counted again', CUDA_BN_PASSES, '        blank(v, 0, rows);\n', ''),

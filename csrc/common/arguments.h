@@ -38,17 +38,17 @@ template <class T>
 const T* in(const MaybeTensor& t) {
   return t ? in<T>(*t) : nullptr;
 }
-// Null where nothing is asked for.
+// Null where nothing is asked for: an undefined tensor, Python's None, or one of no elements.
 template <class T>
 T* out(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.mutable_data_ptr());
+  return t.defined() && t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 inline Tensor like(const Tensor& x, bool need = true) {
   return need ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
 }
-inline Tensor new_double(const Tensor& x, int64_t count) {
-  return torch::stable::new_empty(x, {count}, ScalarType::Double);
+inline Tensor new_double(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(x, sizes, ScalarType::Double);
 }
 inline Tensor new_accumulated(const Tensor& x, int64_t count) {
   return torch::stable::new_empty(x, {count}, accumulation_type(x.scalar_type()));

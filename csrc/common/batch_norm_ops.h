@@ -32,8 +32,8 @@ struct BatchNormOps {
     const BatchNormShape shape = shape_of(x);
     check_channels(kOp, x, shape.channels, {{"weight", weight}, {"bias", bias}});
     const typename Kernels::Guard guard(x);
-    Tensor y = like(x), mean = new_double(x, shape.channels), variance = new_double(x, shape.channels);
-    Tensor invstd = new_double(x, shape.channels);
+    Tensor y = like(x), mean = new_double(x, {shape.channels}), variance = new_double(x, {shape.channels});
+    Tensor invstd = new_double(x, {shape.channels});
     by_element<Kernels>(x.scalar_type(), [&](auto e) {
       Kernels::template forward<decltype(e)>(shape, x, weight, bias, eps, y, mean, variance, invstd);
     });

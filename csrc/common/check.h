@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "common/element.h"
+
 namespace sib_fast {
 
 using torch::headeronly::ScalarType;
@@ -18,6 +20,19 @@ using torch::stable::Tensor;
 // Accumulation type: what planes, sums and gradients are held in for an input of this type.
 inline ScalarType accumulation_type(ScalarType input) {
   return input == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return Element::float64;
+    case ScalarType::BFloat16:
+      return Element::bfloat16;
+    case ScalarType::Half:
+      return Element::float16;
+    default:
+      return Element::float32;
+  }
 }
 
 inline bool is_supported(ScalarType type) {

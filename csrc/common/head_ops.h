@@ -1,5 +1,4 @@
-// The head's ops on every device: arguments checked, results allocated, the device's passes called, registration. A
-// template `Kernels` is a device's: Guard, which makes a tensor's device the current one, and each op's passes.
+// The head's ops on every device: arguments checked, results allocated, the device's passes called, registration.
 #pragma once
 
 #include <array>
@@ -8,29 +7,11 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
+#include "common/arguments.h"
 #include "common/objective.h"
 #include "common/rank_window.h"
 
 namespace sib_fast {
-
-// Where a tensor's device needs no word.
-struct NoGuard {
-  explicit NoGuard(const Tensor&) {}
-};
-
-inline Tensor new_float64(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Double);
-}
-// Null where nothing was asked for: such a result is an undefined tensor, Python's None.
-template <class T>
-T* data_of(const Tensor& t) {
-  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-template <class T>
-const T* const_data_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
 
 // Calls function with a number of the type that maps of `type` are accumulated in.
 template <class Function>
@@ -79,13 +60,13 @@ struct MaskOps {
     const int64_t N = vjp.size(0);
     if (rank_pixels) check_plain(kOp, "rank_pixels", *rank_pixels, ScalarType::Int, N * kLevels * o.length);
     const typename Kernels::Guard guard(vjp);
-    const MaskOutputs out{torch::stable::new_empty(vjp, {N, 1, o.height, o.width}, acc),
-                          torch::stable::new_empty(vjp, {N, o.height, o.width}, acc),
-                          torch::stable::new_empty(vjp, {N, kLevels}, acc),
-                          torch::stable::new_empty(vjp, {N, kLevels, o.length}, ScalarType::Int)};
-    const int32_t* given = rank_pixels ? const_data_of<int32_t>(*rank_pixels) : nullptr;
-    by_accumulation(acc, [&](auto t) { Kernels::template forward<decltype(t)>(o, vjp, given, out); });
-    return {out.mask, out.mean_map, out.levels, out.rank_pixels};
+    const MaskOutputs outputs{torch::stable::new_empty(vjp, {N, 1, o.height, o.width}, acc),
+                              torch::stable::new_empty(vjp, {N, o.height, o.width}, acc),
+                              torch::stable::new_empty(vjp, {N, kLevels}, acc),
+                              torch::stable::new_empty(vjp, {N, kLevels, o.length}, ScalarType::Int)};
+    const int32_t* given = rank_pixels ? in<int32_t>(*rank_pixels) : nullptr;
+    by_accumulation(acc, [&](auto t) { Kernels::template forward<decltype(t)>(o, vjp, given, outputs); });
+    return {outputs.mask, outputs.mean_map, outputs.levels, outputs.rank_pixels};
   }
 
   static Tensor backward(Tensor grad_mask, Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels,
@@ -157,17 +138,17 @@ struct StatisticsOps {
                                                                                             Tensor mask,
                                                                                             bool background_grams,
                                                                                             std::string precision) {
-    const StatisticsInputs in{vjp, x, mask, check(vjp, x, mask, precision)};
+    const StatisticsInputs inputs{vjp, x, mask, check(vjp, x, mask, precision)};
     const typename Kernels::Guard guard(vjp);
     const int64_t N = vjp.size(0);
-    const auto gram = [&](bool wanted) { return wanted ? new_float64(vjp, {N, N}) : Tensor(); };
-    const Statistics out{{gram(true), gram(true), gram(background_grams), gram(background_grams)},
-                         {new_float64(vjp, {N}), new_float64(vjp, {N})},
-                         {new_float64(vjp, {N}), new_float64(vjp, {N})},
-                         background_grams};
-    by_accumulation(vjp.scalar_type(), [&](auto t) { Kernels::template forward<decltype(t)>(in, out); });
-    return {out.grams[0], out.grams[1], out.variance[0], out.variance[1],
-            out.mean[0],  out.mean[1],  out.grams[2],    out.grams[3]};
+    const auto gram = [&](bool wanted) { return wanted ? new_double(vjp, {N, N}) : Tensor(); };
+    const Statistics outputs{{gram(true), gram(true), gram(background_grams), gram(background_grams)},
+                             {new_double(vjp, {N}), new_double(vjp, {N})},
+                             {new_double(vjp, {N}), new_double(vjp, {N})},
+                             background_grams};
+    by_accumulation(vjp.scalar_type(), [&](auto t) { Kernels::template forward<decltype(t)>(inputs, outputs); });
+    return {outputs.grams[0], outputs.grams[1], outputs.variance[0], outputs.variance[1],
+            outputs.mean[0],  outputs.mean[1],  outputs.grams[2],    outputs.grams[3]};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_gram_vjp, Tensor grad_gram_x,
@@ -177,7 +158,7 @@ struct StatisticsOps {
                                                      Tensor mask, Tensor background_mean, Tensor vjp_mean,
                                                      bool need_vjp, bool need_x, bool need_mask,
                                                      std::string precision) {
-    const StatisticsInputs in{vjp, x, mask, check(vjp, x, mask, precision)};
+    const StatisticsInputs inputs{vjp, x, mask, check(vjp, x, mask, precision)};
     SIB_CHECK(kOp, grad_background_gram_vjp.has_value() == grad_background_gram_x.has_value(),
               "the gradients of both background Grams must be given, or neither");
     const int64_t N = vjp.size(0);
@@ -205,7 +186,7 @@ struct StatisticsOps {
     grads.grad_vjp = need_vjp ? &grad_vjp : nullptr;
     grads.grad_x = need_x ? &grad_x : nullptr;
     grads.grad_mask = need_mask ? &grad_mask : nullptr;
-    by_accumulation(acc, [&](auto t) { Kernels::template backward<decltype(t)>(in, grads); });
+    by_accumulation(acc, [&](auto t) { Kernels::template backward<decltype(t)>(inputs, grads); });
     return {grad_vjp, grad_x, grad_mask};
   }
 
@@ -265,11 +246,11 @@ struct HsicOps {
     const Scalar from = scalar("base", base);
     const typename Kernels::Guard guard(gram_vjp);
     const auto like_base = [&] { return torch::stable::new_empty(base, {}); };
-    const HsicOutputs out{like_base(), like_base(), like_base(), torch::stable::new_empty(gram_vjp, {4, N}),
-                          torch::stable::new_empty(gram_vjp, {4})};
-    const HsicInputs in{gram_vjp, gram_x, {lambda_fg, lambda_bg, static_cast<int>(kind)}};
-    Kernels::forward(in, N, from, const_data_of<double>(background_variance), out);
-    return {out.loss, out.foreground, out.background, out.rows, out.totals};
+    const HsicOutputs outputs{like_base(), like_base(), like_base(), torch::stable::new_empty(gram_vjp, {4, N}),
+                              torch::stable::new_empty(gram_vjp, {4})};
+    const HsicInputs inputs{gram_vjp, gram_x, {lambda_fg, lambda_bg, static_cast<int>(kind)}};
+    Kernels::forward(inputs, N, from, in<double>(background_variance), outputs);
+    return {outputs.loss, outputs.foreground, outputs.background, outputs.rows, outputs.totals};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_loss,
@@ -282,17 +263,17 @@ struct HsicOps {
     check_plain(kOp, "rows", rows, ScalarType::Double, 4 * N);
     check_plain(kOp, "totals", totals, ScalarType::Double, 4);
     const typename Kernels::Guard guard(gram_vjp);
-    const auto matrix = [&](bool need) { return need ? new_float64(gram_vjp, {N, N}) : Tensor(); };
+    const auto matrix = [&](bool need) { return need ? new_double(gram_vjp, {N, N}) : Tensor(); };
     const Tensor grad_vjp = matrix(need_vjp), grad_x = matrix(need_x);
-    const Tensor grad_variance = need_variance ? new_float64(gram_vjp, {N}) : Tensor();
+    const Tensor grad_variance = need_variance ? new_double(gram_vjp, {N}) : Tensor();
     const HsicGradients grads{scalar("grad_loss", grad_loss),
                               scalar("grad_foreground", grad_foreground),
                               scalar("grad_background", grad_background),
-                              data_of<double>(grad_vjp),
-                              data_of<double>(grad_x),
-                              data_of<double>(grad_variance)};
-    const HsicInputs in{gram_vjp, gram_x, {lambda_fg, lambda_bg, static_cast<int>(kind)}};
-    Kernels::backward(in, N, const_data_of<double>(rows), const_data_of<double>(totals), grads);
+                              out<double>(grad_vjp),
+                              out<double>(grad_x),
+                              out<double>(grad_variance)};
+    const HsicInputs inputs{gram_vjp, gram_x, {lambda_fg, lambda_bg, static_cast<int>(kind)}};
+    Kernels::backward(inputs, N, in<double>(rows), in<double>(totals), grads);
     return {grad_vjp, grad_x, grad_variance};
   }
 

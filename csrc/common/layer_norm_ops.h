@@ -30,7 +30,7 @@ struct LayerNormOps {
     const LayerNormShape shape = shape_of(x, length, groups, spatial);
     check_channels(kOp, x, shape.channels, {{"weight", weight}, {"bias", bias}});
     const typename Kernels::Guard guard(x);
-    Tensor y = like(x), mean = new_double(x, shape.rows), invstd = new_double(x, shape.rows);
+    Tensor y = like(x), mean = new_double(x, {shape.rows}), invstd = new_double(x, {shape.rows});
     by_element<Kernels>(x.scalar_type(), [&](auto e) {
       Kernels::template forward<decltype(e)>(shape, x, weight, bias, eps, y, mean, invstd);
     });

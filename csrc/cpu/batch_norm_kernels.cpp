@@ -179,10 +179,7 @@ template <class E>
 void write_second(const BatchNormPart& part, const E* u, const E* gy, const E* x, const Compute<E>* k, E* to_grad_y,
                   E* to_x) {
   const auto y_at = [=](int64_t i, const auto& of) { return batch_norm_to_grad_y(get(u[i]), get(x[i]), of); };
-  const auto x_at = [=](int64_t i, const auto& of) {
-    const auto v = get(u[i]), g = get(gy[i]);
-    return batch_norm_to_x(v, g, get(x[i]), of);
-  };
+  const auto x_at = [=](int64_t i, const auto& of) { return batch_norm_to_x(get(u[i]), get(gy[i]), get(x[i]), of); };
   if (to_grad_y && to_x) {
     for_elements<kSecondCoefficients>(part, k, [=](int64_t i, const auto& of) {
       put(to_grad_y + i, y_at(i, of));

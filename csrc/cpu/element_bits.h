@@ -1,7 +1,9 @@
-// Element types as kernels and hosts both name them: double, float, and the two halves as their bits.
+// The halves as kernels and hosts both name them: their bits.
 #pragma once
 
 #include <cstdint>
+
+#include "common/element.h"
 
 namespace sib_fast::cpu {
 
@@ -11,17 +13,5 @@ struct BFloat16Bits {
 struct Float16Bits {
   uint16_t bits;
 };
-
-// What a pass over elements of type E calculates in.
-template <class E>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class E>
-using Compute = typename ComputeOf<E>::type;
 
 }  // namespace sib_fast::cpu

@@ -31,19 +31,18 @@ MaskGeometry geometry_of(const MaskOptions& o, int64_t channels, const RankWindo
   return {channels, o.height, o.width, o.window_size, o.slope, o.eps, windows.data(), windows.weights()};
 }
 
-struct Kernels {
-  using Guard = NoGuard;
+struct Kernels : OnCpu {
   static void check(const MaskOptions&) {}
 
   template <class T>
-  static void forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, const MaskOutputs& out) {
+  static void forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, const MaskOutputs& outputs) {
     const MaskKernels<T>& k = kernels<T>();
     const RankWindows windows = windows_of(o, sizeof(T) == 8);
     const MaskGeometry geo = geometry_of(o, vjp.size(1), windows);
     const MapView view = view_of(vjp);
     const int64_t pixels = o.pixels(), per_image = kLevels * o.length;
-    T *mask = data_of<T>(out.mask), *mean_map = data_of<T>(out.mean_map), *levels = data_of<T>(out.levels);
-    int32_t* ranks = data_of<int32_t>(out.rank_pixels);
+    T *mask = out<T>(outputs.mask), *mean_map = out<T>(outputs.mean_map), *levels = out<T>(outputs.levels);
+    int32_t* ranks = out<int32_t>(outputs.rank_pixels);
     for_images(vjp.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
       k.mean_map(geo, view, n, mean_map + n * pixels);
       k.forward(geo, mean_map + n * pixels, given ? given + n * per_image : nullptr, mask + n * pixels,
@@ -58,10 +57,10 @@ struct Kernels {
     const RankWindows windows = windows_of(o, sizeof(T) == 8);
     const MaskGeometry geo = geometry_of(o, channels, windows);
     const int64_t pixels = o.pixels(), per_image = kLevels * o.length;
-    const T *grad = const_data_of<T>(grad_mask), *mask = const_data_of<T>(of.mask);
-    const T *mean_map = const_data_of<T>(of.mean_map), *levels = const_data_of<T>(of.levels);
-    const int32_t* ranks = const_data_of<int32_t>(of.rank_pixels);
-    T* to = data_of<T>(grad_plane);
+    const T *grad = in<T>(grad_mask), *mask = in<T>(of.mask);
+    const T *mean_map = in<T>(of.mean_map), *levels = in<T>(of.levels);
+    const int32_t* ranks = in<int32_t>(of.rank_pixels);
+    T* to = out<T>(grad_plane);
     for_images(grad_plane.size(0), k.scratch_bytes(geo), [&](int64_t n, void* scratch) {
       k.backward(geo, grad + n * pixels, mask + n * pixels, mean_map + n * pixels, levels + n * kLevels,
                  ranks + n * per_image, to + n * pixels, scratch);

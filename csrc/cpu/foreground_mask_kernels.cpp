@@ -457,13 +457,7 @@ constexpr MaskKernels<T> kTable = {
 
 }  // namespace
 
-template <>
-const MaskKernels<float>& SIB_FAST_TABLE(mask_kernels_)<float>() {
-  return kTable<float>;
-}
-template <>
-const MaskKernels<double>& SIB_FAST_TABLE(mask_kernels_)<double>() {
-  return kTable<double>;
-}
+SIB_FAST_DEFINE_TABLE(MaskKernels, mask_kernels, float)
+SIB_FAST_DEFINE_TABLE(MaskKernels, mask_kernels, double)
 
 }  // namespace sib_fast::cpu

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/rank_window.h"
+#include "cpu/kernel_tables.h"
 #include "cpu/map_view.h"
 
 namespace sib_fast::cpu {
@@ -38,11 +39,6 @@ struct MaskKernels {
   void (*sigmoid)(const T* in, T* out, int64_t count);
 };
 
-template <class T>
-const MaskKernels<T>& mask_kernels_baseline();
-template <class T>
-const MaskKernels<T>& mask_kernels_avx2();
-template <class T>
-const MaskKernels<T>& mask_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(MaskKernels, mask_kernels)
 
 }  // namespace sib_fast::cpu

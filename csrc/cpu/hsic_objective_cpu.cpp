@@ -7,6 +7,7 @@
 #include "common/head_ops.h"
 #include "cpu/capability.h"
 #include "cpu/hsic_objective_kernels.h"
+#include "cpu/tensor_view.h"
 
 namespace sib_fast::cpu {
 namespace {
@@ -25,12 +26,11 @@ void for_rows(int64_t N, const Task& task) {
   });
 }
 
-struct Kernels {
-  using Guard = NoGuard;
-
-  static void forward(const HsicInputs& of, int64_t N, Scalar base, const double* variances, const HsicOutputs& out) {
-    const double *gram_vjp = const_data_of<double>(of.gram_vjp), *gram_x = const_data_of<double>(of.gram_x);
-    double* const inverse_vjp = data_of<double>(out.rows);
+struct Kernels : OnCpu {
+  static void forward(const HsicInputs& of, int64_t N, Scalar base, const double* variances,
+                      const HsicOutputs& outputs) {
+    const double *gram_vjp = in<double>(of.gram_vjp), *gram_x = in<double>(of.gram_x);
+    double* const inverse_vjp = out<double>(outputs.rows);
     double *inverse_x = inverse_vjp + N, *mean_vjp = inverse_x + N, *mean_x = mean_vjp + N;
     for (int64_t i = 0; i < N; ++i) {
       inverse_vjp[i] = inverse_norm(gram_vjp[i * (N + 1)]);
@@ -53,19 +53,19 @@ struct Kernels {
       grand_x += mean_x[i] * scale.mean;
       variance += variances[i];
     }
-    double* total = data_of<double>(out.totals);
+    double* total = out<double>(outputs.totals);
     total[0] = scale.foreground(product, mean_product, grand_vjp, grand_x);
     total[1] = variance * scale.mean;
     total[2] = grand_vjp;
     total[3] = grand_x;
-    base.write(out.loss.mutable_data_ptr(), of.objective.value(base.read(), total[0], total[1]));
-    base.write(out.foreground.mutable_data_ptr(), total[0]);
-    base.write(out.background.mutable_data_ptr(), total[1]);
+    base.write(outputs.loss.mutable_data_ptr(), of.objective.value(base.read(), total[0], total[1]));
+    base.write(outputs.foreground.mutable_data_ptr(), total[0]);
+    base.write(outputs.background.mutable_data_ptr(), total[1]);
   }
 
   static void backward(const HsicInputs& of, int64_t N, const double* row, const double* total,
                        const HsicGradients& to) {
-    const double *gram_vjp = const_data_of<double>(of.gram_vjp), *gram_x = const_data_of<double>(of.gram_x);
+    const double *gram_vjp = in<double>(of.gram_vjp), *gram_x = in<double>(of.gram_x);
     const BatchScale batch = batch_scale(N);
     const double to_loss = to.to_loss.read();
     if (to.grad_variance) {

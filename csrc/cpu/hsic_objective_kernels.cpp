@@ -63,9 +63,6 @@ constexpr HsicKernels<T> kTable = {row_sums<T>, row_gradient<T>};
 
 }  // namespace
 
-template <>
-const HsicKernels<double>& SIB_FAST_TABLE(hsic_kernels_)<double>() {
-  return kTable<double>;
-}
+SIB_FAST_DEFINE_TABLE(HsicKernels, hsic_kernels, double)
 
 }  // namespace sib_fast::cpu

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/kernel_tables.h"
+
 namespace sib_fast::cpu {
 
 // What a row needs of all columns: 1/norm of R and of x, and row means of K_R and of K_x, each [N].
@@ -32,11 +34,6 @@ struct HsicKernels {
                                T scale, int64_t i, int64_t N, T* grad_vjp, T* grad_x);
 };
 
-template <class T>
-const HsicKernels<T>& hsic_kernels_baseline();
-template <class T>
-const HsicKernels<T>& hsic_kernels_avx2();
-template <class T>
-const HsicKernels<T>& hsic_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(HsicKernels, hsic_kernels)
 
 }  // namespace sib_fast::cpu

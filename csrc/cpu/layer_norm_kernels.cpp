@@ -232,14 +232,11 @@ void double_backward(const NormRows& rows, const E* u, const Compute<E>* u_gamma
     E* out = to_x + r * rows.length;
     if (a) {
       for_elements(rows, [=](int64_t i, int64_t c) {
-        const T of_u = get(v[i]), of_gy = get(grad[i]);
-        put(out + i, to(of_u, of_gy, to.of_gy(g[c], scale, a[c]), hat(i)));
+        put(out + i, to(get(v[i]), get(grad[i]), to.of_gy(g[c], scale, a[c]), hat(i)));
       });
     } else {
-      for_elements(rows, [=](int64_t i, int64_t c) {
-        const T of_u = get(v[i]), of_gy = get(grad[i]);
-        put(out + i, to(of_u, of_gy, to.by_h * g[c], hat(i)));
-      });
+      for_elements(rows,
+                   [=](int64_t i, int64_t c) { put(out + i, to(get(v[i]), get(grad[i]), to.by_h * g[c], hat(i))); });
     }
   }
 }

@@ -3,16 +3,14 @@
 
 #include <cstdint>
 
-namespace sib_fast::cpu {
+#include "common/element.h"
 
-enum class Element { float64, float32, bfloat16, float16 };
+namespace sib_fast::cpu {
 
 struct MapView {
   const void* data;
   Element element;
   int64_t stride_n, stride_c, stride_h, stride_w;  // in elements
 };
-
-inline int64_t element_size(Element e) { return e == Element::float64 ? 8 : e == Element::float32 ? 4 : 2; }
 
 }  // namespace sib_fast::cpu

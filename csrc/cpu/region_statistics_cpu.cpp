@@ -48,12 +48,12 @@ struct Sums {
 };
 
 template <class T>
-StatisticsInputs<T> views_of(const sib_fast::StatisticsInputs& in) {
-  return {view_of(in.vjp), view_of(in.x), const_data_of<T>(in.mask)};
+StatisticsInputs<T> views_of(const sib_fast::StatisticsInputs& inputs) {
+  return {view_of(inputs.vjp), view_of(inputs.x), in<T>(inputs.mask)};
 }
 
 template <class T>
-Sums sums_of(const StatisticsGeometry& geo, const StatisticsInputs<T>& in) {
+Sums sums_of(const StatisticsGeometry& geo, const StatisticsInputs<T>& inputs) {
   const StatisticsKernels<T>& k = kernels<T>();
   const StatisticsBlocks b = k.blocks(geo);
   const int64_t N = geo.images, pixels = geo.height * geo.width, count = geo.background_grams ? 4 : 2;
@@ -64,7 +64,7 @@ Sums sums_of(const StatisticsGeometry& geo, const StatisticsInputs<T>& in) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(k.forward_scratch_bytes(geo));
     for (int64_t t = begin; t < end; ++t) {
-      k.forward(geo, in, t * step, std::min(pixels, (t + 1) * step), grams.data() + t * gram_size,
+      k.forward(geo, inputs, t * step, std::min(pixels, (t + 1) * step), grams.data() + t * gram_size,
                 moments.data() + t * 2 * N, scratch.get());
     }
   });
@@ -88,19 +88,17 @@ std::vector<T> symmetrised(const Tensor& grad, int64_t N, int64_t rows) {
   return out;
 }
 
-struct Kernels {
-  using Guard = NoGuard;
-
+struct Kernels : OnCpu {
   template <class T>
-  static void forward(const sib_fast::StatisticsInputs& in, const Statistics& out) {
-    const StatisticsGeometry geo = geometry_of(in.vjp, out.background_grams);
-    const Sums sums = sums_of(geo, views_of<T>(in));
-    const int64_t N = geo.images, grams = out.background_grams ? 4 : 2;
+  static void forward(const sib_fast::StatisticsInputs& inputs, const Statistics& outputs) {
+    const StatisticsGeometry geo = geometry_of(inputs.vjp, outputs.background_grams);
+    const Sums sums = sums_of(geo, views_of<T>(inputs));
+    const int64_t N = geo.images, grams = outputs.background_grams ? 4 : 2;
     for (int64_t which = 0; which < grams; ++which) {
-      write_gram(sums.grams.data() + which * sums.rows * sums.rows, sums.rows, N, data_of<double>(out.grams[which]));
+      write_gram(sums.grams.data() + which * sums.rows * sums.rows, sums.rows, N, out<double>(outputs.grams[which]));
     }
     for (int64_t which = 0; which < 2; ++which) {
-      double *variance = data_of<double>(out.variance[which]), *mean = data_of<double>(out.mean[which]);
+      double *variance = out<double>(outputs.variance[which]), *mean = out<double>(outputs.mean[which]);
       for (int64_t n = 0; n < N; ++n) {
         const Moments& m = sums.moments[2 * n + which];
         variance[n] = m.m2 / (m.count - 1);
@@ -110,14 +108,14 @@ struct Kernels {
   }
 
   template <class T>
-  static void backward(const sib_fast::StatisticsInputs& in, const StatisticsGradients& of) {
+  static void backward(const sib_fast::StatisticsInputs& inputs, const StatisticsGradients& of) {
     const StatisticsKernels<T>& k = kernels<T>();
-    const StatisticsGeometry geo = geometry_of(in.vjp, of.background_grams());
+    const StatisticsGeometry geo = geometry_of(inputs.vjp, of.background_grams());
     const StatisticsBlocks b = k.blocks(geo);
     const int64_t N = geo.images;
     // Var = M2/(D-1), so its gradient with respect to an element is 2/(D-1)·(element - mean).
     const double scale = 2.0 / (static_cast<double>(geo.channels * geo.height * geo.width) - 1);
-    const auto at = [](const Tensor* t, int64_t n) { return const_data_of<double>(*t)[n]; };
+    const auto at = [](const Tensor* t, int64_t n) { return in<double>(*t)[n]; };
     std::vector<VarianceGrad> variance(N);
     for (int64_t n = 0; n < N; ++n) {
       variance[n] = {at(of.grad_variance[0], n) * scale, at(of.mean[0], n), at(of.grad_variance[1], n) * scale,
@@ -137,14 +135,14 @@ struct Kernels {
     grads.variance = variance.data();
     grads.grad_vjp = view(of.grad_vjp);
     grads.grad_x = view(of.grad_x);
-    grads.grad_mask = of.grad_mask ? data_of<T>(*of.grad_mask) : nullptr;
-    const StatisticsInputs<T> inputs = views_of<T>(in);
+    grads.grad_mask = of.grad_mask ? out<T>(*of.grad_mask) : nullptr;
+    const StatisticsInputs<T> views = views_of<T>(inputs);
     const int64_t pixels = geo.height * geo.width;
     const int64_t step = pixels_per_task(geo, b, 0), tasks = (pixels + step - 1) / step;
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(k.backward_scratch_bytes(geo));
       for (int64_t t = begin; t < end; ++t) {
-        k.backward(geo, inputs, grads, t * step, std::min(pixels, (t + 1) * step), scratch.get());
+        k.backward(geo, views, grads, t * step, std::min(pixels, (t + 1) * step), scratch.get());
       }
     });
   }

@@ -476,13 +476,7 @@ constexpr StatisticsKernels<T> kTable = {
 
 }  // namespace
 
-template <>
-const StatisticsKernels<float>& SIB_FAST_TABLE(statistics_kernels_)<float>() {
-  return kTable<float>;
-}
-template <>
-const StatisticsKernels<double>& SIB_FAST_TABLE(statistics_kernels_)<double>() {
-  return kTable<double>;
-}
+SIB_FAST_DEFINE_TABLE(StatisticsKernels, statistics_kernels, float)
+SIB_FAST_DEFINE_TABLE(StatisticsKernels, statistics_kernels, double)
 
 }  // namespace sib_fast::cpu

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/kernel_tables.h"
 #include "cpu/map_view.h"
 
 namespace sib_fast::cpu {
@@ -70,11 +71,6 @@ struct StatisticsKernels {
                    int64_t to, void* scratch);
 };
 
-template <class T>
-const StatisticsKernels<T>& statistics_kernels_baseline();
-template <class T>
-const StatisticsKernels<T>& statistics_kernels_avx2();
-template <class T>
-const StatisticsKernels<T>& statistics_kernels_avx512();
+SIB_FAST_DECLARE_TABLES(StatisticsKernels, statistics_kernels)
 
 }  // namespace sib_fast::cpu

@@ -19,19 +19,6 @@ struct OnCpu {
   };
 };
 
-inline Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return Element::float64;
-    case ScalarType::BFloat16:
-      return Element::bfloat16;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      return Element::float32;
-  }
-}
-
 inline MapView view_of(const Tensor& map) {
   return {map.const_data_ptr(), element_of(map.scalar_type()), map.stride(0), map.stride(1), map.stride(2),
           map.stride(3)};

@@ -17,7 +17,6 @@
 #include "common/activation_ops.h"
 #include "cuda/on_cuda.cuh"
 #include "cuda/pack.cuh"
-#include "cuda/packs.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -122,14 +121,14 @@ __global__ void __launch_bounds__(kBitsThreads)
 template <class E>
 dim3 bits_grid(const Tensor& t) {
   const int64_t blocks = divide_up(divide_up(t.numel(), kBitsUnit), BitsShape<E>::kUnitsPerBlock);
-  const int64_t most = int64_t{kBitsBlocks} * device_of(t).multiprocessors;
+  const int64_t most = blocks_for(t, kBitsBlocks);
   return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
 
 struct ActivationBitsKernels : OnCuda {
   template <class E>
   static void forward(const Tensor& x, Tensor& y, Tensor& bits, TwoSlopes kind, double a, double b) {
-    using T = packs::Compute<E>;
+    using T = Compute<E>;
     const auto* from = in<E>(x);
     auto* to = static_cast<E*>(y.mutable_data_ptr());
     auto* made = static_cast<uint8_t*>(bits.mutable_data_ptr());
@@ -144,7 +143,7 @@ struct ActivationBitsKernels : OnCuda {
 
   template <class E>
   static void backward(const Tensor& grad_y, const Tensor& bits, Tensor& grad_x, TwoSlopes kind, double slope) {
-    using T = packs::Compute<E>;
+    using T = Compute<E>;
     const auto* from = in<E>(grad_y);
     const auto* given = in<uint8_t>(bits);
     auto* to = out<E>(grad_x);

@@ -14,7 +14,6 @@
 #include "common/activation_ops.h"
 #include "cuda/on_cuda.cuh"
 #include "cuda/pack.cuh"
-#include "cuda/packs.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -106,13 +105,13 @@ struct ActivationKernels : OnCuda {
   template <class E>
   static void double_backward(const Tensor& u, const Tensor& gy, const Tensor& saved, Activation kind, double a,
                               double b, Tensor& to_grad_y, Tensor& to_saved) {
-    using T = packs::Compute<E>;
+    using T = Compute<E>;
     const ActivationParameters<T> parameters{static_cast<T>(a), static_cast<T>(b)};
     const int64_t count = saved.numel();
     E *first = out<E>(to_grad_y), *second = out<E>(to_saved);
     const bool aligned = start_at_packs({in<E>(u), in<E>(gy), in<E>(saved), first, second});
     const int64_t tiles = divide_up(count, int64_t{kActivationThreads} * Pack16<E>::kCount);
-    const int64_t most = int64_t{kActivationBlocks} * device_of(saved).multiprocessors;
+    const int64_t most = blocks_for(saved, kActivationBlocks);
     const dim3 grid(static_cast<unsigned>(tiles < most ? tiles : most));
     with_activation(kind, [&](auto k) {
       launch(kActivation, activation_double_backward_kernel<E, T, decltype(k)::value>, grid, dim3(kActivationThreads),

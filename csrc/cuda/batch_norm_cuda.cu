@@ -31,7 +31,7 @@ constexpr int64_t kPartElements = 4096;
 constexpr int64_t kManyChannels = 512, kFewElements = 8192;
 
 template <class E>
-Geometry cut_first(const Shape& shape, int64_t misaligned) {
+Geometry cut_first(const Tensor& x, const Shape& shape, int64_t misaligned) {
   constexpr int64_t V = 16 / sizeof(E);
   Geometry at{};
   at.images = shape.images;
@@ -46,7 +46,7 @@ Geometry cut_first(const Shape& shape, int64_t misaligned) {
   at.parts = at.spatial_parts = 1;
   if (shape.channels >= kManyChannels || shape.count() <= kFewElements) return at;
   const int64_t most = std::min(kMostParts, shape.count() / kPartElements);
-  const int64_t wanted = std::clamp<int64_t>(divide_up(kBlocksWanted, shape.channels), 1, most);
+  const int64_t wanted = std::clamp<int64_t>(divide_up(blocks_for(x, kNormRounds), shape.channels), 1, most);
   at.image_step = divide_up(shape.images, wanted);
   const int64_t image_parts = divide_up(shape.images, at.image_step);
   at.pack_step = divide_up(at.packs, std::max<int64_t>(1, wanted / image_parts));
@@ -56,7 +56,7 @@ Geometry cut_first(const Shape& shape, int64_t misaligned) {
 }
 
 template <class Op>
-Geometry cut_last(const Shape& shape) {
+Geometry cut_last(const Tensor& x, const Shape& shape) {
   Geometry at{};
   at.images = shape.images;
   at.channels = shape.channels;
@@ -64,7 +64,7 @@ Geometry cut_last(const Shape& shape) {
   at.width_bits = width_bits_of(divide_up(shape.channels, Columns<Op>::kColumns));
   at.spatial_parts = 1;
   const int64_t tiles = divide_up(shape.channels, Columns<Op>::kColumns << at.width_bits);
-  const RowParts cut = cut_rows(shape.images, tiles, 4 * Columns<Op>::kRows * (kThreads >> at.width_bits));
+  const RowParts cut = cut_rows(x, shape.images, tiles, 4 * Columns<Op>::kRows * (kThreads >> at.width_bits));
   at.image_step = cut.step;
   at.parts = cut.parts;
   return at;
@@ -80,7 +80,7 @@ void run(const Shape& logical, const Tensor& x, Arguments<Op> a) {
   constexpr int64_t kColumns = Columns<Op>::kColumns, kPack = 16 / sizeof(E);
   const int64_t pack = shape.channels_last ? kColumns : kPack;
   const int64_t misaligned = packs::misalignment(a.in[Op::kInputs - 1], pack);
-  a.at = shape.channels_last ? cut_last<Op>(shape) : cut_first<E>(shape, misaligned);
+  a.at = shape.channels_last ? cut_last<Op>(x, shape) : cut_first<E>(x, shape, misaligned);
   const bool rows_on_boundaries = !shape.channels_last || (misaligned == 0 && shape.channels % kColumns == 0);
   const auto note = [&](const E* data, int tensor) {
     if (rows_on_boundaries && packs::misalignment(data, pack) == misaligned) a.at.packed |= 1u << tensor;
@@ -106,7 +106,7 @@ void run(const Shape& logical, const Tensor& x, Arguments<Op> a) {
     pass(true, true);
     return;
   }
-  Tensor partial = new_double(x, shape.channels * Op::kSums * int64_t{a.at.parts});
+  Tensor partial = new_double(x, {shape.channels * Op::kSums * int64_t{a.at.parts}});
   Tensor coefficients = new_accumulated(x, Op::kCoefficients * shape.channels);
   a.partial = out<double>(partial);
   a.coefficients = out<typename Op::T>(coefficients);

@@ -16,7 +16,7 @@
 
 namespace sib_fast::cuda::batch_norm {
 
-using packs::blank, packs::Compute, packs::load, packs::Pack, packs::store;
+using packs::blank, packs::load, packs::store;
 
 template <class T, int K>
 __device__ __forceinline__ void round_to(const double (&exact)[K], T centre, T (&k)[K]) {

@@ -12,6 +12,7 @@
 
 #include "common/head_ops.h"
 #include "cuda/foreground_mask_box.cuh"
+#include "cuda/on_cuda.cuh"
 #include "cuda/pack.cuh"
 
 namespace sib_fast::cuda {
@@ -202,10 +203,10 @@ void run_forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, 
   const int64_t rows_at = plan.take(N * P * sizeof(Sum));
   const int64_t sums_at = plan.take(sums_in_mask ? 0 : N * P * sizeof(Sum));
   Tensor scratch = torch::stable::new_empty(vjp, {plan.bytes()}, ScalarType::Byte);
-  char* const base = data_of<char>(scratch);
+  char* const base = out<char>(scratch);
 
-  T *mask = data_of<T>(outputs.mask), *mean_map = data_of<T>(outputs.mean_map), *levels = data_of<T>(outputs.levels);
-  int32_t* rank_pixels = data_of<int32_t>(outputs.rank_pixels);
+  T *mask = out<T>(outputs.mask), *mean_map = out<T>(outputs.mean_map), *levels = out<T>(outputs.levels);
+  int32_t* rank_pixels = out<int32_t>(outputs.rank_pixels);
   KeyG* ranges = reinterpret_cast<KeyG*>(base + ranges_at);
   uint32_t* histogram_g = reinterpret_cast<uint32_t*>(base + histograms_at);
   auto* state_g = reinterpret_cast<SelectionState<KeyG>*>(base + state_g_at);
@@ -292,14 +293,14 @@ void run_backward(const MaskOptions& o, int64_t channels, const Tensor& grad_mas
   const int64_t arrived_at = plan.take(N * sizeof(uint32_t));
   const int64_t rows_at = plan.take(N * P * sizeof(T));
   Tensor scratch = torch::stable::new_empty(grad_mask, {plan.bytes()}, ScalarType::Byte);
-  char* const base = data_of<char>(scratch);
+  char* const base = out<char>(scratch);
   double* totals = reinterpret_cast<double*>(base + totals_at);
   uint32_t* arrived = reinterpret_cast<uint32_t*>(base + arrived_at);
   T* rows = reinterpret_cast<T*>(base + rows_at);
 
-  grad.mean_map = const_data_of<T>(of.mean_map);
-  grad.levels = const_data_of<T>(of.levels);
-  grad.rank_pixels = const_data_of<int32_t>(of.rank_pixels);
+  grad.mean_map = in<T>(of.mean_map);
+  grad.levels = in<T>(of.levels);
+  grad.rank_pixels = in<int32_t>(of.rank_pixels);
   grad.row_totals = totals;
   grad.reach_x = reach_of(o, o.width);
   grad.slope = o.slope;
@@ -308,10 +309,9 @@ void run_backward(const MaskOptions& o, int64_t channels, const Tensor& grad_mas
   grad.inverse_channels = T(1) / static_cast<T>(channels);
   grad.sums = reinterpret_cast<double*>(base + sums_at);
   grad.arrived = arrived;
-  grad.grad_plane = data_of<T>(grad_plane);
+  grad.grad_plane = out<T>(grad_plane);
 
-  const GradSource<T> source{const_data_of<T>(grad_mask), const_data_of<T>(of.mask), static_cast<T>(o.slope), totals,
-                             arrived};
+  const GradSource<T> source{in<T>(grad_mask), in<T>(of.mask), static_cast<T>(o.slope), totals, arrived};
   launch_row_sums(source, rows, o, N, stream);
   const int64_t shared =
       32 * sizeof(double) + kLongestWindow * (sizeof(double) + 2 * sizeof(int32_t)) + sizeof(uint32_t);
@@ -319,9 +319,7 @@ void run_backward(const MaskOptions& o, int64_t channels, const Tensor& grad_mas
          static_cast<const T*>(rows));
 }
 
-struct MaskKernels {
-  using Guard = TensorGuard;
-
+struct MaskKernels : OnCuda {
   static void check(const MaskOptions& o) {
     SIB_CHECK(kOp, o.width <= kWidest, "vjp must be at most ", kWidest, " pixels wide for the CUDA kernels, got ",
               o.width);
@@ -330,13 +328,13 @@ struct MaskKernels {
   }
 
   template <class T>
-  static void forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, const MaskOutputs& out) {
+  static void forward(const MaskOptions& o, const Tensor& vjp, const int32_t* given, const MaskOutputs& outputs) {
     if constexpr (sizeof(T) == 8) {
-      run_forward<T, uint64_t>(o, vjp, given, out);
+      run_forward<T, uint64_t>(o, vjp, given, outputs);
     } else {
       // 22 bits keep a window of equal values within half a float32 rounding of 1; a larger window takes 64-bit sums.
       const bool narrow_sums = fraction_bits(window_pixels(o.height, o.width, o.window_size), 32, 24) >= 22;
-      narrow_sums ? run_forward<T, uint32_t>(o, vjp, given, out) : run_forward<T, uint64_t>(o, vjp, given, out);
+      narrow_sums ? run_forward<T, uint32_t>(o, vjp, given, outputs) : run_forward<T, uint64_t>(o, vjp, given, outputs);
     }
   }
 

@@ -15,6 +15,7 @@
 
 #include "common/head_ops.h"
 #include "cuda/block.cuh"
+#include "cuda/on_cuda.cuh"
 
 namespace sib_fast::cuda {
 namespace {
@@ -185,26 +186,26 @@ __global__ void __launch_bounds__(kHsicThreads)
 
 dim3 hsic_grid(int64_t N) { return dim3(static_cast<unsigned>(divide_up(N, kHsicWarps))); }
 
-struct HsicKernels {
-  using Guard = TensorGuard;
+struct HsicKernels : OnCuda {
   static constexpr const char* kOp = HsicOps<HsicKernels>::kOp;
 
-  static void forward(const HsicInputs& in, int64_t N, Scalar base, const double* variance, const HsicOutputs& out) {
-    const Tensor products = new_float64(in.gram_vjp, {N});
-    const HsicRows rows{const_data_of<double>(in.gram_vjp),
-                        const_data_of<double>(in.gram_x),
-                        data_of<double>(out.rows),
-                        data_of<double>(products),
+  static void forward(const HsicInputs& inputs, int64_t N, Scalar base, const double* variance,
+                      const HsicOutputs& outputs) {
+    const Tensor products = new_double(inputs.gram_vjp, {N});
+    const HsicRows rows{in<double>(inputs.gram_vjp),
+                        in<double>(inputs.gram_x),
+                        out<double>(outputs.rows),
+                        out<double>(products),
                         N,
                         batch_scale(N)};
     const HsicTotals totals{base,
                             variance,
-                            in.objective,
-                            data_of<double>(out.totals),
-                            out.loss.mutable_data_ptr(),
-                            out.foreground.mutable_data_ptr(),
-                            out.background.mutable_data_ptr()};
-    const Stream stream = current_stream(in.gram_vjp);
+                            inputs.objective,
+                            out<double>(outputs.totals),
+                            outputs.loss.mutable_data_ptr(),
+                            outputs.foreground.mutable_data_ptr(),
+                            outputs.background.mutable_data_ptr()};
+    const Stream stream = current_stream(inputs.gram_vjp);
     constexpr int64_t kShared = 2 * kHsicColumns * sizeof(double);
     if (N <= kHsicOneBlock) {
       launch(kOp, hsic_forward_kernel, dim3(1), dim3(32 * kHsicMostWarps), kShared, stream, rows, totals);
@@ -215,11 +216,10 @@ struct HsicKernels {
            totals);
   }
 
-  static void backward(const HsicInputs& in, int64_t N, const double* rows, const double* totals,
+  static void backward(const HsicInputs& inputs, int64_t N, const double* rows, const double* totals,
                        const HsicGradients& grads) {
-    launch(kOp, hsic_gradient_kernel, hsic_grid(N), dim3(kHsicThreads), 0, current_stream(in.gram_vjp), grads,
-           const_data_of<double>(in.gram_vjp), const_data_of<double>(in.gram_x), rows, totals, N, batch_scale(N),
-           in.objective);
+    launch(kOp, hsic_gradient_kernel, hsic_grid(N), dim3(kHsicThreads), 0, current_stream(inputs.gram_vjp), grads,
+           in<double>(inputs.gram_vjp), in<double>(inputs.gram_x), rows, totals, N, batch_scale(N), inputs.objective);
   }
 };
 

@@ -14,7 +14,7 @@
 
 namespace sib_fast::cuda::layer_norm {
 
-using packs::blank, packs::load, packs::Pack;
+using packs::blank, packs::load;
 
 constexpr int kThreads = 128, kMergeThreads = 256;
 
@@ -161,11 +161,12 @@ void run_columns(const char* op, Stream stream, const Tensor& x, ColumnArguments
   ColumnGeometry& at = a.at;
   at.width_bits = width_bits_of(divide_up(at.columns, V));
   at.tiles = divide_up(at.columns, V << at.width_bits);
-  const RowParts cut = cut_rows(at.images, at.tiles * at.groups, 4 * Columns<Op>::kRows * (kThreads >> at.width_bits));
+  const RowParts cut =
+      cut_rows(x, at.images, at.tiles * at.groups, 4 * Columns<Op>::kRows * (kThreads >> at.width_bits));
   at.image_step = cut.step;
   at.parts = cut.parts;
   for (int t = 0; t < Op::kInputs; ++t) at.packed |= (packs::misalignment(a.in[t], V) == 0 && at.columns % V == 0) << t;
-  Tensor partial = new_double(x, at.parts > 1 ? at.parts * Op::kColumnSums * at.channels : 0);
+  Tensor partial = new_double(x, {at.parts > 1 ? at.parts * Op::kColumnSums * at.channels : 0});
   a.partial = out<double>(partial);
   const dim3 grid(static_cast<unsigned>(at.tiles * at.groups), static_cast<unsigned>(at.parts));
   launch(op, columns_kernel<Op>, grid, dim3(kThreads), Columns<Op>::kShared, stream, a);

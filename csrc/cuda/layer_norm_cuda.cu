@@ -44,7 +44,7 @@ void run(const Tensor& x, const Shape& shape, rows::Arguments<Op>& a, int sums_o
   const bool runs = shape.spatial > 1;
   rows::cut(a, shape.rows, shape.length, shape.groups, runs ? shape.spatial : shape.length, runs ? sums_of_run : sums,
             sums);
-  Tensor partial = new_double(x, 0);
+  Tensor partial = new_double(x, {0});
   if (runs) {
     rows::run_units<Op, true>(kOp, stream, x, a, partial, results);
   } else if (results && rows::held(a.at)) {
@@ -95,7 +95,7 @@ struct Kernels : OnCuda {
                           {in<T>(of.weight), in<T>(of.u_weight), in<T>(of.u_bias)}};
     T* const columns[1] = {out<T>(of.to_weight)};
     const bool any = columns[0] != nullptr;
-    Tensor means = new_double(of.x, any ? 2 * shape.rows : 0);
+    Tensor means = new_double(of.x, {any ? 2 * shape.rows : 0});
     a.of = {in<double>(of.mean), in<double>(of.invstd), out<double>(means), shape.rows,
             1.0 / static_cast<double>(shape.length)};
     if (any || rows::any_output(a)) {

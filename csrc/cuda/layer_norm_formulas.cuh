@@ -12,8 +12,6 @@
 
 namespace sib_fast::cuda::layer_norm {
 
-using packs::Compute;
-
 // k[0] … k[2] of every class: what makes x̂ of x.
 template <class T, int K>
 __device__ __forceinline__ void keep_hat(const Centre<T>& centre, double invstd, T (&k)[K]) {

@@ -6,7 +6,7 @@
 
 #include "common/norm.h"
 #include "cuda/block.cuh"
-#include "cuda/packs.cuh"
+#include "cuda/pack.cuh"
 
 namespace sib_fast::cuda {
 
@@ -27,10 +27,9 @@ __device__ __forceinline__ void add_about_pivot(const T (&x)[M], int count, T pi
   sums[1] += static_cast<double>(square) + (2.0 * s + shift) * step;
 }
 
-// Cuts aim at this many blocks: 16 for each of the 132 multiprocessors of an H200, in at most kMostParts parts to
-// merge. Constants, so that every cut, and with it every bit, depends on the shape alone. What the best are, no device
+// Cuts aim at so many rounds of blocks (blocks_for), in at most kMostParts parts to merge. What the best are, no device
 // has said yet.
-constexpr int64_t kBlocksWanted = 16 * 132, kMostParts = 512;
+constexpr int64_t kNormRounds = 16, kMostParts = 512;
 
 // 2^bits threads side by side, at most 32, for `wanted` places.
 inline int width_bits_of(int64_t wanted) {
@@ -43,11 +42,11 @@ struct RowParts {
   int64_t step;  // rows of a part
   int parts;
 };
-// Of so many rows for so many tiles of columns; a part has at least `least` rows.
-inline RowParts cut_rows(int64_t rows, int64_t tiles, int64_t least) {
+// Of so many rows of x for so many tiles of columns; a part has at least `least` rows.
+inline RowParts cut_rows(const Tensor& x, int64_t rows, int64_t tiles, int64_t least) {
   if (rows <= 2 * least) return {rows, 1};
   const int64_t most = std::min(kMostParts, rows / least);
-  const int64_t step = divide_up(rows, std::min(divide_up(kBlocksWanted, tiles), most));
+  const int64_t step = divide_up(rows, std::min(divide_up(blocks_for(x, kNormRounds), tiles), most));
   return {step, static_cast<int>(divide_up(rows, step))};
 }
 

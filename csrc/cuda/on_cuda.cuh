@@ -9,9 +9,8 @@ namespace sib_fast::cuda {
 struct OnCuda {
   using BFloat16 = torch::headeronly::BFloat16;
   using Half = torch::headeronly::Half;
-  struct Guard {
-    explicit Guard(const Tensor& x) : current(x.get_device_index()) {}
-    DeviceGuard current;
+  struct Guard : DeviceGuard {
+    explicit Guard(const Tensor& x) : DeviceGuard(x.get_device_index()) {}
   };
 };
 

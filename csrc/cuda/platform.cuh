@@ -201,11 +201,6 @@ namespace sib_fast::cuda {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Makes a tensor's device the current one.
-struct TensorGuard : DeviceGuard {
-  explicit TensorGuard(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
-};
-
 // Blocks that make `rounds` of the device's multiprocessors: what cuts of the work aim at. Every cut, and with it every
 // bit, then depends on the shape and on the number of multiprocessors, and on nothing else.
 inline int64_t blocks_for(const Tensor& tensor, int64_t rounds) { return rounds * device_of(tensor).multiprocessors; }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "common/head_ops.h"
+#include "cuda/on_cuda.cuh"
 #include "cuda/region_statistics_backward.cuh"
 #include "cuda/region_statistics_forward.cuh"
 
@@ -67,19 +68,6 @@ int64_t parts_of(const Tensor& map, int64_t groups, int64_t most, int64_t reside
 
 // ---- maps -----------------------------------------------------------------------------------------------------------
 
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return Element::float64;
-    case ScalarType::BFloat16:
-      return Element::bfloat16;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      return Element::float32;
-  }
-}
-
 // Planes shorter than this waste too much of their last chunk.
 constexpr int64_t kShortestPlane = 256;
 
@@ -136,16 +124,16 @@ int stages_of(int64_t stage_bytes, int64_t fixed_bytes, int64_t block_shared) {
 }
 
 template <class Tiles>
-void run_forward(const StatisticsInputs& in, const Statistics& out) {
+void run_forward(const StatisticsInputs& inputs, const Statistics& outputs) {
   using T = typename Tiles::T;
-  const auto& [vjp, x, mask, precision] = in;
+  const auto& [vjp, x, mask, precision] = inputs;
   const Stream stream = current_stream(vjp);
   GramArguments<T> args;
   args.pixels = pixels_of<T>(vjp, mask);
   args.maps[0] = map_of(vjp, mask);
   args.maps[1] = map_of(x, mask);
   const Shape& shape = args.pixels.shape;
-  const int64_t N = shape.images, which = out.background_grams ? 4 : 2;
+  const int64_t N = shape.images, which = outputs.background_grams ? 4 : 2;
   const int64_t tiles = divide_up(N, Tiles::kTile), pairs = tiles * (tiles + 1) / 2;
   const int64_t chunks = divide_up(shape.elements, Tiles::kDepth);
   const int64_t plane_chunks = divide_up(shape.pixels, Tiles::kDepth) * shape.channels;
@@ -161,10 +149,10 @@ void run_forward(const StatisticsInputs& in, const Statistics& out) {
   args.split = precision == Precision::tf32x3;
   const int64_t stage = gram_stage_bytes<Tiles>(N);
   args.stages = stages_of<Tiles>(stage, Tiles::kMomentBytes, device_of(vjp).block_shared);
-  const Tensor sums = new_float64(vjp, {which * pairs * args.parts * Tiles::kGroups * Tiles::kSumSize});
-  const Tensor moments = new_float64(vjp, {args.parts * N * 4});
-  args.sums = data_of<double>(sums);
-  args.moments = data_of<double>(moments);
+  const Tensor sums = new_double(vjp, {which * pairs * args.parts * Tiles::kGroups * Tiles::kSumSize});
+  const Tensor moments = new_double(vjp, {args.parts * N * 4});
+  args.sums = out<double>(sums);
+  args.moments = out<double>(moments);
   launch(kStatistics, region_grams_kernel<Tiles>,
          dim3(static_cast<unsigned>(pairs), static_cast<unsigned>(args.parts), static_cast<unsigned>(which)),
          dim3(Tiles::kThreads), Tiles::kMomentBytes + args.stages * stage, stream, args);
@@ -177,10 +165,10 @@ void run_forward(const StatisticsInputs& in, const Statistics& out) {
   sum.gram_blocks = static_cast<int>(which * pairs * (Tiles::kSumSize / 32));
   sum.sums = args.sums;
   sum.moments = args.moments;
-  for (int i = 0; i < 4; ++i) sum.grams[i] = data_of<double>(out.grams[i]);
+  for (int i = 0; i < 4; ++i) sum.grams[i] = out<double>(outputs.grams[i]);
   for (int i = 0; i < 2; ++i) {
-    sum.variance[i] = data_of<double>(out.variance[i]);
-    sum.mean[i] = data_of<double>(out.mean[i]);
+    sum.variance[i] = out<double>(outputs.variance[i]);
+    sum.mean[i] = out<double>(outputs.mean[i]);
   }
   const unsigned slices = static_cast<unsigned>(std::clamp<int64_t>(args.parts * Tiles::kGroups / 8, 1, kMaxSlices));
   launch(kStatistics, sum_partials_kernel<Tiles>, dim3(static_cast<unsigned>(sum.gram_blocks + divide_up(N, 32))),
@@ -194,17 +182,17 @@ bool takes_large(int64_t images, int64_t block_shared, int64_t large_bytes) {
   return large_bytes <= block_shared && divide_up(images, large) * large <= divide_up(images, small) * small * 9 / 8;
 }
 
-// On 8.0 the 128-image tile of the tensor cores spills.
+// On 8.0, whose code 8.6 and 8.9 run too, the 128-image tile of the tensor cores spills.
 template <class G16, class G32, class G64, class G128>
-void pick_forward(const StatisticsInputs& in, const Statistics& out) {
-  const Device& device = device_of(in.vjp);
-  const int64_t N = in.vjp.size(0), shared = device.block_shared;
-  if (N <= 16) return run_forward<G16>(in, out);
-  if (N <= 32) return run_forward<G32>(in, out);
-  if (N > 64 && device.capability != 80 &&
+void pick_forward(const StatisticsInputs& inputs, const Statistics& outputs) {
+  const Device& device = device_of(inputs.vjp);
+  const int64_t N = inputs.vjp.size(0), shared = device.block_shared;
+  if (N <= 16) return run_forward<G16>(inputs, outputs);
+  if (N <= 32) return run_forward<G32>(inputs, outputs);
+  if (N > 64 && device.capability >= 90 &&
       takes_large<G128, G64>(N, shared, G128::kMomentBytes + 2 * gram_stage_bytes<G128>(N)))
-    return run_forward<G128>(in, out);
-  return run_forward<G64>(in, out);
+    return run_forward<G128>(inputs, outputs);
+  return run_forward<G64>(inputs, outputs);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -221,9 +209,9 @@ int64_t gradient_stage_bytes(int64_t images) {
 }
 
 template <class Tiles>
-void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
+void run_backward(const StatisticsInputs& inputs, const StatisticsGradients& grads) {
   using T = typename Tiles::T;
-  const auto& [vjp, x, mask, precision] = in;
+  const auto& [vjp, x, mask, precision] = inputs;
   const Stream stream = current_stream(vjp);
   GradientArguments<T> args;
   args.pixels = pixels_of<T>(vjp, mask);
@@ -238,12 +226,12 @@ void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) 
   const Tensor variance =
       torch::stable::new_empty(mask, {N * static_cast<int64_t>(sizeof(VarianceGrad<T>) / sizeof(T))}, type);
   PrepareArguments<T> prepare{};
-  for (int64_t i = 0; i < grams; ++i) prepare.grad_gram[i] = const_data_of<double>(*grads.grad_gram[i]);
+  for (int64_t i = 0; i < grams; ++i) prepare.grad_gram[i] = in<double>(*grads.grad_gram[i]);
   for (int i = 0; i < 2; ++i) {
-    prepare.grad_variance[i] = const_data_of<double>(*grads.grad_variance[i]);
-    prepare.mean[i] = const_data_of<double>(*grads.mean[i]);
+    prepare.grad_variance[i] = in<double>(*grads.grad_variance[i]);
+    prepare.mean[i] = in<double>(*grads.mean[i]);
   }
-  prepare.sym = data_of<T>(sym);
+  prepare.sym = out<T>(sym);
   prepare.variance = reinterpret_cast<VarianceGrad<T>*>(variance.mutable_data_ptr());
   prepare.images = N;
   prepare.padded = padded;
@@ -267,7 +255,7 @@ void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) 
   args.split = precision == Precision::tf32x3;
   const int64_t stage = gradient_stage_bytes<Tiles>(N), fixed = gradient_fixed_bytes<Tiles>(N);
   args.stages = stages_of<Tiles>(stage, fixed, device_of(vjp).block_shared);
-  T* const grad_mask = grads.grad_mask != nullptr ? data_of<T>(*grads.grad_mask) : nullptr;
+  T* const grad_mask = grads.grad_mask != nullptr ? out<T>(*grads.grad_mask) : nullptr;
   bool mask_written = false;
 
   // The x-parts write grad_M, the vjp-parts add to it.
@@ -276,11 +264,11 @@ void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) 
     if ((which >= 2 && !background) || (grad == nullptr && grad_mask == nullptr)) continue;
     args.map = map_of(which % 2 == 0 ? vjp : x, mask);
     args.grad = grad != nullptr ? map_of(*grad, mask) : Map{};
-    args.sym = const_data_of<T>(sym) + which * padded * padded;
+    args.sym = in<T>(sym) + which * padded * padded;
     args.variance = which == 0 ? prepare.variance : nullptr;
     args.foreground = which < 2;
     args.add_grad = which >= 2;
-    args.grad_mask = in_parts ? data_of<T>(*parts) : grad_mask;
+    args.grad_mask = in_parts ? out<T>(*parts) : grad_mask;
     args.add_mask = mask_written && !in_parts;
     launch(kStatistics, region_gradients_kernel<Tiles>,
            dim3(static_cast<unsigned>(args.column_blocks), static_cast<unsigned>(row_tiles),
@@ -288,44 +276,42 @@ void run_backward(const StatisticsInputs& in, const StatisticsGradients& grads) 
            dim3(Tiles::kThreads), fixed + args.stages * stage, stream, args);
     if (in_parts) {
       launch(kStatistics, sum_channel_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(plane, 256))), dim3(256), 0,
-             stream, const_data_of<T>(*parts), grad_mask, plane, args.channel_parts, mask_written);
+             stream, in<T>(*parts), grad_mask, plane, args.channel_parts, mask_written);
     }
     mask_written = true;
   }
 }
 
 template <class G16, class G32, class G64, class G128>
-void pick_backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
-  const int64_t N = in.vjp.size(0), shared = device_of(in.vjp).block_shared;
-  if (N <= 16) return run_backward<G16>(in, grads);
-  if (N <= 32) return run_backward<G32>(in, grads);
+void pick_backward(const StatisticsInputs& inputs, const StatisticsGradients& grads) {
+  const int64_t N = inputs.vjp.size(0), shared = device_of(inputs.vjp).block_shared;
+  if (N <= 16) return run_backward<G16>(inputs, grads);
+  if (N <= 32) return run_backward<G32>(inputs, grads);
   const int64_t large_bytes = gradient_fixed_bytes<G128>(N) + 2 * gradient_stage_bytes<G128>(N);
   if (N > 64 && large_bytes <= shared && divide_up(N, 128) * 128 <= divide_up(N, 64) * 64 * 9 / 8)
-    return run_backward<G128>(in, grads);
-  return run_backward<G64>(in, grads);
+    return run_backward<G128>(inputs, grads);
+  return run_backward<G64>(inputs, grads);
 }
 
-struct StatisticsKernels {
-  using Guard = TensorGuard;
-
+struct StatisticsKernels : OnCuda {
   template <class T>
-  static void forward(const StatisticsInputs& in, const Statistics& out) {
+  static void forward(const StatisticsInputs& inputs, const Statistics& outputs) {
     if constexpr (sizeof(T) == 8)
-      in.vjp.size(0) <= 16 ? run_forward<WideGram16>(in, out) : run_forward<WideGram32>(in, out);
-    else if (in.precision == Precision::ieee)
-      pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram64>(in, out);
+      inputs.vjp.size(0) <= 16 ? run_forward<WideGram16>(inputs, outputs) : run_forward<WideGram32>(inputs, outputs);
+    else if (inputs.precision == Precision::ieee)
+      pick_forward<IeeeGram16, IeeeGram32, IeeeGram64, IeeeGram64>(inputs, outputs);
     else
-      pick_forward<Tf32Gram16, Tf32Gram32, Tf32Gram64, Tf32Gram128>(in, out);
+      pick_forward<Tf32Gram16, Tf32Gram32, Tf32Gram64, Tf32Gram128>(inputs, outputs);
   }
 
   template <class T>
-  static void backward(const StatisticsInputs& in, const StatisticsGradients& grads) {
+  static void backward(const StatisticsInputs& inputs, const StatisticsGradients& grads) {
     if constexpr (sizeof(T) == 8)
-      in.vjp.size(0) <= 16 ? run_backward<WideGrad16>(in, grads) : run_backward<WideGrad32>(in, grads);
-    else if (in.precision == Precision::ieee)
-      pick_backward<IeeeGrad16, IeeeGrad32, IeeeGrad64, IeeeGrad128>(in, grads);
+      inputs.vjp.size(0) <= 16 ? run_backward<WideGrad16>(inputs, grads) : run_backward<WideGrad32>(inputs, grads);
+    else if (inputs.precision == Precision::ieee)
+      pick_backward<IeeeGrad16, IeeeGrad32, IeeeGrad64, IeeeGrad128>(inputs, grads);
     else
-      pick_backward<Tf32Grad16, Tf32Grad32, Tf32Grad64, Tf32Grad128>(in, grads);
+      pick_backward<Tf32Grad16, Tf32Grad32, Tf32Grad64, Tf32Grad128>(inputs, grads);
   }
 };
 

@@ -6,8 +6,6 @@
 
 namespace sib_fast::cuda {
 
-enum class Element : int { float32, float64, bfloat16, float16 };
-
 // planes: chunks of K pixels of one channel; the channels of a chunk of pixels follow each other, so that its mask
 // stays in L1. flat: an image is one run of memory, in its own order. scattered: every element by its strides.
 enum class Order : int { planes, flat, scattered };

@@ -25,11 +25,11 @@
 #include "common/norm.h"
 #include "cuda/block.cuh"
 #include "cuda/on_cuda.cuh"
-#include "cuda/packs.cuh"
+#include "cuda/pack.cuh"
 
 namespace sib_fast::cuda::rows {
 
-using packs::blank, packs::load, packs::Pack, packs::store;
+using packs::blank, packs::load, packs::store;
 
 constexpr int kThreads = 128, kMostThreads = 256;
 
@@ -449,7 +449,7 @@ void run_held(const char* op, Stream stream, Arguments<Op>& a) {
 template <class Op, bool kRuns>
 void run_units(const char* op, Stream stream, const Tensor& x, Arguments<Op>& a, Tensor& partial, bool results) {
   a.at.lanes = lanes_for(a.at.piece_packs, kUnroll);
-  partial = new_double(x, a.at.units * a.at.unit_sums);
+  partial = new_double(x, {a.at.units * a.at.unit_sums});
   a.partial = out<double>(partial);
   const dim3 grid(static_cast<unsigned>(divide_up(a.at.units, kThreads / a.at.lanes))), block(kThreads);
   launch(op, unit_sums_kernel<Op, kRuns>, grid, block, 0, stream, a);

@@ -19,8 +19,6 @@ namespace {
 
 constexpr const char* kOp = "softmax";
 
-using packs::Compute;
-
 // Inputs u, gy, y.
 template <class E>
 struct Second {
@@ -72,7 +70,7 @@ struct Kernels : OnCuda {
     if (rows::held(a.at)) {
       rows::run_held(kOp, current_stream(y), a);
     } else {
-      Tensor partial = new_double(y, 0);
+      Tensor partial = new_double(y, {0});
       rows::run_units<Second<E>, false>(kOp, current_stream(y), y, a, partial, true);
     }
   }

@@ -99,6 +99,21 @@ def test_the_statistics_cuts_follow_the_device(multiprocessors, monkeypatch):
     assert rounds / -(-x * y * z // multiprocessors) > 0.9
 
 
+@pytest.mark.parametrize("multiprocessors", [56, 132, 148])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((64, 64, 56, 56), torch.contiguous_format), ((512, 2048, 14, 14), torch.channels_last)],
+    ids=str,
+)
+def test_the_norms_cuts_follow_the_device(shape, layout, multiprocessors, monkeypatch):
+    """Sixteen rounds of blocks, one a multiprocessor, or a little less: parts are whole images or rows."""
+    monkeypatch.setenv("SIB_FAST_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+    with recorded() as launches:
+        torch.ops.sib_fast_emulated._batch_norm(torch.empty(shape, memory_format=layout), None, None, 1e-5)
+    x, y, *_ = launches[0]
+    assert 0.8 < x * y / (16 * multiprocessors) <= 1
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(128, 64, 512, 512), (200_000, 64, 14, 14), (2, 100_000, 8, 8)], ids=str)
 def test_the_norms_of_a_large_batch(shape, layout):

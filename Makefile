@@ -29,13 +29,13 @@ SELECTION := $(if $(LONG),--long)
 # Says what is fetched, built and installed, without the resolver's warnings.
 INSTALL := python tools/install.py
 
-.PHONY: demo test test-all check quick interpret old old-triton37 pinned packaging wheel bench gpu gpu-bundle format clean doctor FORCE
+.PHONY: demo test test-all check quick interpret old old-triton37 pinned packaging site wheel bench gpu gpu-bundle format clean doctor FORCE
 
 demo: $(VENV)/.built-demo
 	$(BIN)/python -m sib_fast study --quick $(ARGS)
 
 # Everything that CI runs, in the order of what fails soonest.
-test: check quick interpret old pinned packaging
+test: check quick interpret old pinned packaging site
 
 # The same without samples. What it found is stored with commit and machine in benchmarks/results/test_all.json.
 test-all: $(VENV)/.built-all
@@ -106,9 +106,13 @@ check-dist:
 release: check-dist
 	gh release create $(RELEASE) --verify-tag --generate-notes dist/*
 
-# What README and docs show runs, and the files that they name exist.
-docs: $(VENV)/.built
-	$(BIN)/python -m pytest tests/test_readme.py tests/test_input_gradients.py tests/integrations/test_pages.py
+# build/site, for a browser; and what README and docs show runs, the files that they name exist, the reference is whole.
+docs: site
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py tests/test_input_gradients.py tests/integrations/test_pages.py
+
+# Warnings are errors. Nothing is fetched.
+site: $(VENV)/.built
+	$(BIN)/python tools/docs.py
 
 $(PUBLISHER)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PUBLISHER)

@@ -4,6 +4,7 @@ the gate, the report and the comparison must say what they claim; the ledger mus
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -537,9 +538,22 @@ def test_suites_write_what_compare_reads(tmp_path):
 
 
 def ledger() -> list[list[str]]:
-    lines = (ROOT / "benchmarks/results/README.md").read_text().splitlines()
+    lines = (ROOT / "benchmarks/results/README.md").read_text().partition("<!-- /ops -->")[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return [row for row in rows if row[0] != "kernel or claim" and not set(row[0]) <= set("- ")]
+
+
+def test_the_ledger_begins_with_every_op_on_every_device():
+    top = (ROOT / "benchmarks/results/README.md").read_text().partition("<!-- /ops -->")[0].partition("<!-- ops -->")[2]
+    rows = {row.split("`")[1]: [cell.strip() for cell in row.strip("|").split("|")][1:] for row in top.splitlines() if "`" in row}
+    assert rows.keys() == {path.parent.name for path in (ROOT / "sib_fast/ops").glob("*/README.md")}
+    stored_on_gpu = [path for path in (ROOT / "benchmarks/results").glob("*/*.json") if json.loads(path.read_text()).get("gpu")]
+    for op, (_, emulated, interpreted, cuda, triton) in rows.items():
+        kernels = getattr(importlib.import_module(f"sib_fast.ops.{op}"), "KERNELS", ())
+        assert (emulated != "none") == ("cuda" in kernels), op
+        assert (interpreted != "none", triton != "none") == ("triton" in kernels,) * 2, op
+        assert stored_on_gpu or "unverified" in cuda, op
+        assert stored_on_gpu or triton == "none" or "unverified" in triton, op
 
 
 @pytest.fixture(scope="module")

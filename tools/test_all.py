@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.provenance import provenance, write_json  # noqa: E402
 
-STEPS = ["check", "quick", "interpret", "old", "old-triton37", "pinned", "packaging"]
+STEPS = ["check", "quick", "interpret", "old", "old-triton37", "pinned", "packaging", "site"]
 RECORD = ROOT / "benchmarks/results/test_all.json"
 
 

@@ -223,7 +223,7 @@ def test_more_than_two_to_the_31_elements(kernel):
 
 @real_gpu
 def test_memory_of_the_head_is_a_fraction_of_naives(kernel):
-    """The issue: extra memory at most 15 % of the naive head's, at its own size or an eighth of it."""
+    """The goal: extra memory at most 15 % of the naive head's, at its own size or an eighth of it."""
     from benchmarks import timing
     from benchmarks.baselines import heads_for, natural_inputs, value_and_gradient
 

@@ -220,8 +220,8 @@ _FOREGROUND_WEIGHTS = {"small_conv_net": {"lambda_fg": 3.0}, "small_resnet": {"l
 
 # By the rules of docs/study-evidence/protocol.md; every choice is in docs/study-evidence/selection.csv.
 _TERM: dict[str, Any] = {"evidence": "rectified", "scalar": "energy", "normalise_cotangent": True, "weight": 1.0}
-_AREA: dict[str, Any] = {"kind": "area", "target_area": 0.1} | _TERM
-_SHARE: dict[str, Any] = {"kind": "share"} | _TERM
+_AREA: dict[str, Any] = _TERM | {"kind": "area", "target_area": 0.1, "evidence": "absolute"}
+_SHARE: dict[str, Any] = _TERM | {"kind": "share", "normalise_cotangent": False}
 _NORM = {"weight": 0.1}
 _MAP_GRADIENT = {"lambda_fg": 0.0, "lambda_bg": 1e7}
 _CUTOUT = {"side": 12}
@@ -277,7 +277,7 @@ def variants(arch: str) -> dict[str, Variant]:
         "share_random": {"evidence": _SHARE, "mask": "random"},
         "feature_norm": {"norm": _NORM},
         "map_gradient": {"sib": _MAP_GRADIENT, "mask": "none", "layer": MAP},
-        "cam_entropy": {"evidence": {"kind": cam_entropy} | _TERM},
+        "cam_entropy": {"evidence": _TERM | {"kind": cam_entropy, "evidence": "absolute"}},
         "cutout": {"cutout": _CUTOUT},
     }
     return {name: Variant(name, LABELS[name], **fields) for name, fields in made.items()}

@@ -82,7 +82,7 @@ class EvidenceTerm:
     evidence: str | Callable[[Tensor, Tensor], Tensor] = "rectified"
     weight: float = 1.0
     at: str | nn.Module | None = None
-    scalar: str | Callable = "label_logit"
+    scalar: str | Callable = "energy"
     normalise_cotangent: bool = True
     target_area: float = 0.1
     mask: str | Callable[[Tensor], Tensor] | None = "density"

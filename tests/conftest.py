@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,9 @@ from tests import selection
 
 PUBLIC_BACKENDS = _backends.BACKENDS
 NAMESPACES = {"triton": TRITON, "emulated": "sib_fast_emulated"}
+# A shell's `command &` ignores it in all that the command starts: the tests of Ctrl-C would test nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 EMULATION = Path(__file__).parent.parent / "build/in-place/libsib_fast_cuda_emulated.so"
 
 

@@ -52,7 +52,7 @@ def annotation(which: str) -> Tensor | GivenMask | None:
     return {"own": None, "given": values, "cells": values[:, :, ::2, ::2].double(), "all annotated": None}[which]
 
 
-def plainly(net: MappedNet, x: Tensor, target: Tensor, given, *, kind, form, scalar="label_logit", **options) -> Tensor:
+def plainly(net: MappedNet, x: Tensor, target: Tensor, given, *, kind, form, scalar="energy", **options) -> Tensor:
     x = x.detach().clone().requires_grad_()
     features = net.trunk(x)
     logits = net.head(features)
@@ -183,8 +183,8 @@ def test_beside_the_s_ib_terms(how):
     logits = plain.head(features)
     (vjp,) = torch.autograd.grad(SCALARS["energy"](logits, target), leaf, retain_graph=True)
     mask = sib_fast.foreground_mask(vjp, window_size=WINDOW)
-    label = SCALARS["label_logit"](logits, target)
-    value = 2.0 * plain_evidence(features, logits, label, kind="share", form="rectified", mask=mask)
+    energy = SCALARS["energy"](logits, target)
+    value = 2.0 * plain_evidence(features, logits, energy, kind="share", form="rectified", mask=mask)
     added = parameter_gradients(value, plain)
     of_both, of_one = parameter_gradients(loss, net), parameter_gradients(published, alone)
     assert relative_error(loss - published, value) < 1e-8  # 1,000 is in both losses
@@ -226,12 +226,12 @@ def test_area_of_one_cell_and_of_a_constant_map():
     features.requires_grad_()
     logits = features.mean(dim=(2, 3))
     target = torch.tensor([0, 1])
-    criterion = EvidenceLoss("area", target_area=0.0)
+    criterion = EvidenceLoss("area", scalar="label_logit", target_area=0.0)
     with pytest.warns(UserWarning, match="has 4×5 cells, fewer than 7×7"):
         loss = criterion(logits, target, features=features)
     assert criterion.terms["area"].item() == pytest.approx((1 / 20 + 1) / 2, rel=1e-12)
     assert (loss - criterion.terms["base"]).item() == pytest.approx(criterion.terms["area"].item(), rel=1e-12)
-    criterion = EvidenceLoss("area", target_area=0.25)
+    criterion = EvidenceLoss("area", scalar="label_logit", target_area=0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss = criterion(logits, target, features=features)
@@ -253,7 +253,8 @@ def scaled(kind: str, form: str, size: float, dtype: torch.dtype) -> tuple[Tenso
     features = torch.rand(3, 4, 8, 8, generator=generator, dtype=torch.float64)
     features = features.to(dtype).requires_grad_()
     logits = features.flatten(1) @ (size * weight).to(dtype).requires_grad_().T
-    criterion = EvidenceLoss(kind, evidence=form, mask="given", target_area=0.0, normalise_cotangent=False)
+    options = {"scalar": "label_logit", "normalise_cotangent": False}
+    criterion = EvidenceLoss(kind, evidence=form, mask="given", target_area=0.0, **options)
     mask = torch.rand(3, 1, 8, 8, generator=generator) if kind == "share" else None
     loss = criterion(logits, torch.tensor([0, 1, 2]), mask=mask, features=features)
     (grad,) = torch.autograd.grad(loss - F.cross_entropy(logits, torch.tensor([0, 1, 2])), features)
@@ -766,8 +767,8 @@ def test_a_trunk_under_no_grad():
 def test_soft_targets_and_one_logit():
     x, target = problem()
     net, other = MappedNet().double(), MappedNet().double()
-    hard = EvidenceLoss("area").attach(net)
-    soft = EvidenceLoss("area").attach(other)
+    hard = EvidenceLoss("area", scalar="label_logit").attach(net)
+    soft = EvidenceLoss("area", scalar="label_logit").attach(other)
     hard(net(x), target)
     soft(other(x), 0.9 * F.one_hot(target, 5).double() + 0.02)
     assert torch.equal(hard.terms["area"], soft.terms["area"])
@@ -775,7 +776,7 @@ def test_soft_targets_and_one_logit():
     criterion = EvidenceLoss("area", base_loss=nn.BCEWithLogitsLoss()).attach(one)
     criterion(one(x), target % 2)
     assert 0 < criterion.terms["area"] <= 1
-    several = EvidenceLoss("area", base_loss=nn.BCEWithLogitsLoss()).attach(net := MappedNet().double())
+    several = EvidenceLoss("area", scalar="label_logit", base_loss=nn.BCEWithLogitsLoss()).attach(net := MappedNet().double())
     with pytest.raises(ValueError, match="target must hold one label per image for scalar='label_logit'"):
         several(net(x), torch.ones(5, 5, dtype=torch.float64))
 
@@ -855,7 +856,7 @@ def test_bad_calls():
     features = torch.rand(5, 2, 8, 8).requires_grad_()
     logits = features.flatten(1) @ torch.rand(128, 5)
     with pytest.raises(RuntimeError, match="the evidence must depend on the network's parameters"):
-        EvidenceLoss(evidence="squared")(logits, target, features=features)
+        EvidenceLoss(evidence="squared", scalar="label_logit")(logits, target, features=features)
     shared = nn.Sequential(block := nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()), block, *POOL, nn.Linear(3, 5))
     criterion = EvidenceLoss(at="1").attach(shared)
     with pytest.raises(RuntimeError, match="'1' must run once in a forward pass"):

@@ -262,11 +262,12 @@ class SIBLoss(Criterion):
             found = self._evidence_beside(logits, target, features, vjp.detach(), mask.detach(), given, compute)
             loss = loss + self._times * self.evidence.weight * found.value
             self.terms |= {"loss": loss.detach().clone(), **found.terms}
-        self._unread_mask = mask.detach()
         # A compiled step returns the terms, a captured one fills them at every replay, and a given mask is its giver's to change.
         captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or captured or not mask.requires_grad:
-            self.terms  # noqa: B018
+            self.terms["mask_area"] = mask.detach().mean()
+        else:
+            self._unread_mask = mask.detach()
         if self._debug and not torch.compiler.is_compiling():
             # The loss last: the first bad tensor in the order of computation is the one that helps.
             loss_last = dict(sorted(self.terms.items(), key=lambda term: term[0] == "loss"))

@@ -90,6 +90,15 @@ def test_a_study_leaves_every_network_its_record_and_a_report(finished):
     assert "What next" in end
 
 
+def test_records_without_their_networks_go_on_without_a_picture(finished, tmp_path):
+    shutil.copytree(finished[0] / "results", tmp_path / "results")
+    shutil.copy(finished[0] / "study.json", tmp_path)
+    printed = study(tmp_path)
+    assert f"picture: left out, {tmp_path / 'networks' / 'small_conv_net.plain.seed0.pt'} is missing" in printed
+    assert not (tmp_path / "panel.png").exists()
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_scores_can_be_computed_again_from_the_files(finished):
     out, _ = finished
     for record in records(out).values():

@@ -249,8 +249,14 @@ class _PictureOnce:
 
     def make(self, finished: list[Task], say: Callable[[str], None]) -> None:
         from sib_fast.lab.study.picture import save_picture
+        from sib_fast.lab.study.records import file_stem
 
         if self.made or not set(self.shown) <= set(finished):
+            return
+        files = [self.config.out / "networks" / f"{file_stem(*task)}.pt" for task in self.shown]
+        if missing := [path for path in files if not path.exists()]:  # as where records were moved without their networks
+            self.made = True
+            say(f"picture: left out, {missing[0]} is missing")
             return
         (arch, _, seed), config = self.shown[0], self.config
         path = save_picture(config.out, arch, [variant for _, variant, _ in self.shown], seed, config.settings())

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sib_fast.lab.networks import LITE, NETWORK_FORMAT, TIMM, NetworkSpec, classifier_parameters, timm_config
 
 FILES = (".pt", ".pth", ".safetensors")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+# Of other programs' checkpoints: where the weights lie, and what wrappers put before their names.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
 # TensorFlow's preprocessing of the Lite networks
 _LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
 _Channels = tuple[float, float, float]
@@ -77,33 +78,44 @@ def read_weights(init: str, arch: str) -> Weights:
     return _torchvision(init, arch)
 
 
-def _from_file(path: Path, arch: str) -> Weights:
-    if not path.is_file():
-        raise FileNotFoundError(f"train: init must be a file or a name of weights, got {path}, where no file is")
+def read_document(path: Path, said: str) -> Any:
+    """What is in the file; nothing in it runs. said: whose argument the path is, for messages: ``"train: init"``.
+
+    Errors:  ValueError for a file that is no such one; ImportError without safetensors, where that is what it is.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            document: Any = load_file(path)
-        else:
-            document = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise ImportError(f"train: init {path} needs safetensors, got {error}; pip install safetensors") from error
+        raise ImportError(f"{said} {path} needs safetensors, got {error}; pip install safetensors") from error
     except Exception as error:  # whatever an unpickler can throw at a foreign file, some of it a page long
         got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"train: init must be a file of weights that weights_only=True can read, got {path}: {got}") from error
+        raise ValueError(f"{said} must be a file of weights that weights_only=True can read, got {path}: {got}") from error
+
+
+def tensors_in(document: Any, path: Path, said: str) -> dict[str, Tensor]:
+    """A state dict out of the wrappers of other programs' checkpoints, by plain names. Errors: ValueError where there is none."""
+    while isinstance(document, dict) and (key := next((k for k in _WRAPPERS if isinstance(document.get(k), dict)), None)):
+        document = document[key]
+    state = {str(k): v for k, v in document.items() if isinstance(v, Tensor)} if isinstance(document, dict) else {}
+    if not state:
+        raise ValueError(f"{said} must be a file of weights, got {path}, which holds no state dict")
+    return _plain_names(state)
+
+
+def _from_file(path: Path, arch: str) -> Weights:
+    said = "train: init"
+    if not path.is_file():
+        raise FileNotFoundError(f"{said} must be a file or a name of weights, got {path}, where no file is")
+    document = read_document(path, said)
     if isinstance(document, dict) and document.get("format") == NETWORK_FORMAT:
         fields = document["spec"]
         mean, std, classes = (tuple(fields[name]) for name in ("mean", "std", "classes"))
         return Weights(str(path), document["state_dict"], mean, std, classes)
-    for name in _WRAPPERS:
-        if isinstance(document, dict) and isinstance(document.get(name), dict):
-            document = document[name]
-    state = {k: v for k, v in document.items() if isinstance(v, Tensor)} if isinstance(document, dict) else {}
-    if not state:
-        raise ValueError(f"train: init must be a file of weights, got {path}, which holds no state dict")
-    mean, std = _usual_normalisation(arch)
-    return Weights(str(path), _plain_names(state), mean, std)
+    return Weights(str(path), tensors_in(document, path, said), *usual_normalisation(arch))
 
 
 def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +152,7 @@ def _timm(init: str, arch: str) -> Weights:
             raise ValueError(f"train: init must be a file for arch {arch}, got {init!r}: timm has no weights of it") from error
         where = f"https://huggingface.co/{config['hf_hub_id']}" if config.get("hf_hub_id") else config["url"]
         raise _offline(arch, error, "model.safetensors" if config.get("hf_hub_id") else Path(where).name, where) from error
-    return Weights(f"timm's {arch.removeprefix(TIMM)}", state, *_usual_normalisation(arch))
+    return Weights(f"timm's {arch.removeprefix(TIMM)}", state, *usual_normalisation(arch))
 
 
 def _torchvision(init: str, arch: str) -> Weights:
@@ -174,7 +186,7 @@ def _offline(arch: str, error: Exception, name: str, url: str, place: Path | Non
     )
 
 
-def _usual_normalisation(arch: str) -> tuple[_Channels | None, _Channels | None]:
+def usual_normalisation(arch: str) -> tuple[_Channels | None, _Channels | None]:
     """What images the published weights of an architecture were trained on; None where there are none."""
     if arch == LITE:
         return (_LITE_MEAN,) * 3, (_LITE_STD,) * 3

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sib_fast import cli
-from sib_fast.lab.networks import NetworkSpec, save_network
+from sib_fast.lab.networks import NetworkSpec, build_network, save_network
 from sib_fast.lab.shortcut import diagnose, open_network, run, verdict, versions
 from sib_fast.lab.shortcut.images import gather, open_folder
 from sib_fast.lab.shortcut.numbers import Estimate, estimates
@@ -737,8 +737,13 @@ def test_timm_and_safetensors(tmp_path):
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(found.logits(x), model(found.prepared(x)), atol=1e-5)
-    with pytest.raises(ValueError, match=r"a name of timm.list_models\(\) after 'timm:', got 'nothing'"):
+    with pytest.raises(ValueError, match="arch must be timm:<name> of a model of timm"):
         open_network(tmp_path / "net.safetensors", "timm:nothing")
+
+
+def test_each_architecture_gets_the_normalisation_of_its_published_weights(tmp_path):
+    torch.save(build_network("efficientnet_lite0", 3).state_dict(), tmp_path / "lite.pt")
+    assert open_network(tmp_path / "lite.pt", "efficientnet_lite0").mean == (127 / 255,) * 3
 
 
 def test_files_that_are_not_the_network(tmp_path):
@@ -750,7 +755,7 @@ def test_files_that_are_not_the_network(tmp_path):
         open_network(tmp_path / "bare.pt", "resnet18")
     with pytest.raises(ValueError, match=r"must hold weights of squeezenet1_1, got no classifier\.1\.weight"):
         open_network(tmp_path / "bare.pt", "squeezenet1_1")
-    with pytest.raises(ValueError, match="must be a state dict without code"):
+    with pytest.raises(ValueError, match="checkpoint must be a file of weights that weights_only=True can read"):
         open_network(tmp_path / "text.pt", "resnet18")
 
 

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sib_fast.lab.networks import NetworkSpec, build_network, load_network
+from sib_fast.lab.networks import TIMM, NetworkSpec, build_network, load_network, timm_config
+from sib_fast.lab.pretrained import read_document, tensors_in, usual_normalisation
 from sib_fast.lab.shortcut.images import first_of
 
 _OP = "diagnose"
 OTHER = "another class"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # lab.transforms has them too, and needs torchvision
-# Of other programs' checkpoints: where the weights lie, and what wrappers put before their names.
-_KEYS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
 _PROBE = 1009  # classes of a network that is built to see which parameters are the classifier's: a prime, no usual width
 
 
@@ -153,7 +151,8 @@ def open_network(
 
 
 def _with_weights(arch: str, checkpoint: Path) -> tuple[NetworkSpec, nn.Module]:
-    weights = _read_weights(checkpoint)
+    said = f"{_OP}: checkpoint"
+    weights = tensors_in(read_document(checkpoint, said), checkpoint, said)
     auxiliary = any(name.lower().startswith("aux") for name in weights)
     with torch.device("meta"):
         probe = _build(arch, _PROBE, auxiliary)
@@ -178,56 +177,20 @@ def _with_weights(arch: str, checkpoint: Path) -> tuple[NetworkSpec, nn.Module]:
             f"{len(missing)} missing ({first_of(missing)}), {len(unlike)} of another shape ({first_of(unlike)}) in {checkpoint}"
         )
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
-    mean, std, size = *_IMAGENET, 224
-    if arch.startswith("timm:"):
-        import timm.data
-
-        config = timm.data.resolve_model_data_config(model)
-        mean, std, size = tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1])
-    elif arch == "inception_v3":
-        size = 299
-    return NetworkSpec(arch, (), size, mean, std), model.eval()
+    # googlenet and inception_v3 of 1000 classes undo ImageNet's normalisation themselves (`_build`)
+    mean, std = usual_normalisation(arch)
+    size = 299 if arch == "inception_v3" else 224
+    if arch.startswith(TIMM):
+        size = int(timm_config(arch).get("input_size", (size,))[-1])
+    return NetworkSpec(arch, (), size, mean or _IMAGENET[0], std or _IMAGENET[1]), model.eval()
 
 
 def _build(arch: str, num_classes: int, auxiliary: bool) -> nn.Module:
-    if arch.startswith("timm:"):
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f"{_OP}: arch {arch!r} needs timm, got {error}; pip install 'sib_fast[timm]'") from error
-        name = arch.removeprefix("timm:")
-        if not timm.is_model(name):
-            raise ValueError(f"{_OP}: arch must be a name of timm.list_models() after 'timm:', got {name!r}")
-        return timm.create_model(name, pretrained=False, num_classes=num_classes)
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights have 1000 classes, and want its older normalisation on top of ImageNet's
         options = {"aux_logits": auxiliary, "init_weights": False, "transform_input": num_classes == 1000}
     return build_network(arch, num_classes, **options)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, out of their wrappers."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            document: Any = load_file(path)
-        else:
-            document = torch.load(path, map_location="cpu", weights_only=True)
-        while isinstance(document, Mapping) and (key := next((k for k in _KEYS if isinstance(document.get(k), Mapping)), None)):
-            document = document[key]
-        weights = {str(name): value for name, value in document.items() if isinstance(value, Tensor)}
-        if not weights:
-            raise ValueError("no tensors")
-    except ImportError as error:
-        raise ImportError(f"{_OP}: {path} needs safetensors, got {error}; pip install safetensors") from error
-    except Exception as error:  # whatever an unpickler can throw at a foreign file, some of it a page long
-        got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{_OP}: checkpoint must be a state dict without code in it, got {got} in {path}") from error
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
 
 
 # ---- what the logits mean -----------------------------------------------------------------------------------------------

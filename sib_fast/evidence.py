@@ -62,7 +62,7 @@ class EvidenceTerm:
     With A the map, R_A the VJP of the scalar at A, and e the evidence, one number per cell of A:
     "area" is the part of the map that the evidence takes up, with a hinge; it needs neither mask nor image. "share" is the part
     of the evidence that lies on the background, 1 − M, where M is a mask brought to A's cells (a cell with some object is none of
-    the background) and not differentiated. Both lie in [0, 1], so that the weight needs no search.
+    the background) and not differentiated. Both lie in [0, 1], whatever the scale of R_A and the size of the image.
 
     Args:    kind: "area", "share", or a function (evidence [N, 1, h, w], mask [N, 1, h, w] or None) -> [N].
              evidence: "rectified", relu(Σ_k R_A⊙A), what Grad-CAM shows; "absolute", Σ_k |R_A⊙A|, or "squared", Σ_k R_A², which

@@ -15,7 +15,7 @@ _OP = "EvidenceLoss"
 
 
 class EvidenceLoss(Criterion):
-    """Base loss plus a ratio on the evidence map at the last feature map before pooling (SPEC 11); no weight to search.
+    """Base loss plus a ratio on the evidence map at the last feature map before pooling (SPEC 11).
 
         criterion = sib_fast.EvidenceLoss("area").attach(model)      # then train as before: criterion(logits, target)
         loss = criterion(logits, target, mask=masks)                 # "share": given masks, boxes, partial annotation
@@ -26,8 +26,9 @@ class EvidenceLoss(Criterion):
     1 − M; see `EvidenceTerm`, whose arguments these are. Only what lies between A and the logits is differentiated twice: a step
     with "area", or with given masks and mask="given", costs a plain one, nothing is captured at the image, and the layers below
     A may be compiled (`model.trunk = torch.compile(model.trunk)`). The own mask of "share" adds one backward pass from A to the
-    image, without weight gradients and without a graph: a third of a plain step, and with a frozen trunk, whose step has no
-    backward pass of its own there, the dearer part of it.
+    image, without weight gradients and without a graph: a third of a plain step by its flops, up to a half in time on a CPU
+    (benchmarks/results/amd-epyc-2-cores/step_evidence.json), and with a frozen trunk, whose step has no backward pass of its
+    own there, the dearer part of it.
 
     Active as `SIBLoss` is, with the same `every`, `accumulation_steps`, `one_step`, `train_in_eval_mode` and state; otherwise it
     is the base loss alone.

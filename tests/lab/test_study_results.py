@@ -1,11 +1,12 @@
 """The study's pages show what its stored records say."""
 
+import statistics
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("scipy")
-from sib_fast.lab.study.records import load_study
+from sib_fast.lab.study.records import IN_DISTRIBUTION, SHIFTED, explanation, load_study
 from sib_fast.lab.study.report import markdown
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,12 +22,21 @@ def test_the_table_is_that_of_the_records(study):
     assert (ROOT / "docs/study/table.md").read_text() == markdown(study)
 
 
-def test_the_readme_quotes_the_table(study):
-    table = set(markdown(study).splitlines())
-    readme = (ROOT / "README.md").read_text().partition("## Does it work?")[2].partition("## Install")[0]
-    rows = [line for line in readme.splitlines() if line.startswith("|")]
-    assert len(rows) > 8
-    assert [row for row in rows if row not in table] == []
+def test_the_readmes_table_is_that_of_the_records(study):
+    rows = {
+        "accuracy, backgrounds shifted": SHIFTED,
+        "accuracy, backgrounds as in training": IN_DISTRIBUTION,
+        "inside the object: vanilla gradient": explanation("saliency", "energy"),
+        "inside the object: integrated gradients": explanation("integrated_gradients", "energy"),
+        "inside the object: Grad-CAM": explanation("grad_cam", "energy"),
+    }
+    columns = [(arch, variant) for arch in study.architectures for variant in ("plain", "unmasked", "sib")]
+    means = {
+        label: [f"{statistics.fmean(study.values(*column, quantity).values()):.3f}" for column in columns]
+        for label, quantity in rows.items()
+    }
+    table = (ROOT / "README.md").read_text().partition("<!-- study -->\n")[2].partition("<!-- /study -->")[0]
+    assert {label: cells for label, *cells in (line.strip("| ").split(" | ") for line in table.splitlines()[2:])} == means
 
 
 def test_every_planned_network_is_reported_on_seeds_that_settings_were_not_chosen_on(study):

@@ -15,6 +15,7 @@ import torch
 
 import sib_fast
 from tests import selection
+from tools import faults, plant_faults
 
 ROOT = Path(__file__).parent.parent
 PYTHON_FILES = sorted((ROOT / "sib_fast").rglob("*.py"))
@@ -166,6 +167,15 @@ def test_import_rules_hold_and_a_planted_breach_is_caught(file, line, tmp_path):
         path.write_text(path.read_text() + f"\n{line}\n")
     result = lint_imports(tmp_path)
     assert (result.returncode == 0) == (file is None), result.stdout[-2000:]
+
+
+def test_every_fault_fits_its_source(request):
+    """One that does not is found stale hours into a run of tools/plant_faults.py, which must leave this test out."""
+    assert request.node.nodeid == plant_faults.FITS
+    assert f"--deselect={plant_faults.FITS}" in plant_faults.EVERYTHING
+    sources = {file: (ROOT / file).read_text() for _, file, _, _ in faults.FAULTS}
+    assert [what for what, file, text, _ in faults.FAULTS if sources[file].count(text) != 1] == []
+    assert len({what for what, *_ in faults.FAULTS}) == len(faults.FAULTS)
 
 
 def test_every_environment_switch_is_documented():

@@ -12,12 +12,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Whose tiles were chosen with the compiler that is here: with triton 3.8 all; with 3.6 sm_90; with 3.7, an older ptxas, none.
+TUNED = {"3.6": (90,), "3.7": ()}.get(version("triton")[:3] if find_spec("triton") else "", CAPABILITIES)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # then @triton.jit makes no function that can be compiled
 _POINTER = {
     torch.float64: "*fp64",

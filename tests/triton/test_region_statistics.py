@@ -331,7 +331,7 @@ def test_small_maps_of_every_size_share_their_kernels(layout):
 
 @pytest.mark.sampled(1)
 @compiled_only
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize("capability", aot.TUNED)
 def test_default_configurations_have_no_stack_and_no_spills(capability, drawn):
     table = TABLE_OF[capability]
     launches = [launch for images in (16, 32, 64, 128, 200, 384) for launch in launches_of((images, 3, 64, 64), table)]

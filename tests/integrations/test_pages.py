@@ -21,7 +21,7 @@ from tests.integrations.steps import assert_same_parameters, batches_of, explici
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/trainers.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
 NEEDS = {
     "timm": ["timm.task"],
     "Lightning": ["lightning"],
@@ -29,7 +29,16 @@ NEEDS = {
     "Accelerate": ["accelerate"],
 }
 FROZEN, SEVERAL_CALLS = "Fine-tuning with frozen batch norm", "Steps of several calls: LBFGS, SAM, a mixup of two losses"
+ALONE, BESIDE = "Evidence terms: `EvidenceLoss`", "S-IB together with an evidence term"
 TERMS = {"base", "foreground", "background"}
+# What the blocks of evidence terms have, by hand, and what is logged of it.
+EVIDENCE = {
+    ALONE: (lambda: sib_fast.EvidenceLoss("area"), {"loss", "base", "area", "evidence_dead"}),
+    BESIDE: (
+        lambda: sib_fast.SIBLoss(window_size=5, evidence=sib_fast.EvidenceTerm("share")),
+        {"loss", *TERMS, "mask_area", "share", "evidence_dead", "object_cells"},
+    ),
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -43,7 +52,10 @@ def test_every_section_with_code_is_run():
         "Accelerate",
         FROZEN,
         SEVERAL_CALLS,
+        ALONE,
+        BESIDE,
     }
+    assert PAGE.count("```python") == len(SECTIONS)
 
 
 def lbfgs_steps(batches):
@@ -89,11 +101,13 @@ def test_the_block_trains_as_the_explicit_form_does(section, tmp_path, monkeypat
     # The block of Accelerate does not prepare the model; every other way does.
     if section == SEVERAL_CALLS:
         wanted = lbfgs_steps(batches)
+    elif section in EVIDENCE:
+        wanted = explicit_steps(batches, lr=0.1, criterion=EVIDENCE[section][0]())
     else:
         wanted = explicit_steps(batches, lr=0.1, fast=section != "Accelerate", training=section != FROZEN, lambda_fg=0.01)
     assert_same_parameters(model, wanted)
     seen = {name.removeprefix("sib/") for name in logged[0]}
-    assert seen >= TERMS, logged[0]
+    assert seen >= TERMS if section not in EVIDENCE else seen == EVIDENCE[section][1], logged[0]
 
 
 EXAMPLES = {

@@ -11,7 +11,8 @@
 //           write goes through the blocks in the opposite order, so that it meets first what the sums read last and
 //           L2 still holds.
 // Order     a thread's elements in memory order; lanes by butterfly, warps or rows of threads, then parts, in fixed
-//           order; the cut depends on the shape and the type alone: equal inputs give equal bits.
+//           order; the cut depends on the shape, the type and the number of multiprocessors: equal inputs give equal
+//           bits on one kind of GPU.
 // Offsets   int64 throughout.
 #pragma once
 

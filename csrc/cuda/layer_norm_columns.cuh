@@ -7,7 +7,8 @@
 //
 // Traffic   columns read the inputs once more, in the opposite order of the rows' pass: L2 holds what that read last.
 // Order     a thread's rows in memory order, in T at most kRows of them; rows of threads halved onto each other; parts
-//           by warp, then warps. The cut depends on the shape and the type alone: equal inputs give equal bits.
+//           by warp, then warps. The cut depends on the shape, the type and the number of multiprocessors: equal inputs
+//           give equal bits on one kind of GPU.
 #pragma once
 
 #include "cuda/layer_norm_formulas.cuh"

@@ -63,7 +63,7 @@ __device__ __forceinline__ void put(T* to, Pack<T, V> pack, bool add) {
 //           start, products; then the epilogue. grad_M is summed over the channels in registers.
 // Traffic   reads map and mask N/kRows times (twice where N > kRows: the epilogue), writes grad and grad_mask once.
 // Order     products of kChain, then float32 sums over images, then channels in order: fixed by the shape.
-// Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton.py; truth: reference.py.
+// Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton/; truth: reference.py.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     region_gradients_kernel(const __grid_constant__ GradientArguments<typename Tiles::T> args) {

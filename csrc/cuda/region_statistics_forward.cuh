@@ -157,7 +157,7 @@ __device__ __forceinline__ void copy_chunk(const GramArguments<typename Tiles::T
 // Traffic   every tile reads its 2·kTile (diagonal: kTile) images once: N/kTile reads of a map in all, from L2 where
 //           the tiles of one part run together. Packs of shared memory meet in no bank (tests/cuda/test_banks.py).
 // Order     products of a chain, of a part: fixed by the shape; float64 sums of kPartial products belong to one thread.
-// Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton.py; truth: reference.py.
+// Twins     cpu/region_statistics_kernels.cpp, ops/region_statistics/triton/; truth: reference.py.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     region_grams_kernel(const __grid_constant__ GramArguments<typename Tiles::T> args) {

@@ -19,7 +19,7 @@ def allow_double_backward(model: _Model, optimizer: optim.Optimizer) -> _Model:
     the old weights: a hook of the optimiser does that. Costs the memory of the gathered parameters between the passes.
 
     Errors:  TypeError if model was not passed through `fully_shard`, or optimizer is none.
-    Source:  pytorch#172543 (set_reshard_after_backward); research/ecosystem.md 3d.
+    Source:  pytorch#172543 (set_reshard_after_backward).
     """
     if not isinstance(model, FSDPModule):
         raise TypeError(

@@ -116,6 +116,7 @@ class EvidenceOptions:
         evidence: ``"area"`` or ``"share"``, and the others are :class:`sib_fast.EvidenceTerm`'s of the same names:
             evidence_form: ``evidence``. evidence_weight: ``weight``. evidence_at: ``at``. evidence_window: ``window_size``.
             evidence_area: ``target_area``.
+        evidence_every: :class:`sib_fast.EvidenceLoss`'s ``every``. Beside S-IB it is 1: S-IB's ``every`` holds for both.
     """
 
     evidence: str = "area"
@@ -124,6 +125,7 @@ class EvidenceOptions:
     evidence_at: str | None = None
     evidence_window: int | None = None
     evidence_area: float = EvidenceTerm.target_area
+    evidence_every: int = 1
 
     def arguments(self, given: bool) -> dict[str, Any]:
         """Of EvidenceTerm and EvidenceLoss. given: every image comes with a mask, so that none has to be made."""
@@ -262,6 +264,10 @@ class TrainConfig:
         for name in ("mixup", "cutmix"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"train: {name} must be finite and not negative, got {getattr(self, name)}")
+        if self.term is not None and self.sib is not None and self.term.evidence_every != 1:
+            raise ValueError(
+                f"train: evidence_every must be 1 beside S-IB, whose every holds for both, got {self.term.evidence_every}"
+            )
         read_rates(self.part_lr)
         if self.true_masks and not self.reads_masks:
             raise ValueError("train: true_masks must not be given for plain training, got True")
@@ -319,7 +325,7 @@ class TrainConfig:
         base_loss = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
         if self.term is None:
             return base_loss
-        return EvidenceLoss(**arguments, base_loss=base_loss, accumulation_steps=self.accumulate)
+        return EvidenceLoss(**arguments, base_loss=base_loss, accumulation_steps=self.accumulate, every=self.term.evidence_every)
 
     @property
     def differentiates(self) -> bool:

@@ -358,6 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(evidence, "evidence_at", "module whose output is the map; by default the last before pooling", str, metavar="NAME")
     option(evidence, "evidence_window", "side of the own mask's density window, odd", int)
     option(evidence, "evidence_area", "the area is not lowered below it", float)
+    option(evidence, "evidence_every", "the term at every k-th step only; beside --sib its --every holds for both", int)
 
 
 def settings(args: argparse.Namespace) -> TrainConfig:

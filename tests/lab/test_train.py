@@ -358,6 +358,15 @@ def test_evidence_terms_beside_either_training(tmp_path, sib, capsys):
         assert ("background" in row) == (sib is not None)
 
 
+def test_an_evidence_term_alone_at_every_other_step(tmp_path):
+    """Three steps, of which two have the term; the log is of those two."""
+    config = TrainConfig(**TINY | {"epochs": 1}, sib=None, term=EvidenceOptions("share", evidence_every=2), out=tmp_path)
+    criterion = config.criterion()
+    assert (criterion.every, criterion.every_weight) == (2, "sum")
+    assert main(parse(*words(config))) == 0
+    assert 0 < float(read_log(tmp_path)[0]["share"]) < 1
+
+
 def test_annotated_on_the_command_line_says_that_masks_are_used():
     chosen = settings(parse("--annotated", "0.1"))
     assert (chosen.true_masks, chosen.annotated) == (True, 0.1)
@@ -756,6 +765,7 @@ def test_recipes_are_defaults_that_options_override():
         ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks, got annotated 0.5"),
         ("--plain --annotated 0.5", "train: true_masks must not be given for plain training, got True"),
         ("--plain --evidence area --true-masks", "train: true_masks must not be given for plain training, got True"),
+        ("--evidence area --evidence-every 2", "train: evidence_every must be 1 beside S-IB, whose every holds for both, got 2"),
         ("--evidence-form absolute", "train: evidence_form must come with evidence area or share, got 'absolute'"),
         ("--evidence volume", "kind must be one of"),
         ("--evidence area --evidence-at nowhere", "train: arch must take S-IB or plain steps at image_size 32, got"),

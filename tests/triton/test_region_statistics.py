@@ -114,13 +114,21 @@ def test_every_walk(shape, layout, kernel, monkeypatch):
     assert_matches(inputs, value_and_grads(laid_out, kernel), 1e-12)
 
 
-def test_maps_that_are_cut_differently_are_merged_together(kernel, monkeypatch):
-    """x channels last: other blocks, other splits, and float64 partial sums for one map's sake."""
+@pytest.mark.parametrize(("kind", "multiprocessors"), [("float64", 200), ("tensor", 3)])
+def test_maps_that_are_cut_differently_are_merged_together(kind, multiprocessors, kernel, monkeypatch):
+    """x channels last: another number of splits, or float64 partial sums for x's sake alone."""
+    dtype, precision = KINDS[kind]
     monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 32)
-    force_tile(monkeypatch, tiles.Tile(16, 32, 4, 1, 16), multiprocessors=2)
-    vjp, x, mask = inputs_of((18, 70, 7, 9), torch.float64)
+    force_tile(monkeypatch, tile := tiles.Tile(16, 32, 4, 1, 16), multiprocessors)
+    vjp, x, mask = inputs_of((3, 70, 5, 7), dtype)
     laid_out = vjp, x.contiguous(memory_format=torch.channels_last), mask
-    assert_matches(laid_out, value_and_grads(laid_out, kernel), 1e-12)
+    units = [kernels._order(map_, kernels._walk(map_), tile.block_d)[2] for map_ in laid_out[:2]]
+    (of_vjp,), (of_x,) = (kernels._cuts(of_map, 3, tile, 2, 2 * multiprocessors) for of_map in units)
+    if kind == "float64":
+        assert 1 < of_vjp.splits < of_x.splits
+    else:
+        assert of_vjp.units * tile.block_d <= operands.PARTIAL.value < of_x.units * tile.block_d
+    assert_matches(laid_out, value_and_grads(laid_out, kernel, precision), 1e-12 if kind == "float64" else 1e-6)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 46, 114, 160])

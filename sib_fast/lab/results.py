@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,17 @@ def remove_partials(folder: Path) -> None:
     """Remove what :func:`write_atomically` leaves of a process that was killed as it wrote."""
     for partial in folder.rglob(".*.partial"):
         partial.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> Any:
+    """A result as JSON can hold it: a dataclass is an object, a number that is not finite (a mean over nothing) is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Interrupted(KeyboardInterrupt):

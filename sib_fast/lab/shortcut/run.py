@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sib_fast import _checks
 from sib_fast.explain import METHODS, UndefinedMethodError, explain
-from sib_fast.lab.results import Interrupted, environment, write_atomically
+from sib_fast.lab.results import Interrupted, as_json, environment, write_atomically
 from sib_fast.lab.shortcut.answers import Answers, ask
 from sib_fast.lab.shortcut.images import Images, gather
 from sib_fast.lab.shortcut.numbers import Estimate, estimates
@@ -131,7 +131,7 @@ class Diagnosis:
         """Every number, and every image's answers. What is not defined is null."""
         document = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PICTURES}
         document["worst"] = [strip.name for strip in self.worst]
-        return json.dumps(_plain(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(as_json(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     def to_html(self) -> str:
         """One page that needs no other file."""
@@ -157,17 +157,6 @@ class Diagnosis:
 
 
 _PICTURES = ("example", "worst")  # JPEG
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: dataclasses as dicts, NaN as null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def diagnose(

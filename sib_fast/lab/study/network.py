@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ from sib_fast.lab.data import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.fit import fit
 from sib_fast.lab.networks import NetworkSpec, build_network, save_network
-from sib_fast.lab.results import commit, write_atomically
+from sib_fast.lab.results import as_json, commit, write_atomically
 from sib_fast.lab.study.composites import composites
 from sib_fast.lab.study.measures import background_measures, evidence_map, evidence_measures, maps_of, method_options
 from sib_fast.lab.study.progress import Tell, work
@@ -103,7 +102,7 @@ def run_network(
         "weights": str(weights),
         "commit": commit(),
     }
-    document = json.dumps(_without_nan(record), indent=1, allow_nan=False)
+    document = json.dumps(as_json(record), indent=1, allow_nan=False)
     write_atomically(out / "results" / f"{stem}.json", (document + "\n").encode())
     return record
 
@@ -150,10 +149,3 @@ def _localisation(maps: Tensor, masks: Tensor) -> dict[str, float]:
         metrics.update(maps, masks)
         values = {name: float(value) for name, value in metrics.compute().items()}
     return values | {"undefined": metrics["energy"].undefined}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a mean over no image is null."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

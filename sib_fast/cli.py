@@ -10,7 +10,7 @@ from sib_fast._version import __version__
 from sib_fast.lab import panel, train
 from sib_fast.lab.results import report_interrupt
 from sib_fast.lab.shortcut import command as diagnose
-from sib_fast.lab.study import run as study
+from sib_fast.lab.study import command as study
 from sib_fast.nn.inspect import add_arguments as add_inspect_arguments
 from sib_fast.nn.inspect import main as inspect_main
 

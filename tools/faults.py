@@ -437,7 +437,7 @@ FAULTS = [
     ("study: sd of the differences biased", "sib_fast/lab/study/statistics.py", "pairs.std(ddof=1)", "pairs.std(ddof=0)"),
     ("study: interval of one side", "sib_fast/lab/study/statistics.py", "t.ppf((1 + LEVEL) / 2, freedom)", "t.ppf(LEVEL, freedom)"),
     ("study: worse shown as better", "sib_fast/lab/study/statistics.py", 'return "better" if self.mean * direction > 0 else "worse"', 'return "better" if self.mean > 0 else "worse"'),
-    ("study: explained images more than there are", "sib_fast/lab/study/run.py", "if self.explained > self.test_size:", "if False:"),
+    ("study: explained images more than there are", "sib_fast/lab/study/config.py", "if self.explained > self.test_size:", "if False:"),
     ("study: warm-up steps are timed", "sib_fast/lab/study/timing.py", "if i >= _WARM_UP:", "if i >= 0:"),
     ("study: the variant's mask is the density", "sib_fast/lab/study/variants.py", 'mask = _MASKS.get(self.mask, "density")', 'mask = "density"'),
 ]  # fmt: skip

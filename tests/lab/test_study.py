@@ -25,8 +25,8 @@ from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.evaluate import accuracy, gradient_map
 from sib_fast.lab.networks import load_network
 from sib_fast.lab.study import measures, network, progress, report, run, timing
+from sib_fast.lab.study.config import StudyConfig
 from sib_fast.lab.study.records import file_stem
-from sib_fast.lab.study.run import StudyConfig
 from sib_fast.lab.study.variants import ARCHITECTURES, LABELS, find_variant, variants
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,9 +13,9 @@ from sib_fast import cli
 from sib_fast.lab.data import EmbeddedDigits
 from sib_fast.lab.networks import build_network
 from sib_fast.lab.study import measures, plan, run, selection
+from sib_fast.lab.study.config import StudyConfig
 from sib_fast.lab.study.records import PROTOCOLS, SHIFTED, Quantity, explanation, load_study
 from sib_fast.lab.study.report import markdown, write_report
-from sib_fast.lab.study.run import StudyConfig
 from sib_fast.lab.study.statistics import holm, primary, secondary, verdicts
 from sib_fast.lab.study.variants import cam_entropy, centred, find_variant, others, random_masks
 

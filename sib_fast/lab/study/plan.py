@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sib_fast.lab.study import run as study
-from sib_fast.lab.study.run import StudyConfig
+from sib_fast.lab.study.config import StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,13 +1,10 @@
-"""The study's command: which networks, on how many processes, and what is on disk when it stops."""
+"""Run a study: which networks are missing, on how many processes, and what is on disk when it stops."""
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import shlex
@@ -16,146 +13,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sib_fast.lab.data import OBJECT_SHARE
-from sib_fast.lab.results import Interrupted, environment, remove_partials, report_interrupt, write_atomically
+from sib_fast.lab.results import Interrupted, environment, remove_partials, write_atomically
+from sib_fast.lab.study.config import StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sib_fast.lab.study.progress import Progress, Task, Tell
 
-_QUICK = {
-    "out": Path("runs/quick"),
-    "architectures": ("small_conv_net",),
-    "variants": ("plain", "sib"),
-    "seeds": (100, 101, 102),
-    "test_size": 1000,
-    "explained": 200,
-    "timing_steps": 20,
-}
-
-
 _ADDED = ("object_share", "contrast", "randomisation")  # settings that a study from before them has at their defaults
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """Everything a study depends on; each field is an option of ``sib-fast study``.
-
-    Attributes:
-        out: folder for results, networks, logs and the report. A run in the same folder with the same settings goes on
-            where an earlier one stopped, and may add architectures, variants and seeds.
-        architectures: of :data:`sib_fast.lab.study.variants.ARCHITECTURES`.
-        variants: of :data:`sib_fast.lab.study.variants.LABELS`; ``sib:lambda_bg=3e5`` is `sib` with another weight.
-        seeds: of data, initial weights and batches; networks of one seed are paired.
-        epochs, batch_size, lr, weight_decay, width, train_size, image_size, correlation: of the training.
-        object_share, contrast: of the composites, see :class:`sib_fast.lab.data.EmbeddedDigits`.
-        test_size: composites of each of the two test sets.
-        explained: how many of the shifted composites are explained.
-        methods: explanation methods, of :data:`sib_fast.lab.study.measures.METHODS`.
-        randomisation: compare the maps with those of a network with random weights.
-        protocol: of :data:`sib_fast.lab.study.records.PROTOCOLS`: what the report compares and asks.
-        jobs: networks trained at a time, one thread each.
-        timing_steps: training steps of each kind to time at the end; 0 leaves the timing out.
-        progress: show what is being trained and the time left.
-
-    Errors:  ValueError, naming the option, for a value out of range.
-    """
-
-    out: Path = Path("runs/study")
-    architectures: tuple[str, ...] = ("small_conv_net", "small_resnet")
-    variants: tuple[str, ...] = ("plain", "sib", "sib_relative", "background_only", "unmasked")
-    seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
-    epochs: int = 50
-    batch_size: int = 32
-    lr: float = 3e-3
-    weight_decay: float = 1e-2
-    width: int = 16
-    train_size: int = 512
-    image_size: int = 32
-    correlation: float = 0.4
-    object_share: tuple[float, ...] = OBJECT_SHARE
-    contrast: float = 1.0
-    test_size: int = 5000
-    explained: int = 500
-    methods: tuple[str, ...] = ()
-    randomisation: bool = True
-    protocol: str = "s-ib"
-    jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
-    timing_steps: int = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        from sib_fast.explain import METHODS as EXPLAINERS
-        from sib_fast.lab.study.measures import METHODS
-        from sib_fast.lab.study.records import PROTOCOLS
-        from sib_fast.lab.study.variants import ARCHITECTURES, find_variant
-
-        for name in ("architectures", "variants", "seeds", "methods", "object_share"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "out", Path(self.out))
-        object.__setattr__(self, "methods", self.methods or tuple(EXPLAINERS))
-        for name, known in (("architectures", ARCHITECTURES), ("methods", METHODS)):
-            chosen = getattr(self, name)
-            if not chosen or not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
-                raise ValueError(f"study: {name} must be distinct and among {', '.join(known)}, got {' '.join(chosen) or 'none'}")
-        if not self.variants or len(set(self.variants)) < len(self.variants):
-            raise ValueError(f"study: variants must be distinct, got {' '.join(self.variants) or 'none'}")
-        for variant in self.variants:
-            find_variant(self.architectures[0], variant)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"study: seeds must be distinct and not negative, got {list(self.seeds)}")
-        for name in ("epochs", "batch_size", "width", "train_size", "test_size", "explained", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"study: {name} must be at least 1, got {getattr(self, name)}")
-        if not 2 <= self.batch_size <= self.train_size:
-            raise ValueError(f"study: batch_size must lie in [2, {self.train_size}], got {self.batch_size}")
-        if self.timing_steps < 0:
-            raise ValueError(f"study: timing_steps must not be negative, got {self.timing_steps}")
-        if self.explained > self.test_size:
-            raise ValueError(f"study: explained must not exceed test_size {self.test_size}, got {self.explained}")
-        if self.image_size < 16:
-            raise ValueError(f"study: image_size must be at least 16, got {self.image_size}")
-        if len(self.object_share) != 2 or not 0 < self.object_share[0] <= self.object_share[1] <= 1:
-            raise ValueError(f"study: object_share must be two ascending numbers in (0, 1], got {list(self.object_share)}")
-        if not 0 < self.contrast <= 1:
-            raise ValueError(f"study: contrast must be in (0, 1], got {self.contrast}")
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"study: protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
-        if not 0 <= self.correlation <= 1:
-            raise ValueError(f"study: correlation must be in [0, 1], got {self.correlation}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"study: lr must be positive and finite, got {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"study: weight_decay must be finite and not negative, got {self.weight_decay}")
-
-    def settings(self) -> dict[str, Any]:
-        """What a network's numbers depend on besides its architecture, variant and seed, as JSON keeps it."""
-        free = {"out", "jobs", "timing_steps", "progress", "protocol", "architectures", "variants", "seeds"}
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if k not in free}
-        # no option: it is here so that networks of the two layouts, whose rounding differs, do not mix in one folder
-        return fields | {"memory_format": "channels_last"}
-
-    def command(self) -> str:
-        """The command line that makes this configuration."""
-        words = ["sib-fast", "study"]
-        default = StudyConfig()
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != getattr(default, field.name) and field.name not in ("jobs", "progress"):
-                if isinstance(value, bool):
-                    words.append(f"--no-{field.name.replace('_', '-')}")
-                    continue
-                words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-        return shlex.join(words)
-
-    def planned(self) -> list[tuple[str, str, int]]:
-        """Networks in the order of training: every variant of a seed before the next seed, so that pairs are complete early."""
-        return [(arch, variant, seed) for seed in self.seeds for arch in self.architectures for variant in self.variants]
 
 
 def missing(config: StudyConfig) -> list[Task]:
@@ -425,97 +294,3 @@ def _run_task(task: Task, settings: dict[str, Any], out: Path, tell: Tell) -> di
         return run_network(arch, find_variant(arch, variant), seed, settings, out, tell)
     finally:
         torch.set_num_threads(before)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``sib-fast study``; their defaults are :class:`StudyConfig`'s."""
-    quick = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in _QUICK.items())
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        metavar="FILE",
-        help="run the stages of a file, with no option beside it but out, jobs and no-progress",
-    )
-    parser.add_argument("--quick", action="store_true", help=f"a study of minutes; other defaults: {quick}")
-    texts = {
-        "out": ("FOLDER", "results, networks, logs and the report; an earlier run's is continued"),
-        "architectures": ("NAME", "small_conv_net, small_resnet"),
-        "variants": ("NAME", "ways of training, or all; sib:lambda_bg=3e5 is sib with another weight"),
-        "seeds": ("SEED", "of data, weights and batches; networks of a seed are paired"),
-        "epochs": ("N", "passes over the training images"),
-        "batch_size": ("N", "images per step"),
-        "lr": ("RATE", "peak learning rate"),
-        "weight_decay": ("RATE", "AdamW's"),
-        "width": ("N", "channels of the first layer"),
-        "train_size": ("N", "training images"),
-        "image_size": ("PIXELS", "height and width of the images"),
-        "correlation": ("P", "excess probability of the class's own background in training"),
-        "object_share": ("SHARE", "least and greatest side of a digit's square over the image's"),
-        "contrast": ("FACTOR", "of the ink's opacity"),
-        "test_size": ("N", "composites of each test set"),
-        "explained": ("N", "shifted composites that are explained"),
-        "methods": ("NAME", "explanation methods (default: those of sib_fast.explain)"),
-        "protocol": ("NAME", "what the report compares and asks: s-ib, evidence"),
-        "jobs": ("N", "networks at a time, one thread each"),
-        "timing_steps": ("N", "training steps of each kind to time at the end, 0 for none"),
-    }
-    kinds: dict[str, Callable[[str], Any]] = {"out": Path, "seeds": int, "lr": float}
-    kinds |= dict.fromkeys(("weight_decay", "correlation", "object_share", "contrast"), float)
-    for name in ("epochs", "batch_size", "width", "train_size", "image_size", "test_size", "explained", "jobs", "timing_steps"):
-        kinds[name] = int
-    for field in dataclasses.fields(StudyConfig):
-        if field.name not in texts:
-            continue
-        metavar, text = texts[field.name]
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        shown = f"{text} (default: {_shown(default)})" if default != () else text
-        repeated = {"nargs": "+"} if isinstance(default, tuple) else {}
-        flag = f"--{field.name.replace('_', '-')}"
-        # no default here: --quick changes some, and only what was given on the command line must win over it
-        parser.add_argument(
-            flag, default=argparse.SUPPRESS, type=kinds.get(field.name, str), metavar=metavar, help=shown, **repeated
-        )
-    parser.add_argument(
-        "--no-randomisation",
-        dest="randomisation",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="leave out the comparison with the maps of random weights",
-    )
-    parser.add_argument(
-        "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="only a line per finished network"
-    )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _run_plan(path: Path, quick: bool, given: dict[str, Any]) -> None:
-    from sib_fast.lab.study.plan import run_plan
-
-    beside = [*(["quick"] if quick else []), *(name for name in given if name not in ("out", "jobs", "progress"))]
-    if beside:
-        raise ValueError(f"study: plan must stand alone but for out, jobs and no-progress, got {', '.join(beside)}")
-    out = given.pop("out", StudyConfig.out)
-    run_plan(path, out, **given)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run with the options of :func:`add_arguments`. Returns 0, 2 for a bad option, 130 after an interrupt."""
-    try:
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(StudyConfig) if hasattr(args, f.name)}
-        if given.get("variants") == ["all"]:
-            from sib_fast.lab.study.variants import LABELS
-
-            given["variants"] = tuple(LABELS)
-        if args.plan is None:
-            run(StudyConfig(**(_QUICK if args.quick else {}) | given))
-        else:
-            _run_plan(args.plan, args.quick, given)
-    except (ValueError, ImportError) as error:
-        print(f"sib-fast study: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        return report_interrupt("study", error)
-    return 0

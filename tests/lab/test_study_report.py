@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from scipy import stats
 
 from sib_fast.explain import METHODS, REPORTED
-from sib_fast.lab.study import figures, report
+from sib_fast.lab.study import figures, report, sentences, tables
 from sib_fast.lab.study.records import IN_DISTRIBUTION, MEAN_OF_SIX, METRICS, SHIFTED, Quantity, explanation, load_study
 from sib_fast.lab.study.statistics import (
     MET,
@@ -164,10 +164,10 @@ def test_a_value_that_is_not_defined_drops_its_pair_and_is_listed(tmp_path, valu
     assert other.seeds == (1, 2, 3)
     # five methods are no mean of six
     assert difference(made, *TRIPLE, explanation(MEAN_OF_SIX, "energy")).seeds == (1, 3)
-    lines = "\n".join(report.gaps(made))
+    lines = "\n".join(sentences.gaps(made))
     assert "Without a value: small net, S-IB, seed 2: Grad-CAM: energy inside ↑" in lines
     assert "images over all seeds: small net, Grad-CAM: S-IB 50" in lines
-    cells = report.headline(made, "net").rows[list(REPORTED).index("grad_cam")]
+    cells = tables.headline(made, "net").rows[list(REPORTED).index("grad_cam")]
     assert cells[2].text.endswith("(n = 2)")
     assert cells[3].text.endswith("(n = 2)")
 
@@ -281,7 +281,7 @@ def test_one_seed_decides_nothing_and_has_no_interval(tmp_path):
     found = difference(made, *TRIPLE, SHIFTED)
     assert found.mean == pytest.approx(0.1)
     assert all(map(math.isnan, (found.sd, found.low, found.high)))
-    assert "(one seed)" in report.headline(made, "net").rows[-2][3].text
+    assert "(one seed)" in tables.headline(made, "net").rows[-2][3].text
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
         assert metric.definition in text
     for verdict in verdicts(made, "net"):
         assert verdict.expectation in text
-    for line in (*report.answer(made), *report.gaps(made), *report.status_lines(made)):
+    for line in (*sentences.answer(made), *sentences.gaps(made), *sentences.status_lines(made)):
         assert line in text
     assert [p for p in paths if not p.is_file()] == []
     assert not list(made.out.rglob("*.partial"))
@@ -421,7 +421,7 @@ def test_markdown_table(written):
 
 def test_what_got_worse_has_its_place(written):
     made, _ = written
-    worse, unclear, others = report.not_improved(made, "net")
+    worse, unclear, others = tables.not_improved(made, "net")
     # deletion rose and IoU fell for all eight methods; nothing else did
     assert len(worse.rows) == 16
     assert {row[0].text.split(": ")[1] for row in worse.rows} == {"deletion ↓", "IoU ↑"}
@@ -431,18 +431,18 @@ def test_what_got_worse_has_its_place(written):
     # behind the control in the same two
     assert {row[0].text for row in others.rows} == {f"S-IB − {made.variants['unmasked']}"}
     assert [row[1].text for row in others.rows] == ["mean of six: IoU ↑", "mean of six: deletion ↓"]
-    assert "16 worse" in report.answer(made)[2]
+    assert "16 worse" in sentences.answer(made)[2]
 
 
 def test_the_answer_says_which_way_things_went(tmp_path):
     up = study(tmp_path / "up", {"energy": 0.15, "shifted": 0.05, "inside": -0.03}, {})
-    first, second, third = report.answer(up)
+    first, second, third = sentences.answer(up)
     assert "rose by +0.150 [+0.150, +0.150] (n = 5) on the small net (by at least 0.10 for 6 of the six)" in first
     assert "shifted backgrounds rose by +0.050" in second
     assert "In distribution it fell by −0.030" in second
     assert "energy +0.150 [+0.150, +0.150] and shifted accuracy +0.050" in third
     same = study(tmp_path / "same", [{"shifted": d} for d in (-0.01, 0.0, 0.01, 0.0, 0.0)], {})
-    assert "did not change clearly" in report.answer(same)[1]
+    assert "did not change clearly" in sentences.answer(same)[1]
 
 
 def test_plots_show_the_differences(written):
@@ -480,7 +480,7 @@ def spread(**ends):
 
 
 @pytest.mark.parametrize(
-    ("sib", "control", "sentences"),
+    ("sib", "control", "expected"),
     [
         (
             {"energy": 0.15, "shifted": 0.05, "inside": -0.05},
@@ -528,21 +528,21 @@ def spread(**ends):
     ],
     ids=["better", "worse", "undecided", "control"],
 )
-def test_three_sentences_say_what_was_seen_whichever_way_it_went(tmp_path, sib, control, sentences):
+def test_three_sentences_say_what_was_seen_whichever_way_it_went(tmp_path, sib, control, expected):
     made = study(tmp_path / "s", sib, control)
-    said = report.seen(made)
+    said = sentences.seen(made)
     assert len(said) == 3
-    for sentence, words in zip(said, sentences, strict=True):
+    for sentence, words in zip(said, expected, strict=True):
         assert words in sentence
     assert ("mask" in said[2]) == (control is not None)
 
 
 def test_one_pair_of_networks_tells_nothing_from_chance_and_none_nothing_at_all(tmp_path):
-    said = report.seen(study(tmp_path / "one", {"energy": 0.3, "shifted": 0.1}, seeds=(7,)))
+    said = sentences.seen(study(tmp_path / "one", {"energy": 0.3, "shifted": 0.1}, seeds=(7,)))
     assert all("which cannot tell an effect from chance" in s for s in said[:2])
     assert "clearly" not in " ".join(said)
     records = [record("plain", 1), record("sib", 2)]
-    said = report.seen(load_study(write(tmp_path / "none", records)))
+    said = sentences.seen(load_study(write(tmp_path / "none", records)))
     assert said == ["No S-IB and plain training network of the same seed have finished: there is nothing to compare yet."]
 
 
@@ -565,7 +565,7 @@ STEPS = {"plain": 0.030, "naive": 0.090, "sib": 0.085, "prepared": 0.078}
 def test_the_cost_of_a_step_and_why(tmp_path, fixed, words):
     records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)]
     made = load_study(write(tmp_path / "s", records, step_seconds={"net": STEPS | fixed}))
-    said = report.step_cost(made, "net")
+    said = sentences.step_cost(made, "net")
     assert said.startswith("2.6 times the time of a plain training step (78 ms, 30 ms)")
     assert ("two images" in said) == (words is not None)
     if words:
@@ -585,7 +585,7 @@ def test_a_run_ends_with_the_picture_the_sentences_and_what_to_do_next(tmp_path)
     lines = report.closing_lines(made, "prog")
     text = "\n".join(lines)
     assert f"The picture: {made.out / 'panel.png'}" in text
-    assert [line for line in lines if line.startswith("  1. ")] == [f"  1. {report.seen(made)[0]}"]
+    assert [line for line in lines if line.startswith("  1. ")] == [f"  1. {sentences.seen(made)[0]}"]
     assert not re.search("not met|not decidable|not run", text)
     networks = [f"--checkpoint {made.out}/networks/net.{v}.seed1.pt" for v in ("plain", "sib")]
     assert f"prog explain {' '.join(networks)} --image FILE" in text
@@ -608,7 +608,7 @@ def test_the_page_opens_with_the_picture_and_the_sentences(written):
     made, _ = written
     content = (made.out / "report.html").read_text().replace("\u00a0%", " %").replace("&#39;", "'")
     page = content[content.index("<body>") :]
-    positions = [page.index(words) for words in ("<figure>", report.seen(made)[0], "<table>")]
+    positions = [page.index(words) for words in ("<figure>", sentences.seen(made)[0], "<table>")]
     assert positions == sorted(positions)
 
 
@@ -627,7 +627,7 @@ def test_two_architectures_are_told_apart(tmp_path):
     made = load_study(out)
     effects = {a: difference(made, a, "sib", "plain", SHIFTED).effect for a in made.architectures}
     assert effects == {"net": "better", "other": "worse", "third": ""}
-    assert "rose by +0.050 [+0.050, +0.050] (n = 2) on the small net; fell by −0.050" in report.answer(made)[1]
+    assert "rose by +0.050 [+0.050, +0.050] (n = 2) on the small net; fell by −0.050" in sentences.answer(made)[1]
     text = report.markdown(made)
     assert "**other net**" in text
     assert "third net" not in text
@@ -651,14 +651,14 @@ def test_results_that_were_not_planned_are_left_out_and_named(tmp_path):
     made = load_study(write(tmp_path / "s", records, planned=[["net", v, s] for v in ("plain", "sib") for s in (1, 2)]))
     assert sorted(n.seed for n in made.networks) == [1, 1, 2, 2]
     assert made.unplanned == (("net", "odd", 1), ("net", "sib", 3))
-    assert "Left out, not planned: net, sib, seed 3." in report.gaps(made)
-    assert report.status_lines(made) == ["2 results that were not planned are left out."]
+    assert "Left out, not planned: net, sib, seed 3." in sentences.gaps(made)
+    assert sentences.status_lines(made) == ["2 results that were not planned are left out."]
 
 
 def test_uneven_networks_are_named(tmp_path):
     records = [record(v, s) for v in ("plain", "sib") for s in (1, 2)]
     records[1] |= {"test_images": 400, "commit": "def"}
-    lines = report.gaps(load_study(write(tmp_path / "s", records)))
+    lines = sentences.gaps(load_study(write(tmp_path / "s", records)))
     assert "Networks differ in test images: 400, 500." in lines
     assert "Networks were trained at 2 commits: abc, def." in lines
 

@@ -313,6 +313,14 @@ class Study:
         """The variants that have a network of this architecture, name -> label."""
         return {v: label for v, label in self.variants.items() if self.of(arch, v)}
 
+    @property
+    def reported(self) -> list[str]:
+        """The architectures that have a network."""
+        return [arch for arch in self.architectures if self.of(arch)]
+
+    def label(self, variant: str) -> str:
+        return self.variants.get(variant, variant)
+
 
 def file_stem(arch: str, variant: str, seed: int) -> str:
     """What every file of a network is called, without its suffix."""

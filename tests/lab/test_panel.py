@@ -22,8 +22,9 @@ from sib_fast import cli
 from sib_fast.explain import METHODS, REPORTED, explain
 from sib_fast.explain.metrics import EnergyPointingGame
 from sib_fast.lab import networks
+from sib_fast.lab.grid import MASK, TITLES, VJP, draw_panel, png
 from sib_fast.lab.networks import NetworkSpec, load_network, save_network
-from sib_fast.lab.panel import MASK, TITLES, VJP, draw_panel, explanation_panel, png
+from sib_fast.lab.panel import explanation_panel
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -504,7 +505,7 @@ def test_an_interrupted_write_leaves_the_old_file(folder, tmp_path, monkeypatch,
 
 def test_every_message_is_documented():
     table = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
-    source = (Path(sib_fast.__file__).parent / "lab" / "panel.py").read_text()
-    rules = re.findall(r'f?"(?:\{_OP\}|draw_panel): ([^"{]*? must [^"{]*?)(?:, got|;|"|\{|\.$)', source)
+    source = "".join((Path(sib_fast.__file__).parent / "lab" / name).read_text() for name in ("panel.py", "grid.py"))
+    rules = re.findall(r'f?"(?:\{_OP\}|explain|draw_panel): ([^"{]*? must [^"{]*?)(?:, got|;|"|\{|\.$)', source)
     assert len(rules) >= 12
     assert [rule for rule in rules if rule.strip() not in table] == []

@@ -9,8 +9,8 @@ from typing import Any
 from sib_fast.explain import REPORTED, explain
 from sib_fast.lab.data import denormalise
 from sib_fast.lab.evaluate import gradient_map
+from sib_fast.lab.grid import VJP, draw_panel, png
 from sib_fast.lab.networks import load_network
-from sib_fast.lab.panel import VJP, draw_panel, png
 from sib_fast.lab.results import write_atomically
 from sib_fast.lab.study.composites import composites
 from sib_fast.lab.study.measures import method_options

@@ -147,6 +147,17 @@ def mean_map_kernel(vjp, mean_map, scratch, stride_n, stride_c, stride_h, stride
 
 
 @triton.jit
+def _block_of_keys(plane, scratch, histogram_at, pixels, tiles, KEYED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image; the pixels of its block, their keys, which exist; the image's histograms, the first and its sums."""
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    key, inside = _keys_of(plane + n * pixels, pixel, pixels, KEYED, WIDE)
+    histogram = scratch + n * SCRATCH + histogram_at
+    octaves = tl.load(histogram + tl.arange(0, BINS))
+    return n, pixel, key, inside, histogram, octaves, tl.cumsum(octaves, 0)
+
+
+@triton.jit
 def narrow_kernel(plane, scratch, histogram_at, pixels, tiles, half, position_0: tl.float64, position_1: tl.float64,
                   position_2: tl.float64, PASSES: tl.constexpr, WINDOWS: tl.constexpr, ORIGIN: tl.constexpr,
                   SHIFT: tl.constexpr, KEYED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -155,14 +166,7 @@ def narrow_kernel(plane, scratch, histogram_at, pixels, tiles, half, position_0:
     Shapes    plane [N, P] (KEYED: it holds keys already); scratch int32 [N, SCRATCH], added to.
     Launch    N·⌈P/BLOCK⌉ programs; each finds the intervals itself, which spares a launch.
     """
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    plane += n * pixels
-    scratch += n * SCRATCH
-    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
-    key, inside = _keys_of(plane, pixel, pixels, KEYED, WIDE)
-    histogram = scratch + histogram_at
-    octaves = tl.load(histogram + tl.arange(0, BINS))
-    seen = tl.cumsum(octaves, 0)
+    _, _, key, inside, histogram, octaves, seen = _block_of_keys(plane, scratch, histogram_at, pixels, tiles, KEYED, WIDE, BLOCK)
     subbins = tl.arange(0, SUBBINS)
     for window in tl.static_range(WINDOWS):
         _, _, start, stop = rank_window(window, half, pixels, position_0, position_1, position_2)
@@ -234,14 +238,9 @@ def collect_kernel(plane, scratch, histogram_at, counter_at, keys, key_pixels, p
     Launch    N·⌈P/BLOCK⌉ programs.
     Order     programs take places as they come: the set is the same in every run, its order is not, and ranks ignore it.
     """
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    plane += n * pixels
-    scratch += n * SCRATCH
-    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
-    key, inside = _keys_of(plane, pixel, pixels, KEYED, WIDE)
-    histogram = scratch + histogram_at
-    octaves = tl.load(histogram + tl.arange(0, BINS))
-    seen = tl.cumsum(octaves, 0)
+    n, pixel, key, inside, histogram, octaves, seen = _block_of_keys(
+        plane, scratch, histogram_at, pixels, tiles, KEYED, WIDE, BLOCK
+    )
     for window in tl.static_range(WINDOWS):
         _, _, start, stop = rank_window(window, half, pixels, position_0, position_1, position_2)
         low, high, _, size = _interval(octaves, seen, histogram, window, start, stop, PASSES, WINDOWS, ORIGIN, SHIFT, WIDE)
@@ -249,7 +248,7 @@ def collect_kernel(plane, scratch, histogram_at, counter_at, keys, key_pixels, p
             chosen = inside & (key >= low) & (key <= high)
             count = tl.sum(chosen.to(tl.int32), 0)
             if count > 0:
-                taken = tl.atomic_add(scratch + counter_at + window, count, sem="relaxed")
+                taken = tl.atomic_add(scratch + n * SCRATCH + counter_at + window, count, sem="relaxed")
                 at = (n * GATE_WINDOWS + window) * CAPACITY + taken + tl.cumsum(chosen.to(tl.int32), 0) - 1
                 tl.store(keys + at, key, mask=chosen)
                 tl.store(key_pixels + at, pixel, mask=chosen)

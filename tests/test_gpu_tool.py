@@ -31,6 +31,16 @@ def tool():
     return module
 
 
+@pytest.fixture(scope="module")
+def runner(tool):
+    return sys.modules["gpu_run"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tool):
+    return sys.modules["gpu_bundle"]
+
+
 @pytest.fixture
 def run(tool, tmp_path):
     out = tmp_path / "out"
@@ -153,8 +163,8 @@ def counts_of(world: World) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whenever_it_is_killed_what_was_done_is_kept_and_the_next_call_goes_on(tool, tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(tool, "kill", lambda process: setattr(process, "status", -9))
+def test_whenever_it_is_killed_what_was_done_is_kept_and_the_next_call_goes_on(tool, runner, tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(runner, "kill", lambda process: setattr(process, "status", -9))
     world, out, number = World(seed), tmp_path / "out", 0
     workers = world.random.randint(1, 3)
     while True:
@@ -178,8 +188,10 @@ def test_whenever_it_is_killed_what_was_done_is_kept_and_the_next_call_goes_on(t
     assert found["ok"] == (not wrong)
 
 
-def test_an_item_beyond_its_limit_is_not_judged_and_the_end_of_the_phase_is_no_verdict_either(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "kill", lambda process: setattr(process, "status", -9))
+def test_an_item_beyond_its_limit_is_not_judged_and_the_end_of_the_phase_is_no_verdict_either(
+    tool, runner, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "kill", lambda process: setattr(process, "status", -9))
     world = World(0)
     world.items = {"test_0": "hang", "test_1": "pass", "test_2": "hang"}
     found = call(tool, world, tmp_path / "out", 1, None, 1)
@@ -276,8 +288,8 @@ def test_phases_write_their_results_as_they_come(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "CARRIED", tmp_path / "none")
+def test_without_a_gpu_it_says_so(tool, bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bundle, "CARRIED", tmp_path / "none")
     monkeypatch.setattr(tool.sys, "argv", ["gpu.py", str(tmp_path), "parity"])
     assert tool.main() == 2
     assert "torch sees no GPU here (--dry-run" in capsys.readouterr().err
@@ -322,37 +334,37 @@ def test_phases_come_in_the_order_of_their_worth(tool):
 
 
 @pytest.fixture
-def place(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "CARRIED", tmp_path / "gpu")
-    monkeypatch.setattr(tool, "LIBRARIES", tmp_path / "lib")
-    monkeypatch.setattr(tool.shutil, "which", lambda name: None)  # nothing to strip
+def place(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "CARRIED", tmp_path / "gpu")
+    monkeypatch.setattr(bundle, "LIBRARIES", tmp_path / "lib")
+    monkeypatch.setattr(bundle.shutil, "which", lambda name: None)  # nothing to strip
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/build_info.json").write_text('{"cuda_architectures": "90a-real"}')
     (tmp_path / "lib/libsib_fast_cuda.so").write_text("one")
     return tmp_path
 
 
-def test_a_bundle_has_libraries_commit_and_sources(tool, place, monkeypatch):
-    assert tool.bundle() == 0
+def test_a_bundle_has_libraries_commit_and_sources(tool, bundle, place, monkeypatch):
+    assert bundle.bundle() == 0
     stamp = json.loads((place / "gpu/stamp.json").read_text())
     assert stamp == {"commit": commit(), "sources": sources()}
     assert {p.name for p in (place / "gpu/lib").glob("*")} == {"libsib_fast_cuda.so", "build_info.json"}
-    assert tool.stale() is None
+    assert bundle.stale() is None
     (place / "gpu/stamp.json").write_text(json.dumps({**stamp, "sources": "another"}))
-    assert "made from sources another" in tool.stale()
+    assert "made from sources another" in bundle.stale()
     monkeypatch.setattr(tool.sys, "argv", ["gpu.py", str(place / "out")])
     assert tool.main() == 2
     assert not (place / "out").exists()
 
 
-def test_a_bundle_that_is_too_large_to_travel_is_refused(tool, place, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "LARGEST", 1000)
-    assert tool.bundle() == 1
+def test_a_bundle_that_is_too_large_to_travel_is_refused(bundle, place, monkeypatch, capsys):
+    monkeypatch.setattr(bundle, "LARGEST", 1000)
+    assert bundle.bundle() == 1
     assert "what may travel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("why", ["several architectures", "older than the sources"])
-def test_a_bundle_is_built_anew_where_what_is_here_does_not_fit(tool, place, monkeypatch, why):
+def test_a_bundle_is_built_anew_where_what_is_here_does_not_fit(bundle, place, monkeypatch, why):
     asked = {}
 
     def build(command, env=None, **options):
@@ -361,15 +373,15 @@ def test_a_bundle_is_built_anew_where_what_is_here_does_not_fit(tool, place, mon
         out.mkdir(parents=True)
         (out / "libsib_fast_cuda.so").write_text("small")
 
-    monkeypatch.setattr(tool, "ROOT", place)
-    monkeypatch.setattr(tool.subprocess, "run", build)
+    monkeypatch.setattr(bundle, "ROOT", place)
+    monkeypatch.setattr(bundle.subprocess, "run", build)
     if why == "several architectures":
         (place / "lib/build_info.json").write_text('{"cuda_architectures": "80-real 90a-real"}')
     else:
         (place / "csrc").mkdir()
         (place / "csrc/new.cu").write_text("changed")
         os.utime(place / "lib/libsib_fast_cuda.so", (1, 1))
-    assert (tool._of_one_architecture() / "libsib_fast_cuda.so").read_text() == "small"
+    assert (bundle._of_one_architecture() / "libsib_fast_cuda.so").read_text() == "small"
     assert asked["TORCH_CUDA_ARCH_LIST"] == "9.0a"
 
 

@@ -26,44 +26,24 @@ lines into the files that benchmarks/results stores. --dry-run runs the same pha
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import importlib.util
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import triton_cache  # noqa: E402
-
-from benchmarks.journal import Journal, read, read_from, sources  # noqa: E402
-
-LIBRARIES, CARRIED, KEPT = ROOT / "sib_fast/lib", ROOT / "build/gpu", ROOT / "build/gpu-results"
-LARGEST = 60 * 2**20  # bytes of tree and bundle: what may be brought to a machine without a network
-LARGEST_LOG = 8 * 2**20
-ARCHITECTURE = "9.0a"  # H100 and H200: what the bundle is for, unless it is told another
-COMPLETE = (0, 1, 5)  # exit statuses of pytest and of the benchmarks that ran to their end
-
-
-class Limits(NamedTuple):
-    """Seconds for a phase, and for one of its items."""
-
-    phase: float
-    item: float
-
+from gpu_bundle import CARRIED, LIBRARIES, bundle, collect, stale, table  # noqa: E402
+from gpu_run import Limits, Run, outcome, supervise  # noqa: E402
 
 # In the order of what is worth most.
 PHASES = {
@@ -73,161 +53,6 @@ PHASES = {
     "choice": Limits(400, 60), "sanitizer": Limits(500, 240),
 }  # fmt: skip
 ASKED = ("choice", "sanitizer")
-
-
-def _die_with_parent() -> None:
-    """On Linux a child does not outlive a killed runner."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-class Run:
-    """One call: its clock, its log, its lines."""
-
-    clock = staticmethod(time.monotonic)
-    sleep = staticmethod(time.sleep)
-
-    def __init__(self, out: Path, budget: float, dry: bool = False, earlier: tuple[Path, ...] = (), machine: str = "cpu") -> None:
-        self.out, self.dry, self.deadline = out, dry, self.clock() + budget
-        self.device, self.families = ("cpu", ["cpu"]) if dry else ("cuda", ["cuda", "triton"])
-        self.cores = 1 if dry else max(1, (os.cpu_count() or 2) - 3)
-        name = f"{sources()}.{re.sub('[^A-Za-z0-9-]', '-', machine)}.{int(time.time())}-{os.getpid()}"
-        paths = [out / "results.jsonl", *([] if dry else [KEPT / f"{name}.jsonl"])]
-        self.earlier = [*earlier, *([] if dry else sorted(KEPT.glob("*.jsonl")))]
-        self.journal = Journal(*paths, earlier=self.earlier, run=name)
-        self.summary: dict[str, Any] = {"dry_run": dry, "run": name, "phases": {}}
-        self.scratch = Path(tempfile.mkdtemp())
-
-    def left(self, at_most: float) -> float:
-        return max(1.0, min(at_most, self.deadline - self.clock()))
-
-    def log(self, text: str) -> None:
-        path = self.out / "log.txt"
-        if not path.is_file() or path.stat().st_size < LARGEST_LOG:
-            with path.open("a") as log:
-                log.write(text)
-
-    def spawn(self, command: list[object], worker: int = 0, of: int = 1, **environment: str) -> subprocess.Popen:
-        cache = {"TRITON_CACHE_DIR": str(CARRIED / "triton")} if (CARRIED / "triton").is_dir() else {}
-        env = {
-            **os.environ, **cache, "PYTHONUNBUFFERED": "1", "SIB_FAST_RUN": self.journal.run, "SIB_FAST_SHARD": f"{worker}/{of}",
-            "SIB_FAST_JOURNAL": os.pathsep.join(map(str, self.journal.paths)),
-            "SIB_FAST_EARLIER": os.pathsep.join(map(str, self.earlier)), **environment,
-        }  # fmt: skip
-        with (self.scratch / f"{worker}.txt").open("w") as output:
-            return subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )  # fmt: skip
-
-    def output(self, worker: int) -> str:
-        path = self.scratch / f"{worker}.txt"
-        return path.read_text(errors="replace")[-20_000:] if path.is_file() else ""
-
-    def command(self, *command: object, timeout: float, worker: int = 0, **environment: str) -> tuple[int, str]:
-        """(exit status, end of the output); 124 where the time ran out."""
-        process = self.spawn(list(command), worker, **environment)
-        try:
-            status = process.wait(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            status = 124
-        text = self.output(worker)
-        self.log(f"$ {' '.join(map(str, command))}\n{text}\nexit status {status}\n\n")
-        return status, text[-3000:]
-
-    def python(self, *arguments: object, timeout: float, **environment: str) -> tuple[int, str]:
-        return self.command(sys.executable, *arguments, timeout=timeout, **environment)
-
-    def write(self) -> None:
-        partial = self.out / "summary.partial"
-        partial.write_text(json.dumps(self.summary, indent=1) + "\n")
-        partial.replace(self.out / "summary.json")
-
-
-def kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # a compiler's own workers too
-    process.wait()
-
-
-class Begun(NamedTuple):
-    item: str
-    at: float
-    rest: dict[str, Any]
-
-
-def supervise(
-    run: Run, suite: str, command: list[object], limits: Limits, workers: int = 1, **environment: str
-) -> dict[str, Any]:
-    """Runs `command` in `workers` processes, which share the suite's items, until all are judged or the time is up.
-
-    An item that takes longer than its limit, or whose process dies, is written down as timed out or crashed, and another process
-    goes on with the rest. Returns {ok, counts of states, why}.
-    """
-    begun: dict[int, Begun] = {}
-    results = run.journal.paths[0]
-    seen = results.stat().st_size if results.is_file() else 0
-    deadline = run.clock() + run.left(limits.phase)
-    alive = {k: run.spawn(command, k, workers, **environment) for k in range(workers)}
-    progress, why = dict.fromkeys(alive, False), None
-
-    def look() -> None:
-        nonlocal seen
-        lines, seen = read_from(results, seen)
-        for line in lines:
-            if line["suite"] == suite and line["run"] == run.journal.run and line["worker"] in alive:
-                progress[line["worker"]] |= line["state"] != "collected"
-                if line["state"] == "began":
-                    rest = {name: line[name] for name in ("keys", "part_of") if name in line}
-                    begun[line["worker"]] = Begun(line["id"], run.clock(), rest)
-                elif (one := begun.get(line["worker"])) is not None and one.item == line["id"] and line["state"] != "measured":
-                    del begun[line["worker"]]
-
-    while alive:
-        run.sleep(0.1)
-        look()
-        now = run.clock()
-        for k, process in list(alive.items()):
-            status, seen_last = process.poll(), begun.get(k)
-            late, over = seen_last is not None and now - seen_last.at > limits.item, now >= deadline
-            if status is None and not late and not over:
-                continue
-            if status is None:
-                kill(process)
-            look()  # what it wrote last
-            one, text = begun.pop(k, None), run.output(k)
-            run.log(f"$ {' '.join(map(str, command))}  (worker {k})\n{text}\nexit status {status}\n\n")
-            if one is not None:
-                state = "crashed" if status is not None else "timed out" if late and one == seen_last else "cut"
-                run.journal.shard = (k, workers)
-                run.journal.write(
-                    suite, one.item, state, why=f"exit status {status}: {text[-300:]}" if status else state, **one.rest
-                )
-                run.journal.shard = (0, 1)
-            if over or (one is None and (status in COMPLETE or not progress[k])):
-                del alive[k]
-                if over and status is None:
-                    why = why or "time is up"
-                elif not over and status not in (0, 5) and not progress[k]:
-                    why = f"exit status {status}: {text[-500:]}"
-            else:
-                progress[k] = False
-                alive[k] = run.spawn(command, k, workers, **environment)
-    return outcome(run, suite, why)
-
-
-def outcome(run: Run, suite: str, why: str | None = None) -> dict[str, Any]:
-    """Counts of the last states of a suite's items, and what is wrong with those that are wrong."""
-    last = {line["id"]: line for line in run.journal.lines() if line["suite"] == suite and line["state"] != "collected"}
-    counts: dict[str, int] = {}
-    for line in last.values():
-        counts[line["state"]] = counts.get(line["state"], 0) + 1
-    wrong = {
-        item: str(line.get("why", ""))[:300] for item, line in last.items() if line["state"] in ("failed", "crashed", "timed out")
-    }
-    ok = why is None and not wrong and bool(counts)
-    return {"ok": ok, "counts": counts, **({"why": why} if why else {}), "wrong": dict(list(wrong.items())[:40])}
 
 
 # ---- phases: each returns what goes into the summary; "ok" decides the table ------------------------------------------------
@@ -412,112 +237,13 @@ def sanitizer(run: Run, limits: Limits) -> dict[str, Any]:
     return outcome(run, "sanitizer")
 
 
-# ---- before and after -------------------------------------------------------------------------------------------------------
+# ---- the call ---------------------------------------------------------------------------------------------------------------
 
 
 def verdicts(run: Run) -> dict[str, Any]:
     from benchmarks import gate
 
     return gate.verdicts(run.journal.lines())
-
-
-def _of_one_architecture() -> Path:
-    """The built libraries; anew, for one architecture alone, where they hold more: together they are too much to travel."""
-    info = LIBRARIES / "build_info.json"
-    built = json.loads(info.read_text()).get("cuda_architectures", "").split() if info.is_file() else []
-    made = min((path.stat().st_mtime for path in LIBRARIES.glob("*.so")), default=0.0)
-    if built == [ARCHITECTURE.replace(".", "") + "-real"] and all(p.stat().st_mtime <= made for p in (ROOT / "csrc").rglob("*")):
-        return LIBRARIES
-    folder = ROOT / "build/gpu-one"
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": ARCHITECTURE, "SIB_FAST_CPU": "1", "SIB_FAST_BLOCKS": "0"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(command, cwd=ROOT, check=True, env=environment)
-    return folder / "lib/sib_fast/lib"
-
-
-def bundle(triton: str | None = None) -> int:
-    """build/gpu: the libraries of this tree, stripped, its commit and the digest of its sources. triton: a python with the torch
-    and the Triton of the GPU's machine, which then compiles Triton's kernels here."""
-    from benchmarks.provenance import commit
-
-    shutil.rmtree(CARRIED, ignore_errors=True)
-    CARRIED.mkdir(parents=True)
-    shutil.copytree(_of_one_architecture(), CARRIED / "lib")
-    for library in (CARRIED / "lib").glob("*.so"):
-        if shutil.which("strip"):
-            subprocess.run(["strip", "--strip-unneeded", library], check=True)
-    if triton:
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([triton, ROOT / "tools/triton_cache.py", folder], cwd=ROOT, check=True)
-            triton_cache.localise(Path(folder))
-            with tarfile.open(CARRIED / "triton.tar.xz", "w:xz") as archive:
-                for path in sorted(p for p in Path(folder).glob("*/*") if p.name.endswith(triton_cache.KEPT)):
-                    archive.add(path, path.relative_to(folder))
-    (CARRIED / "stamp.json").write_text(json.dumps({"commit": commit(), "sources": sources()}) + "\n")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
-    size, tree = (
-        sum(path.stat().st_size for path in paths if path.is_file())
-        for paths in (CARRIED.rglob("*"), (ROOT / name for name in tracked))
-    )
-    print(f"{CARRIED}: commit {commit()[:12]}, {size / 2**20:.1f} MiB beside a tree of {tree / 2**20:.1f}")
-    if size + tree > LARGEST:
-        print(f"gpu.py: together more than {LARGEST / 2**20:.0f} MiB, which is what may travel", file=sys.stderr)
-        return 1
-    return 0
-
-
-def stale() -> str | None:
-    """Why the bundle that lies here is not this tree's, or None."""
-    stamp = CARRIED / "stamp.json"
-    if not stamp.is_file():
-        return "its stamp.json is missing" if CARRIED.is_dir() else None
-    made = json.loads(stamp.read_text())["sources"]
-    return None if made == sources() else f"it was made from sources {made}, this tree is {sources()}"
-
-
-def collect(folder: Path, files: list[Path]) -> int:
-    """The files that benchmarks/results stores, from the lines of one or more calls on this tree; each holds the verdicts."""
-    from benchmarks import gate
-    from benchmarks.provenance import file_of, write_json
-
-    runs = [line["run"] for path in files for line in read(path) if line["run"].startswith(sources())]
-    if not runs:
-        print("gpu.py: no line of these files is of this tree's sources", file=sys.stderr)
-        return 1
-    lines = Journal(earlier=files, run=runs[-1]).lines()
-    source, found = next((line["row"] for line in reversed(lines) if line["suite"] == "run"), {}), gate.verdicts(lines)
-    suites = dict.fromkeys(line["suite"] for line in lines)
-    for suite in (suite for suite in ("head", "step", "convolution_choice") if suite in suites):
-        write_json(folder / f"{suite}.json", file_of(lines, suite, found, source))
-    benches = list({line["id"]: line["row"] for line in lines if line["suite"] == "benchmarks" and "row" in line}.values())
-    machine = {line["id"]: line["row"] for line in lines if line["suite"] == "machine" and "row" in line}
-    others = {"ops": {"tests": found, "benchmarks": benches}, "machine": {**source, **machine}}
-    others["tests"] = {**source, "verdicts": found, "red": _red(lines)}
-    for name, data in others.items():
-        if len(data) > 0 and (name != "ops" or benches) and (name != "machine" or machine):
-            write_json(folder / f"{name}.json", data)
-    print("\n".join(table(found, lines)))
-    return 0
-
-
-def _red(lines: list[dict[str, Any]]) -> dict[str, str]:
-    last = {line["id"]: line for line in lines if line["suite"] in ("tests", "gpu", "loss", "sanitizer")}
-    return {item: str(line.get("why"))[:400] for item, line in last.items() if line["state"] in ("failed", "crashed")}
-
-
-def table(found: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
-    """Verdicts, the heads' times and the step's ratios, as far as they are there."""
-    from benchmarks.head import line_of
-    from benchmarks.provenance import rows_of
-    from benchmarks.step import goals
-
-    out = [f"  {name}: {one['why'] or 'green'}"[:300] for name, one in found.items()]
-    out += [f"  {line_of(row)}" for row in rows_of(lines, "head") if "variants" in row]
-    steps = rows_of(lines, "step")
-    for row in (row for row in steps if "ratio_to_plain" in row):
-        out.append(f"  {row['model']} {row['precision']} {row['layout']} over plain {row['ratio_to_plain']}")
-    return [*out, f"  goals: {goals(steps)}"]
 
 
 def main() -> int:

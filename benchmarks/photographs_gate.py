@@ -96,7 +96,7 @@ def first_variants(setting: Setting) -> list[Variant]:
     """What runs in any case, in this order: the frame first, then forms with masks, then those without."""
     variants = [Variant("plain"), Variant("backgrounds", mask="true")]
     for at in setting.maps:
-        variants += [Variant("share", at, form, 1.0, "true") for form in forms_at(setting, at)]
+        variants += [Variant("share", at, form, 1.0, "true") for form in forms_at(at)]
     for at in setting.maps:
         # without an annotation one form is enough to see whether there is anything: the one that is safe at this map
         variants += [Variant("share", at, "rectified" if at == "last" else "absolute", 1.0, "own")]
@@ -104,7 +104,7 @@ def first_variants(setting: Setting) -> list[Variant]:
     return variants + [Variant("sib", weight=weight) for weight in setting.lambdas]
 
 
-def forms_at(setting: Setting, at: str) -> tuple[str, ...]:
+def forms_at(at: str) -> tuple[str, ...]:
     """Before an average pooling and a linear layer R is the same in every cell, so that its square has no place to be."""
     return tuple(form for form in FORMS if not (form == "squared" and at == "last"))
 

@@ -141,21 +141,21 @@ def matmul_precision(name: str):
         torch.set_float32_matmul_precision(before)
 
 
-def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 10) -> float:
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     """Bytes per second of a large copy on the device, read and write counted."""
     size = size or (2**32 if device.type == "cuda" else 2**27)
     source, target = torch.randint(0, 127, (2, size), dtype=torch.uint8, device=device).unbind()
-    times = interleaved({"copy": lambda: target.copy_(source)}, device, rounds, graph=False)["copy"].device
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, 10, graph=False)["copy"].device
     return 2 * size / statistics.median(times)
 
 
-def matmul_rate(device: torch.device, kind: str, size: int | None = None, rounds: int = 10) -> float:
+def matmul_rate(device: torch.device, kind: str, size: int | None = None) -> float:
     """Flops per second of a large square product: kind "ieee", "tf32" (float32) or "bf16"."""
     size = size or (8192 if device.type == "cuda" else 1024)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     with matmul_precision("high" if kind == "tf32" else "highest"):
-        times = interleaved({"product": lambda: a @ b}, device, rounds, graph=False)["product"].device
+        times = interleaved({"product": lambda: a @ b}, device, 10, graph=False)["product"].device
     return 2 * size**3 / statistics.median(times)
 
 

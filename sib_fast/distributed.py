@@ -61,9 +61,7 @@ def global_region_statistics(
     return RegionStatistics(grams[0], grams[1], variances[0], variances[1], grams[2], grams[3])
 
 
-def global_mean(
-    values: Tensor, counted: Tensor, *, gather: bool = False, group: dist.ProcessGroup | None = None
-) -> tuple[Tensor, Tensor]:
+def global_mean(values: Tensor, counted: Tensor, *, gather: bool = False) -> tuple[Tensor, Tensor]:
     """Mean of the values that count, and how many do not, over this process, or with gather over all ranks, the same on each.
 
     Shapes:  values [N]; counted bool [N]; N may differ among the ranks -> 0-d, in the graph; 0-d int64.
@@ -75,9 +73,9 @@ def global_mean(
     count, images = counted.sum(), torch.full_like(counted, True).sum()
     if gather:
         _require_group("global_mean")
-        total = _SumOfRanks.apply(total, group)
+        total = _SumOfRanks.apply(total, None)
         of_all = torch.stack([count, images])
-        dist.all_reduce(of_all, group=group)
+        dist.all_reduce(of_all)
         count, images = of_all.unbind()
     return total / count.clamp(min=1), images - count
 

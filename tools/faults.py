@@ -21,7 +21,7 @@ CUDA_BITS = "csrc/cuda/activation_bits_cuda.cu"
 ACT_OP, CONV_OP = "sib_fast/ops/activation/__init__.py", "sib_fast/ops/convolution/__init__.py"
 POOL_OP = "sib_fast/ops/pooling/__init__.py"
 LN, LN_HOST, LN_OP = "csrc/cpu/layer_norm_kernels.cpp", "csrc/cpu/layer_norm_cpu.cpp", "sib_fast/ops/layer_norm/__init__.py"
-SOFT, SOFT_HOST, SOFT_OP = "csrc/cpu/softmax_kernels.cpp", "csrc/cpu/softmax_cpu.cpp", "sib_fast/ops/softmax/__init__.py"
+SOFT_OP = "sib_fast/ops/softmax/__init__.py"
 OBJ, OBJ_HOST = "csrc/cpu/hsic_objective_kernels.cpp", "csrc/cpu/hsic_objective_cpu.cpp"
 OBJ_HEADER, OBJ_OP, CUDA_OBJ = (
     "csrc/common/objective.h",

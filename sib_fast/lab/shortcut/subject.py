@@ -209,10 +209,6 @@ class ClassMap:
     classes: tuple[str, ...]
     said: str
 
-    @property
-    def has_other(self) -> bool:
-        return bool((self.index == len(self.classes)).any())
-
     def predictions(self, logits: Tensor) -> Tensor:
         """The class of the greatest logit. Shapes: [N, logits] -> [N] int64."""
         return self.index[logits.argmax(dim=1)]

@@ -165,7 +165,7 @@ def backward(
         blocks = pixels if by_channel else ceil(pixels, tile.block_d)
         steps = ceil(channels, tile.block_d) if by_channel else channels
         per = ceil(steps, max(1, min(steps, machine.programs // (blocks * row_tiles))))
-        parts.append((map_, grad, which, walk, by_channel, blocks, steps, per, ceil(steps, per)))
+        parts.append((map_, grad, which, walk, by_channel, blocks, per, ceil(steps, per)))
     slots = sum(part[-1] for part in parts)
     shared = slots > len(parts)  # some map's channels are split, so the shares of a pixel meet in a launch of their own
     shares = mask.new_empty((slots, images, pixels)) if shared and need_mask else grad_mask
@@ -177,7 +177,7 @@ def backward(
             *grams, *grams[: 4 - len(grams)], sym, images, padded, BLOCK=block, PRECISION=precision, num_warps=4
         )
         first = 0
-        for map_, grad, which, walk, by_channel, blocks, steps, per, splits in parts:
+        for map_, grad, which, walk, by_channel, blocks, per, splits in parts:
             out = walk if grad is None else _walk(grad)
             items = blocks * splits
             in_turn = ceil(items, max(1, machine.programs // row_tiles)) if resident else 1
@@ -189,7 +189,7 @@ def backward(
                 images, channels, pixels, width, channels * pixels, padded,
                 walk.stride_n, walk.stride_c, walk.stride_h, walk.stride_w,
                 out.stride_n, out.stride_c, out.stride_h, out.stride_w,
-                steps, per, splits, items, in_turn,
+                per, splits, items, in_turn,
                 BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k,
                 ORDER=(CHANNELS if by_channel else PLANES).value, LINEAR=walk.linear and out.linear,
                 RESIDENT=resident, BACKGROUND=background, VARIANCE=variance, NEED_MAP=grad is not None, NEED_MASK=need_mask,

@@ -38,13 +38,13 @@ def symmetrised_kernel(
         tl.store(to + part, small)
 
 
-@triton.jit(do_not_specialize=["steps", "steps_per_split", "splits", "items", "items_per_program"])
+@triton.jit(do_not_specialize=["steps_per_split", "splits", "items", "items_per_program"])
 def gradient_kernel(
     map_ptr, mask_ptr, sym_ptr, sym_low_ptr, sym_background_ptr, sym_background_low_ptr, grad_map_ptr, grad_mask_ptr,
     grad_background_variance_ptr, background_mean_ptr, grad_map_variance_ptr, map_mean_ptr,
     images, channels, pixels, width, elements, padded,
     stride_n, stride_c, stride_h, stride_w, grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
-    steps, steps_per_split, splits, items, items_per_program,
+    steps_per_split, splits, items, items_per_program,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr, LINEAR: tl.constexpr,
     RESIDENT: tl.constexpr, BACKGROUND: tl.constexpr, VARIANCE: tl.constexpr, NEED_MAP: tl.constexpr,
     NEED_MASK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,

@@ -71,6 +71,15 @@ def require_choice(op: str, name: str, value: object, choices: Sequence[str], *,
         raise ValueError(f"{op}: {name} must be one of {listed}{' or a callable' if or_callable else ''}, got {value!r}")
 
 
+def require_number(op: str, name: str, value: object, of: str) -> Tensor:
+    """What a function of the caller's returned: without a graph its term would be shown and train nothing."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+        return value
+    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    graph = " without a graph" if isinstance(value, Tensor) and not value.requires_grad else ""
+    raise ValueError(f"{op}: {name} must return a 0-d tensor computed from {of}, got {got}{graph}")
+
+
 def require_positive(op: str, name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise ValueError(f"{op}: {name} must be positive and finite, got {value!r}")

@@ -294,10 +294,12 @@ class SIBLoss(Criterion):
                 objective=objective,
                 backend=self.backend,
             )
-        foreground = self.estimator(statistics.gram_vjp, statistics.gram_x)
-        background = self.background(statistics)
+        number = _checks.require_number
+        foreground = number(_OP, "estimator", self.estimator(statistics.gram_vjp, statistics.gram_x), "the Grams")
+        background = number(_OP, "background", self.background(statistics), "the statistics")
         base = base.to(foreground.device).to(foreground.dtype)
-        return self.objective(base, foreground, background, *weights), foreground, background
+        loss = number(_OP, "objective", self.objective(base, foreground, background, *weights), "its arguments")
+        return loss, foreground, background
 
     def _evidence_beside(
         self,

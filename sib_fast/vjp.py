@@ -68,11 +68,7 @@ def _cotangent(logits: Tensor, scalar: str | Callable, labels: Tensor | None, cr
         labels = labels.to(wide.device)
     if callable(scalar):
         # With respect to the wide logits: a half-precision cotangent would have lost its small entries before the scale.
-        value = scalar(wide, labels)
-        if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
-            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            graph = " without a graph" if isinstance(value, Tensor) and not value.requires_grad else ""
-            raise ValueError(f"{_OP}: scalar must return a 0-d tensor computed from the logits, got {got}{graph}")
+        value = _checks.require_number(_OP, "scalar", scalar(wide, labels), "the logits")
         return torch.autograd.grad(value, wide, create_graph=create_graph, retain_graph=True)[0]
     if scalar == "energy":
         return energy_cotangent(wide)

@@ -176,6 +176,32 @@ def test_too_few_images_for_an_estimator_without_a_name():
         call(SIBLoss(estimator=Needy()))
 
 
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (
+            r"estimator must return a 0-d tensor computed from the Grams, got shape \[6\]",
+            {"estimator": lambda g, h: (g * h).sum(1)},
+        ),
+        ("estimator must return .*, got float", {"estimator": lambda g, h: (g * h).sum().item()}),
+        (r"estimator must return .*, got shape \[\] without a graph", {"estimator": lambda g, h: (g * h).sum().detach()}),
+        (
+            r"background must return a 0-d tensor computed from the statistics, got shape \[6\]",
+            {"background": lambda s: s.background_variance},
+        ),
+        ("background must return .*, got NoneType", {"background": lambda s: None}),
+        (
+            r"objective must return a 0-d tensor computed from its arguments, got shape \[6\]",
+            {"objective": lambda b, *_: b.expand(6)},
+        ),
+    ],
+    ids=lambda v: v[:45] if isinstance(v, str) else "",
+)
+def test_a_function_of_the_callers_that_returns_no_number(words, options):
+    with pytest.raises(ValueError, match=f"SIBLoss: {words}"):
+        call(SIBLoss(**{"estimator": lambda g, h: (g * h).sum(), **options}))
+
+
 @pytest.mark.parametrize("case", ["frozen", "cut"])
 def test_a_vjp_without_a_graph(case):
     # A scalar that is linear in the logits: R hangs on the parameters alone.

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+import sib_fast
 from benchmarks.journal import ROOT, Journal, states
 from sib_fast import _backends
 
@@ -31,7 +32,7 @@ from sib_fast import _backends
 TESTS = ("tests/ops", "tests/test_benchmarks.py")
 SUITE = "tests"
 HEAD = ("foreground_mask", "region_statistics", "hsic_objective")
-FAMILIES = ("cpu", "cuda", "triton")
+FAMILIES = sib_fast.BACKENDS[1:]
 OPS = (*HEAD, "batch_norm", "layer_norm", "softmax", "activation", "head")
 DIRECTIONS = ("forward", "backward")
 # Tests that say nothing about a forward pass; any other one that fails condemns both directions.

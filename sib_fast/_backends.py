@@ -55,7 +55,8 @@ def resolve(op: str, backend: str, device: torch.device, kernels: Sequence[str] 
         listed = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"{op}: backend must be one of {listed}, got {backend!r}")
     if backend not in kernels:
-        raise RuntimeError(f"{op}: backend {backend!r} has no kernel of this op. Use backend='reference' or 'auto'")
+        listed = ", ".join(repr(name) for name in ("auto", REFERENCE, *kernels))
+        raise RuntimeError(f"{op}: backend {backend!r} has no kernel of this op. Use one of {listed}")
     if MISSING[backend] is not None:
         raise RuntimeError(
             f"{op}: backend {backend!r} is not usable here: {MISSING[backend]}. Use backend='reference' or 'auto', "

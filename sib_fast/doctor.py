@@ -11,7 +11,7 @@ import sys
 import torch
 
 from sib_fast import _extension
-from sib_fast._backends import BACKENDS, automatic, why_not
+from sib_fast._backends import BACKENDS, KERNEL_DEVICES, automatic, why_not
 from sib_fast._version import __version__
 from sib_fast.ops.foreground_mask import KERNELS as MASK_KERNELS
 from sib_fast.ops.hsic_objective import KERNELS as OBJECTIVE_KERNELS
@@ -95,7 +95,7 @@ def report() -> list[tuple[str, str]]:
         rows.append((f"backend {backend}", why_not(backend) or "usable"))
     rows.append(("CUDA library", _cuda_launch()))
     rows += [("to do", step) for step in _steps(compiler)]
-    for device in ("cpu", "cuda"):
+    for device in dict.fromkeys(KERNEL_DEVICES.values()):
         chosen = (f"{op} by {automatic(torch.device(device), kernels)}" for op, kernels in _HEAD.items())
         rows.append((f"auto on {device}", ", ".join(chosen)))
     return rows

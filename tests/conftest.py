@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from sib_fast import _backends
-from sib_fast.ops._registration import TRITON, register_fakes
+from sib_fast.ops._registration import namespace_of, register_fakes
 from tests import selection
 
-PUBLIC_BACKENDS = _backends.BACKENDS
-NAMESPACES = {"triton": TRITON, "emulated": "sib_fast_emulated"}
+# Before the emulation is added: what a user can ask a whole loss for by name.
+PUBLIC_BACKENDS = (_backends.REFERENCE, *selection.kernels_of(*selection.HEAD))
 # A shell's `command &` ignores it in all that the command starts: the tests of Ctrl-C would test nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,13 +25,13 @@ EMULATION = Path(__file__).parent.parent / "build/in-place/libsib_fast_cuda_emul
 
 def _add_emulation() -> None:
     """The CUDA kernels on CPU tensors, thread by thread (csrc/cuda/emulation.h), as one more backend of every op's tests."""
-    name, namespace = "emulated", NAMESPACES["emulated"]
+    name, namespace = "emulated", namespace_of("emulated")
     _backends.KERNEL_DEVICES[name] = "cpu"
     _backends.BACKENDS += (name,)
     _backends.MISSING[name] = None if EMULATION.is_file() else "not built: SIB_FAST_BLOCKS=1 builds it"
     if _backends.MISSING[name] is None:
         torch.ops.load_library(str(EMULATION))
-    for op in ("foreground_mask", "region_statistics", "hsic_objective", "batch_norm", "layer_norm"):
+    for op in (*selection.HEAD, "batch_norm", "layer_norm"):
         module = importlib.import_module(f"sib_fast.ops.{op}")
         module.KERNELS.append(name)
         if hasattr(module, "LIMITS"):
@@ -87,14 +87,12 @@ def _on_device_of():
 
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
-        # A module of tests says which kernels its op has; the head's two ops have all of them.
-        names = getattr(metafunc.module, "KERNELS", [name for name in _backends.BACKENDS if name != _backends.REFERENCE])
-        metafunc.parametrize("kernel", names, indirect=True)
+        metafunc.parametrize("kernel", selection.kernels_of_tests(metafunc.module), indirect=True)
 
 
 @pytest.fixture
 def kernel(request, _on_device_of) -> str:
-    """Every kernel backend; one that is not usable here shows as a skip with its reason."""
+    """Every kernel backend of the op under test; one that is not usable here shows as a skip with its reason."""
     name = _usable(request.param)
     _on_device_of(name)
     return name
@@ -103,12 +101,12 @@ def kernel(request, _on_device_of) -> str:
 @pytest.fixture
 def registered(kernel):
     """The registered ops that `kernel` runs: torch.ops.<its namespace>."""
-    return getattr(torch.ops, NAMESPACES.get(kernel, "sib_fast"))
+    return getattr(torch.ops, namespace_of(kernel))
 
 
 @pytest.fixture(params=PUBLIC_BACKENDS)
 def backend(request, _on_device_of) -> str:
-    """Every backend that a user can name, the reference among them."""
+    """Every backend that a user can name for the whole head, the reference among them."""
     name = _usable(request.param)
     _on_device_of(name)
     return name

@@ -8,6 +8,7 @@ cells. The seed is the commit's, so that every commit draws anew; `--sample-seed
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 from sib_fast import _backends
 
 ROOT = Path(__file__).parent.parent
+HEAD = ("foreground_mask", "region_statistics", "hsic_objective")
 SEED_OUTSIDE_GIT = 20260101
 _counts: Counter[str] = Counter()
 
@@ -48,6 +50,19 @@ def pytest_configure(config):
 def passed_on(config) -> list[str]:
     """The selection's options for a run of tests that a test starts."""
     return [f"--sample-seed={config.option.sample_seed}", *(["--long"] if config.option.long else [])]
+
+
+def kernels_of(*ops: str) -> list[str]:
+    """The backends in which every one of these ops has a kernel."""
+    lists = [importlib.import_module(f"sib_fast.ops.{op}").KERNELS for op in ops]
+    return [name for name in _backends.BACKENDS if all(name in kernels for kernels in lists)]
+
+
+def kernels_of_tests(module) -> list[str]:
+    """What a module of tests runs its tests on: what it says, or the op's that it is named after, or the whole head's."""
+    name = Path(module.__file__).stem.removeprefix("test_")
+    ops = [path.parent.name for path in (ROOT / "sib_fast/ops").glob("*/__init__.py") if name.startswith(path.parent.name)]
+    return getattr(module, "KERNELS", None) or kernels_of(*(ops or HEAD))
 
 
 def unusable(backend: str) -> str | None:

@@ -37,7 +37,7 @@ from sib_fast.testing.networks import conv_net, image_batch
         (ValueError, "SIBLoss: lambda_bg must be given for background='hsic', got the default", {"background": "hsic"}),
         (
             ValueError,
-            "SIBLoss: backend must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton', got 'tpu'",
+            f"SIBLoss: backend must be one of {', '.join(map(repr, ('auto', *sib_fast.BACKENDS)))}, got 'tpu'",
             {"backend": "tpu"},
         ),
         (ValueError, "SIBLoss: window_size must be odd and at least 1, got 30", {"window_size": 30}),
@@ -493,6 +493,12 @@ def test_an_explicit_backend_that_is_missing_is_refused(monkeypatch):
     assert sib_fast.why_not("cpu") == "it was not built"
     with pytest.raises(RuntimeError, match="foreground_mask: backend 'cpu' is not usable here"):
         sib_fast.foreground_mask(torch.ones(1, 1, 2, 2), backend="cpu")
+
+
+def test_a_backend_without_a_kernel_of_the_op_is_refused_with_those_that_have_one():
+    words = r"op: backend 'triton' has no kernel of this op. Use one of 'auto', 'reference', 'cpu', 'cuda'$"
+    with pytest.raises(RuntimeError, match=words):
+        _backends.resolve("op", "triton", CPU, ["cpu", "cuda"])
 
 
 def test_an_explicit_backend_on_another_device_is_refused(monkeypatch):

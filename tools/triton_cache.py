@@ -42,7 +42,7 @@ def pretend(capability: int) -> None:
     for op in gate.HEAD:
         module = __import__(f"sib_fast.ops.{op}.triton", fromlist=["forward"])
         for name, function in ((f"_{op}", module.forward), (f"_{op}_backward", module.backward)):
-            _registration._library.impl(name, function, "CPU")
+            _registration.LIBRARIES["triton"].impl(name, function, "CPU")
     tiles = sys.modules["sib_fast.ops.region_statistics.triton.tiles"]
     tiles.machine_of = lambda device: tiles.Machine(str(capability), 132)  # a cut is no part of a key
 

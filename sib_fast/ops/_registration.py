@@ -1,7 +1,7 @@
 """Kernels behind registered ops, whatever language they are written in: one namespace per family, the same schemas in each.
 
-torch.ops.sib_fast         C++ and CUDA (csrc/common/schemas.h)
-torch.ops.sib_fast_triton  Triton: defined here, so that a machine without a compiler has it too
+torch.ops.sib_fast            the compiled libraries: C++ and CUDA (csrc/common/schemas.h)
+torch.ops.sib_fast_<backend>  a backend written in Python, such as Triton: defined here, for machines without a compiler too
 
 Registered, and not plain calls, so that fake tensors, opcheck and `torch.compile(fullgraph=True)` see one opaque op.
 """
@@ -13,23 +13,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sib_fast._backends import INTERPRETING_TRITON
+from sib_fast._backends import KERNEL_DEVICES
 from sib_fast._extension import MISSING
 
-TRITON = "sib_fast_triton"
-_library = torch.library.Library(TRITON, "DEF")
+# The backends of the compiled libraries. The kernels of every other one are Python.
+COMPILED = ("cpu", "cuda")
+LIBRARIES: dict[str, torch.library.Library] = {}
 
 
-def _define_triton_op(schema: str, module: str, function: str) -> None:
-    """`torch.ops.sib_fast_triton.<name>`, run by `function` of `module`. The first call imports it, and triton with it."""
-    name = schema.split("(", 1)[0]
-    _library.define(schema)
+def namespace_of(backend: str) -> str:
+    """Where the ops that `backend` runs are: torch.ops.<this>."""
+    return "sib_fast" if backend in COMPILED else f"sib_fast_{backend}"
+
+
+def _define_python_op(backend: str, schema: str, module: str, function: str) -> None:
+    """An op of a backend written in Python, run by `function` of `module`. The first call imports it, and triton with it."""
+    if backend not in LIBRARIES:
+        LIBRARIES[backend] = torch.library.Library(namespace_of(backend), "DEF")
 
     def run(*arguments):
         return getattr(importlib.import_module(module), function)(*arguments)
 
-    for key in ("CUDA", "CPU") if INTERPRETING_TRITON else ("CUDA",):
-        _library.impl(name, run, key)
+    LIBRARIES[backend].define(schema)
+    LIBRARIES[backend].impl(schema.split("(", 1)[0], run, KERNEL_DEVICES[backend].upper())
 
 
 def register_fakes(namespace: str, fakes: Sequence[tuple[str, Callable]]) -> None:
@@ -39,19 +45,23 @@ def register_fakes(namespace: str, fakes: Sequence[tuple[str, Callable]]) -> Non
 
 
 def register_head_op(
-    op: str, schemas: tuple[str, str], fakes: Sequence[tuple[str, Callable]], add_kernels: Callable[[str, str], None]
+    op: str,
+    kernels: Sequence[str],
+    schemas: tuple[str, str],
+    fakes: Sequence[tuple[str, Callable]],
+    add_kernels: Callable[[str, str], None],
 ) -> None:
-    """The value and the gradient of one op of the head, in every family that exists in this process.
+    """The value and the gradient of one op of the head, in every backend of `kernels` that exists in this process.
 
-    schemas, fakes: of the two, value first. The schemas are Triton's, and the same as in csrc/common/schemas.h (a test
-    compares); its kernels are `forward` and `backward` of sib_fast/ops/<op>/triton.py. add_kernels(backend, namespace).
+    schemas, fakes: of the two, value first. The schemas are those of csrc/common/schemas.h (a test compares). The kernels of a
+    backend written in Python are `forward` and `backward` of sib_fast/ops/<op>/<backend>.py. add_kernels(backend, namespace).
     """
-    if MISSING["cpu"] is None:
-        register_fakes("sib_fast", fakes)
-        for backend in ("cpu", "cuda"):
-            add_kernels(backend, "sib_fast")
-    if MISSING["triton"] is None:
-        for schema, function in zip(schemas, ("forward", "backward"), strict=True):
-            _define_triton_op(schema, f"sib_fast.ops.{op}.triton", function)
-        register_fakes(TRITON, fakes)
-        add_kernels("triton", TRITON)
+    # The CPU's library holds the schemas of both compiled ones.
+    present = [name for name in kernels if MISSING["cpu" if name in COMPILED else name] is None]
+    for backend in present:
+        if backend not in COMPILED:
+            for schema, function in zip(schemas, ("forward", "backward"), strict=True):
+                _define_python_op(backend, schema, f"sib_fast.ops.{op}.{backend}", function)
+        add_kernels(backend, namespace_of(backend))
+    for namespace in dict.fromkeys(map(namespace_of, present)):
+        register_fakes(namespace, fakes)

@@ -13,6 +13,7 @@ from sib_fast.ops.activation import activation
 from sib_fast.ops.batch_norm import batch_norm
 from sib_fast.ops.layer_norm import group_norm, layer_norm
 from sib_fast.ops.softmax import softmax
+from tests import selection
 
 WINDOW = 9
 Parts = Iterator[list[Tensor]]
@@ -137,7 +138,7 @@ PARTS: dict[str, Callable[..., Parts]] = {
     "region_statistics": statistics_parts,
     "head": head_parts,
     **({} if hsic_objective is None else {"hsic_objective": objective_parts}),
-    # of sib_fast.nn; these ops have no Triton kernels
+    # of sib_fast.nn
     "batch_norm": batch_norm_parts,
     "activation": activation_parts,
     "layer_norm": layer_norm_parts,
@@ -148,9 +149,14 @@ statistics_step = whole(statistics_parts)
 STEPS = {name: whole(parts) for name, parts in PARTS.items() if name not in LAYERS}
 
 
+def has_kernels(backend: str, part: str) -> bool:
+    """Whether `backend` has a kernel of this op, or of every op of the head."""
+    return backend in selection.kernels_of(*(selection.HEAD if part == "head" else (part,)))
+
+
 def steps(backend: str) -> dict[str, Callable[..., list[Tensor]]]:
     """Every step that has a kernel of this backend."""
-    return STEPS if backend == "triton" else {name: whole(parts) for name, parts in PARTS.items()}
+    return {name: whole(parts) for name, parts in PARTS.items() if has_kernels(backend, name)}
 
 
-__all__ = ["LAYERS", "PARTS", "STEPS", "WINDOW", "inputs", "natural_inputs", "statistics_step", "steps"]
+__all__ = ["LAYERS", "PARTS", "STEPS", "WINDOW", "has_kernels", "inputs", "natural_inputs", "statistics_step", "steps"]

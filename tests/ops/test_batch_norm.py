@@ -11,8 +11,6 @@ from tests.derivatives import assert_written_and_threads_change_no_bit, second_o
 
 SHAPES = [(4, 3, 5, 6), (8, 5), (2, 7, 9), (3, 2, 2, 3, 4), (2, 1, 1, 1), (5, 33, 4, 4)]
 
-KERNELS = ("cpu", "cuda", "emulated")
-
 
 def make(shape, affine=True):
     x = 2 * torch.randn(shape, dtype=torch.float64) + 3

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from sib_fast.ops.batch_norm import batch_norm
 from sib_fast.testing.counting import OpLog
 
-KERNELS = ("cpu", "cuda", "emulated")
 SHAPE = (4, 3, 5, 6)
 BACKWARD = "_batch_norm_backward.default"
 

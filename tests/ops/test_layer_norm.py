@@ -10,7 +10,6 @@ from sib_fast.ops.layer_norm import group_norm, layer_norm, reference
 from sib_fast.testing.assertions import assert_no_worse_than
 from tests.derivatives import assert_written_and_threads_change_no_bit, second_order
 
-KERNELS = ("cpu", "cuda", "emulated")
 # A problem: the shape of x, and normalized_shape or the number of groups. Rows shorter and longer than a vector, a tail, one
 # row, one element a row, more than one chunk of rows, several normalised dimensions; groups of one channel and one group.
 LAYERS = [

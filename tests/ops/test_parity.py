@@ -10,10 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sib_fast
 from sib_fast import _backends
-from tests.gpu.heads import LAYERS, PARTS, inputs
+from tests.gpu.heads import LAYERS, PARTS, has_kernels, inputs
 
-KERNELS = ("cpu", "cuda", "triton")
+KERNELS = sib_fast.BACKENDS[1:]  # the emulation is none of them
 SMALL, HEADLINE = (6, 3, 40, 33), (128, 3, 224, 224)
 # Float32 against float64 at the small size: rank flips move a window of the mask's gradient, so only gross errors show there.
 BOUNDS = {"foreground_mask": 0.2, "region_statistics": 1e-3, "head": 0.3, "hsic_objective": 1e-6}
@@ -35,8 +36,8 @@ CASES = [
     ids=["-".join([op, "x".join(map(str, shape)), str(dtype)[6:], *options.values()]) for op, shape, dtype, options in CASES],
 )
 def test_parity(op, shape, dtype, options, direction, kernel):
-    if kernel == "triton" and op in LAYERS:
-        pytest.skip("triton has no kernel of this op")
+    if not has_kernels(kernel, op):
+        pytest.skip(f"{kernel} has no kernel of this op")
     if shape == HEADLINE and not torch.cuda.is_available():
         pytest.skip("the headline's size is for a GPU")
     if _backends.INTERPRETING_TRITON and (dtype != torch.float32 or op == "head"):

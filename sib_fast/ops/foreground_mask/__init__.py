@@ -197,6 +197,7 @@ _OPTIONS = "int window_size, float temperature, float slope, float[] quantiles, 
 
 register_head_op(
     _OP,
+    KERNELS,
     (
         f"_foreground_mask(Tensor vjp, Tensor? rank_pixels, {_OPTIONS}) "
         "-> (Tensor mask, Tensor mean_map, Tensor levels, Tensor rank_pixels)",

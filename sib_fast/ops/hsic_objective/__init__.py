@@ -165,6 +165,7 @@ FAKES = (("_hsic_objective", _fake_forward), ("_hsic_objective_backward", _fake_
 
 register_head_op(
     _OP,
+    KERNELS,
     (
         "_hsic_objective(Tensor base, Tensor gram_vjp, Tensor gram_x, Tensor background_variance, float lambda_fg, float "
         "lambda_bg, int objective) -> (Tensor loss, Tensor foreground, Tensor background, Tensor rows, Tensor totals)",

@@ -195,6 +195,7 @@ FAKES = (("_region_statistics", _fake_forward), ("_region_statistics_backward", 
 
 register_head_op(
     _OP,
+    KERNELS,
     (
         "_region_statistics(Tensor vjp, Tensor x, Tensor mask, bool background_grams, str precision) -> (Tensor gram_vjp, Tensor "
         "gram_x, Tensor background_variance, Tensor vjp_variance, Tensor background_mean, Tensor vjp_mean, Tensor "

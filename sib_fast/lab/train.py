@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sib_fast._backends import resolve
+from sib_fast._backends import BACKENDS, resolve
+from sib_fast.estimators import BACKGROUNDS, ESTIMATORS
 from sib_fast.lab.config import (
     COMPOSED,
     PARTS,
@@ -336,8 +337,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "lambda_bg", "weight of the background term", float)
     option(sib, "scalar", "that the VJP is taken of", str)
     option(sib, "normalise_cotangent", "every image's VJP counts alike, however sure the network is of it")
-    option(sib, "estimator", "dependence estimator of the foreground term", str)
-    option(sib, "background", "background term: variance, hsic or relative_variance", str)
+    option(sib, "estimator", f"of the foreground term: {', '.join(ESTIMATORS)}", str, metavar="NAME")
+    option(sib, "background", f"background term: {', '.join(BACKGROUNDS)}", str, metavar="NAME")
     option(sib, "objective", "exp, expm1 or linear", str)
     option(sib, "mask", "how the mask is made of the VJP", str)
     option(sib, "window_size", "side of the mask's density window, odd", int)
@@ -346,7 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "quantiles", "of the mask", float, nargs=4, metavar=("LO", "HI", "GATE", "AREA"))
     option(sib, "vjp_scale", "power of two, for 16-mixed", float)
     option(sib, "gather", "statistics over the images of all devices")
-    option(sib, "backend", "of the ops: auto, reference, triton, cuda or cpu", str, metavar="NAME")
+    option(sib, "backend", f"of the ops: auto, {', '.join(BACKENDS)}", str, metavar="NAME")
     option(sib, "every", "S-IB at every k-th step only", int)
     option(sib, "every_weight", "sum or mean", str)
     option(sib, "layer", "take the VJP at this layer's output", str, metavar="NAME")

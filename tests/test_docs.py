@@ -117,7 +117,20 @@ def diagnose(tmp_path, monkeypatch):
     assert (tmp_path / "runs/diagnosis/diagnosis.html").is_file()
 
 
-RUN_HERE = {f.__name__: f for f in (start, concepts, weights, step, explain, data, diagnose)}
+def estimators(tmp_path, monkeypatch):
+    having = in_order("api/estimators.md")
+    assert all(0 < having["criterion"].terms[name] <= 1 for name in ("foreground", "background"))
+    assert all(p.grad.isfinite().all() for p in having["model"].parameters())
+    rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[1], rows[2] = 0.0, rows[3]
+    rows.requires_grad_()
+    value = having["distance_correlation"](rows @ rows.T, rows[:, :2] @ rows[:, :2].T)
+    assert 0 < value < 1
+    assert torch.autograd.grad(value, rows)[0].isfinite().all()
+    assert having["distance_correlation"]((rows * torch.nan) @ rows.T, rows @ rows.T).isnan()
+
+
+RUN_HERE = {f.__name__: f for f in (start, concepts, weights, step, explain, data, diagnose, estimators)}
 RUN_ELSEWHERE = {"trainers": "tests/integrations/test_pages.py", "input_gradients": "tests/test_input_gradients.py"}
 
 

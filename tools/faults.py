@@ -383,6 +383,7 @@ FAULTS = [
     ("place: attention is passed", "sib_fast/place.py", "    if tokens is not None:", "    if False:"),
     ("vjp: energy without its other half", "sib_fast/vjp.py", "of_other = p - (p * p).sum(1, keepdim=True)", "of_other = p - p.sum(1, keepdim=True)"),
     ("vjp: not divided by its scale", "sib_fast/vjp.py", "return vjp if scale == 1.0 else vjp / scale", "return vjp"),
+    ("loss: terms without a graph pass", "sib_fast/_checks.py", "value.ndim == 0 and value.requires_grad:", "value.ndim == 0:"),
     ("vjp: float16 without a scale", "sib_fast/vjp.py", "FLOAT16_SCALE = 1024.0", "FLOAT16_SCALE = 1.0"),
     ("step: masks are not handed on", "sib_fast/step.py", "self.criterion.active_loss(logits, target, leaf, mask)", "self.criterion.active_loss(logits, target, leaf, None)"),
     ("network checks: static graphs pass", "sib_fast/network_checks.py", "if isinstance(module, DistributedDataParallel) and module.static_graph:", "if isinstance(module, DistributedDataParallel) and False:"),

@@ -183,7 +183,7 @@ def test_the_variance_wants_a_weight_of_its_own():
     with pytest.raises(ValueError, match="SIBLoss: lambda_bg must be given for normalise_cotangent=True, got the default"):
         SIBLoss(normalise_cotangent=True)
     SIBLoss(normalise_cotangent=True, lambda_bg=1000.0)
-    SIBLoss(normalise_cotangent=True, background="relative_variance")
+    SIBLoss(normalise_cotangent=True, background="relative_variance", lambda_bg=0.1)
 
 
 # ---- cross-talk ---------------------------------------------------------------------------------------------------------

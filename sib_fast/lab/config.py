@@ -270,7 +270,9 @@ class TrainConfig:
             )
         read_rates(self.part_lr)
         if self.true_masks and not self.reads_masks:
-            raise ValueError("train: true_masks must not be given for plain training, got True")
+            raise ValueError(
+                "train: true_masks must not be given for plain training, got True: masks go with --sib or --evidence share"
+            )
         if not 0 <= self.annotated <= 1:
             raise ValueError(f"train: annotated must be in [0, 1], got {self.annotated}")
         if self.annotated < 1 and not self.true_masks:

@@ -148,7 +148,8 @@ def _open_data(config: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
         raise ValueError("train: augment must not be given with data digits, whose images are random compositions")
     train, val = (config.open(split) for split in ("train", "test"))
     if config.true_masks and not train.has_masks:
-        raise ValueError(f"train: true_masks must come with data that has masks, got data {config.data!r}")
+        hint = f"; your own belong in {config.root}/masks/train, docs/data.md" if config.data == "folder" else ""
+        raise ValueError(f"train: true_masks must come with data that has masks, got data {config.data!r}{hint}")
     if config.steps_per_epoch(len(train)) < 1:
         needed = f"{config.batch_size} x {config.accumulate} x {config.devices}"
         raise ValueError(
@@ -387,7 +388,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         run(settings(args), resume=args.resume)
     except (ValueError, ImportError, FileNotFoundError, ConnectionError) as error:
-        print(f"sib-fast train: {error}", file=sys.stderr)
+        print(f"sib-fast train: {str(error).removeprefix('train: ')}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"sib-fast train: {error}", file=sys.stderr)

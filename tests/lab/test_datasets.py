@@ -391,6 +391,40 @@ def test_folder(tree):
     assert greys(open_dataset("folder", root, "val", image_size=SIZE)) == [70, 90]
 
 
+def test_a_folder_with_masks_of_ones_own(tree):
+    root = tree("folder")
+    for k, place in enumerate(("train/ant/a.png", "train/bee/b_mask.png", "train/bee/c.bmp")):
+        save_values(root / "masks" / place, rectangle(3, 9, 4, 11 + k, value=255 if k else 1))
+    train = open_dataset("folder", root, "train", image_size=SIZE)
+    assert (train.mask_kind, greys(train)) == ("segmentation", [10, 30, 50])
+    for k, (_, _, mask) in enumerate(train):
+        assert torch.equal(mask, middle(rectangle(3, 9, 4, 11 + k)).bool())
+    assert open_dataset("folder", root, "test", image_size=SIZE).mask_kind == "none"  # masks/val is not there
+    save_values(root / "masks/train/ant/a.png", np.repeat(np.repeat(rectangle(3, 9, 4, 11), 2, 0), 2, 1))  # of twice the size
+    assert torch.equal(train[0][2], middle(rectangle(3, 9, 4, 11)).bool())
+
+
+def test_masks_of_ones_own_that_do_not_fit_are_named(tree):
+    root = tree("folder")
+    with pytest.raises(FileNotFoundError, match=r"masks.train must hold a mask for every image, got none for ant/a \(3 of 3 are"):
+        open_dataset("folder", root, "train", image_size=SIZE, masks="segmentation")
+    save_values(root / "masks/train/ant/a.png", rectangle(3, 9, 4, 11))
+    save_values(root / "masks/train/bee/b.png", rectangle(3, 9, 4, 11).T)
+    with pytest.raises(FileNotFoundError, match=r"got none for bee/c \(1 of 3 are missing\); without the folder"):
+        open_dataset("folder", root, "train", image_size=SIZE)
+    save_values(root / "masks/train/bee/c.png", rectangle(3, 9, 4, 11)[:4])
+    data = open_dataset("folder", root, "train", image_size=SIZE)
+    with pytest.raises(
+        ValueError, match=r"folder: mask must have the image's proportions, got 16x20 for 20x16 in .*b\.png; save the"
+    ):
+        data[1]
+    with pytest.raises(ValueError, match=r"got 20x4 for 20x16 in .*c\.png$"):
+        data[2]
+    (root / "masks/train/bee/c.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"folder: .*c\.png must not be empty, got 0 bytes"):
+        open_dataset("folder", root, "train", image_size=SIZE)
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_what_file_managers_leave_is_no_image(tree, part):
     root = tree("folder")
@@ -621,7 +655,7 @@ def test_a_box_outside_its_image_is_named(tmp_path):
         ("pets", {"split": "trainval"}, "open_dataset: split must be one of 'train', 'test', 'val', got 'trainval'"),
         ("pets", {"masks": "box"}, "pets: masks must be one of 'auto', 'segmentation', got 'box'"),
         ("dogs", {"masks": "segmentation"}, "dogs: masks must be one of 'auto', 'box', got 'segmentation'"),
-        ("folder", {"masks": "box"}, "folder: masks must be one of 'auto', got 'box'"),
+        ("folder", {"masks": "box"}, "folder: masks must be one of 'auto', 'segmentation', got 'box'"),
         ("dogs", {"root": None}, r"dogs: root must be given, got None; docs/data\.md"),
     ],
 )

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,9 +182,28 @@ def test_true_masks_are_the_masks_of_the_data(tmp_path):
 
 def test_true_masks_of_a_set_without_any_are_refused(image_folder, tmp_path):
     options = {"data": "folder", "root": image_folder, "epochs": 1, "train_size": 512, "test_size": 1000, "correlation": 0.4}
-    with pytest.raises(ValueError, match="true_masks must come with data that has masks, got data 'folder'"):
+    with pytest.raises(
+        ValueError, match=r"true_masks must come with data that has masks, got data 'folder'; your own belong in .*masks/t"
+    ):
         train_one(tmp_path, true_masks=True, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_masks_of_a_folder_reach_the_loss(image_folder, tmp_path):
+    from PIL import Image
+
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    inside = torch.zeros(40, 44, dtype=torch.uint8)
+    inside[8:28, 10:30] = 255
+    for path in (root / "train").rglob("*.png"):
+        mask = root / "masks" / path.relative_to(root)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(inside.numpy()).save(mask)
+    options = {"data": "folder", "root": root, "epochs": 1, "train_size": 512, "test_size": 1000}
+    train_one(tmp_path / "out", true_masks=True, **options)
+    data = TrainConfig(**TINY | options).open("train")
+    assert float(read_log(tmp_path / "out")[0]["mask_area"]) == pytest.approx(data[0][2].float().mean().item(), rel=1e-6)
 
 
 def test_a_torchvision_network_on_a_folder_of_images(image_folder, tmp_path):
@@ -787,7 +807,9 @@ def test_bad_options_are_a_sentence_before_anything_is_trained(line, message, tm
     line = line.format(tmp=tmp_path / "data")
     sized = [] if "--data" in line else ["--train-size", "48", "--test-size", "8"]
     assert main(parse(*sized, "--no-progress", "--out", str(out), *line.split())) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("train: ") == 1
     assert not out.exists()
 
 

@@ -111,6 +111,51 @@ def read_values(op: str, path: str, height: int, width: int, mode: str | None = 
     return values
 
 
+def masks_by_name(folder: Path) -> dict[str, str]:
+    """Masks by their path below the folder without suffix; a name that ends in _mask or -mask counts without it."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            place = path.relative_to(folder).with_suffix("").as_posix()
+            for ending in ("_mask", "-mask"):
+                place = place.removesuffix(ending)
+            found.setdefault(place, str(path))
+    return found
+
+
+def read_object(op: str, path: str, height: int, width: int) -> Tensor:
+    """A mask as people draw them: an image of the picture's proportions, of any size.
+
+    Object is what is not zero; where the values go up to 255, as in soft and in JPEG masks, what is at least 128. Colours count
+    by their brightest channel, and opacity where the colours are all alike.
+
+    Shapes:  -> [1, height, width] bool. Errors: ValueError for a damaged file or other proportions.
+    """
+    try:
+        with Image.open(path) as file:
+            values = np.array(file)
+    except Exception as error:  # whatever a decoder throws at a damaged file
+        raise ValueError(f"{op}: mask must be a readable image, got {error!r} in {path}") from error
+    if values.ndim == 3:
+        colours = values[..., :3] if values.shape[2] in (3, 4) else values[..., :1]
+        opacity = values[..., -1] if values.shape[2] in (2, 4) else None
+        plain = opacity is not None and (colours == colours[:1, :1]).all()
+        values = opacity if plain else colours.max(axis=2)
+    inside = values >= 128 if values.dtype == np.uint8 and values.max() == 255 else values != 0
+    its_height, its_width = inside.shape
+    slack = max(width, height, its_width, its_height)  # of a pixel at either side
+    if abs(width * its_height - its_width * height) > slack:
+        turned = abs(height * its_height - its_width * width) <= slack
+        hint = "; save the picture upright: what its EXIF orientation says is not applied" if turned else ""
+        raise ValueError(
+            f"{op}: mask must have the image's proportions, got {its_width}x{its_height} for {width}x{height} in {path}{hint}"
+        )
+    mask = Image.fromarray(inside.astype(np.uint8) * 255)
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(mask) >= 128)[None]
+
+
 class VocObject(NamedTuple):
     name: str
     box: tuple[float, float, float, float]

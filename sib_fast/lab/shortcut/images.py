@@ -187,16 +187,14 @@ def _to_pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float]
 def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size: int) -> Any:
     """A data set of `images/<class>/<image>` with `masks/<class>/<same name>.<any suffix>`, or a CSV of boxes.
 
-    A mask is an image of the picture's proportions. Object is what is not zero; where the values go up to 255, as in soft and in
-    JPEG masks, what is at least 128. Colours count by their brightest channel, and opacity where the colours are all alike.
-    A CSV has the columns image, x0, y0, x1, y1: the path below `images`, corners in pixels of that file; several lines make a
-    union. A picture without a mask or box is left out, and named.
+    :func:`sib_fast.lab.datasets.files.read_object` reads a mask. A CSV has the columns image, x0, y0, x1, y1: the path below
+    `images`, corners in pixels of that file; several lines make a union. A picture without a mask or box is left out, and named.
 
     Errors:  FileNotFoundError, ValueError.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, is_hidden
+    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, is_hidden, masks_by_name
 
     if (masks is None) == (boxes is None):
         raise ValueError(f"{_OP}: masks or boxes must be given with images, one of the two, got {masks} and {boxes}")
@@ -214,7 +212,7 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     if not classes:
         raise ValueError(f"{_OP}: images must hold <class>/<image>, got no image in a class folder of {images}")
     corners = {} if boxes is None else _read_boxes(boxes)
-    found_masks = {} if masks is None else _by_stem(masks)
+    found_masks = {} if masks is None else masks_by_name(masks)
     samples = []
     for label, name in enumerate(classes):
         for path in files[name]:
@@ -230,44 +228,12 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     return ImageFiles(Listing(classes, samples, "segmentation" if boxes is None else "box", read), image_size, augment=False)
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
-    """Masks by their path below the folder without suffix; a name that ends in _mask or -mask counts without it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            place = path.relative_to(folder).with_suffix("").as_posix()
-            for ending in ("_mask", "-mask"):
-                place = place.removesuffix(ending)
-            found.setdefault(place, str(path))
-    return found
-
-
 def _read_mask(sample: Any, height: int, width: int) -> Tensor:
-    from PIL import Image
+    from sib_fast.lab.datasets.files import read_object
 
     if sample.annotation is None:
         raise ValueError(f"{_OP}: masks must hold a file for every image, got none of its name: no mask")
-    try:
-        with Image.open(sample.annotation) as file:
-            values = np.array(file)
-    except Exception as error:  # whatever a decoder throws at a damaged file
-        raise ValueError(f"{_OP}: mask must be a readable image, got {error!r} in {sample.annotation}") from error
-    if values.ndim == 3:
-        colours = values[..., :3] if values.shape[2] in (3, 4) else values[..., :1]
-        opacity = values[..., -1] if values.shape[2] in (2, 4) else None
-        plain = opacity is not None and (colours == colours[:1, :1]).all()
-        values = opacity if plain else colours.max(axis=2)
-    inside = values >= 128 if values.dtype == np.uint8 and values.max() == 255 else values != 0
-    its_height, its_width = inside.shape
-    if abs(width * its_height - its_width * height) > max(width, height, its_width, its_height):
-        raise ValueError(
-            f"{_OP}: mask must have the image's proportions, got {its_width}x{its_height} for {width}x{height} "
-            f"in {sample.annotation}"
-        )
-    mask = Image.fromarray(inside.astype(np.uint8) * 255)
-    if mask.size != (width, height):
-        mask = mask.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(mask) >= 128)[None]
+    return read_object(_OP, sample.annotation, height, width)
 
 
 def _read_box(sample: Any, height: int, width: int) -> Tensor:

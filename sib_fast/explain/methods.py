@@ -49,8 +49,8 @@ def explain(
              class 1 is explained by z and class 0 by −z. layer: for the CAMs, a module or
              its name, default `find_layer`; if it runs several times, its last output. options: the method's own.
              integrated_gradients: n_steps=32, baselines=0 (the value that stands for "nothing", 0 is the mean image of
-             normalised data), internal_batch_size. smoothgrad: n_samples=16, noise=0.15 (standard deviation in units of the
-             range of each image), seed=0.
+             normalised data), internal_batch_size=max(N, min(8·N, 16)), the images in one pass.
+             smoothgrad: n_samples=16, noise=0.15 (standard deviation in units of the range of each image), seed=0.
     Errors:  TypeError, ValueError for bad arguments; UndefinedMethodError, a ValueError, where the method means nothing for this
              network: a CAM without a feature map, guided backpropagation without a rectifier. ImportError that names the extra.
              A warning where guided backpropagation leaves other activations as they are.
@@ -253,7 +253,9 @@ def _integrated_gradients(
     model: nn.Module, x: Tensor, labels: Tensor, n_steps: int = 32, baselines: Any = 0, internal_batch_size: int | None = None
 ) -> Tensor:
     method = _captum().IntegratedGradients(model)
-    maps = method.attribute(x, baselines, target=labels, n_steps=n_steps, internal_batch_size=internal_batch_size or len(x) * 8)
+    # A pass keeps its graph: 64 images of 224 px through EfficientNet-Lite0 took 5.7 GB of a CPU's memory.
+    at_once = internal_batch_size or max(len(x), min(len(x) * 8, 16))
+    maps = method.attribute(x, baselines, target=labels, n_steps=n_steps, internal_batch_size=at_once)
     return maps.sum(dim=1, keepdim=True).abs()
 
 

@@ -578,3 +578,17 @@ def test_bad_input():
 def test_the_six_that_we_report_are_methods():
     assert len(REPORTED) == 6
     assert set(REPORTED) <= set(METHODS)
+
+
+@pytest.mark.parametrize(("images", "most"), [(1, 8), (2, 16), (12, 12), (20, 20)])
+def test_integrated_gradients_hold_few_images_in_memory(images, most):
+    """8 steps of every image in one pass took 5.7 GB for 8 images of 224 px."""
+    x, target = image_batch(images=images, height=16, width=14)
+    net, seen = Net(), []
+    net.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps = explain(net, x, target, "integrated_gradients")
+    assert max(seen) == most
+    alone = torch.cat([explain(net, x[i : i + 1], target[i : i + 1], "integrated_gradients") for i in range(images)])
+    torch.testing.assert_close(maps, alone)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import errno
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +102,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         accuracy = spec.training["val_accuracy"]
         console.print(f"validation accuracy {accuracy:.4f}; network: {config.out / 'network.pt'}", soft_wrap=True)
         console.print(f"best epoch's: {config.out / 'best.pt'}; log: {config.out / LOG}", soft_wrap=True)
+        if config.sib is not None:
+            with (config.out / LOG).open(newline="") as file:
+                console.print(_weight_of_background(config.sib, list(csv.DictReader(file))[-1]), end="", soft_wrap=True)
     return spec
 
 
@@ -211,7 +216,8 @@ def _rehearse(config: TrainConfig, model: nn.Module) -> None:
     hold_statistics(probe)
     count = max(2, *(getattr(getattr(criterion, role, None), "minimum_batch", 2) for role in ("estimator", "background")))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the training says them
             torch.manual_seed(config.seed)
             x, target = torch.randn(count, 3, config.image_size, config.image_size), torch.zeros(count, dtype=torch.int64)
             config.attach(criterion, probe)
@@ -220,6 +226,16 @@ def _rehearse(config: TrainConfig, model: nn.Module) -> None:
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"train: arch must take S-IB or plain steps at image_size {config.image_size}, got {reason}") from error
+
+
+def _weight_of_background(sib: SIBOptions, row: dict[str, str]) -> str:
+    """A line on how much the background term weighed in an epoch; empty where docs/weights.md has no rule for it."""
+    base, background = (float(row.get(name) or "nan") for name in ("base", "background"))
+    weighted = sib.criterion().lambda_bg * background
+    if sib.background == "hsic" or not (weighted > 0 and base > 0):
+        return ""
+    share = weighted / base
+    return f"lambda_bg x background was {share:.2g} of the base loss in the last epoch; docs/weights.md aims at about 1\n"
 
 
 def _claim_folder(config: TrainConfig, resume: bool, backend: str) -> None:

@@ -117,6 +117,24 @@ def test_a_run_leaves_exactly_the_promised_files(finished):
     assert f"validation accuracy {accuracy_of(out / 'network.pt', TrainConfig(**TINY)):.4f}" in printed
 
 
+def test_a_run_says_how_much_the_background_term_weighed(finished, tmp_path):
+    out, _, printed = finished
+    row = read_log(out)[-1]
+    share = SIB.lambda_bg * float(row["background"]) / float(row["base"])
+    assert f"lambda_bg x background was {share:.2g} of the base loss in the last epoch; docs/weights.md aims" in printed
+    for sib in (None, dataclasses.replace(SIB, lambda_bg=0.0)):
+        console = quiet_console()
+        run(TrainConfig(**TINY | {"epochs": 1, "sib": sib}, out=tmp_path / str(sib is None)), console=console)
+        assert "validation accuracy" in console.file.getvalue()
+        assert "lambda_bg" not in console.file.getvalue()
+
+
+def test_a_warning_of_the_criterion_is_said_once(tmp_path):
+    with pytest.warns(UserWarning, match="fewer than 7×7") as said:
+        train_one(tmp_path, term=EvidenceOptions("area"), sib=None, image_size=16, epochs=1)
+    assert len([w for w in said if "fewer than 7×7" in str(w.message)]) == 1
+
+
 def test_the_network_file_says_how_it_was_trained_and_is_what_was_validated(finished):
     out, spec, _ = finished
     loaded, _ = load_network(out / "network.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -224,6 +225,23 @@ def test_the_verdict_follows_the_gap_and_its_interval(gap, kind, words):
 def test_whether_it_knows_anything_comes_first():
     assert verdict.judge(facts((0.3, 0.2, 0.4), known=(0.05, -0.01, 0.1))).kind == KNOWS_NOTHING
     assert verdict.judge(facts((0.3, 0.2, 0.4), one_answer="cat")).kind == KNOWS_NOTHING
+
+
+def test_what_pasting_costs_is_said_to_be_sure_or_not():
+    def said(low):
+        gap = facts((0.3, 0.2, 0.4))
+        sentences = verdict.judge(
+            dataclasses.replace(gap, measures={**gap.measures, "paste": Estimate(0.04, low, 0.1, 200)})
+        ).sentences
+        return next(sentence for sentence in sentences if sentence.startswith("The pasting itself"))
+
+    assert "is not sure to cost anything: 4 points" in said(-0.14)
+    assert "class, costs 4 points" in said(0.01)
+
+
+def test_a_verdict_reads_alike_on_the_page_and_in_a_terminal():
+    for found in (facts((0.3, 0.2, 0.4)), facts((0.3, 0.2, 0.4), one_answer="cat")):
+        assert not any("below" in sentence for sentence in verdict.judge(found).advice)
 
 
 def test_boxes_are_said_to_hide_some_of_it():

@@ -15,6 +15,7 @@ import torch
 
 from sib_fast.explain import METHODS
 from sib_fast.lab.datasets import NAMES, open_dataset
+from sib_fast.lab.networks import LITE
 from sib_fast.lab.results import remove_partials
 from sib_fast.lab.shortcut.images import open_folder
 from sib_fast.lab.shortcut.run import Tell, diagnose
@@ -38,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option(network, "checkpoint", "a network that sib-fast train wrote, or with --arch a state dict (.pt, .pth, .safetensors)",
            Path, required=True, metavar="FILE")  # fmt: skip
-    option(network, "arch", "what the state dict is of: a classification network of torchvision, or timm:<name>", metavar="NAME")
+    option(
+        network,
+        "arch",
+        f"what the state dict is of: {LITE}, timm:<name> or a classification network of torchvision",
+        metavar="NAME",
+    )
     option(
         network,
         "classes",

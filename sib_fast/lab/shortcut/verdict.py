@@ -181,8 +181,9 @@ def _sentences(facts: Facts) -> list[str]:
         )
     paste = facts.measures["paste"]
     if paste.n > 1:
+        costs = "costs" if paste.low > 0 else "is not sure to cost anything:"
         said.append(
-            f"The pasting itself, onto a background of the right class, costs {points(paste.mean)} ({interval(paste)}) "
+            f"The pasting itself, onto a background of the right class, {costs} {points(paste.mean)} ({interval(paste)}) "
             "against the original images; the BG-Gap is measured beyond it."
         )
     if facts.energy:
@@ -208,7 +209,7 @@ def advice(kind: str, facts: Facts) -> list[str]:
     """What a practitioner does next, whatever the network was trained with."""
     if kind == KNOWS_NOTHING:
         return [
-            "Check that the classes are in the network's order (“What the logits mean” below), and that image size and "
+            "Check that the classes are in the network's order (“What the logits mean” on the page), and that image size and "
             "normalisation are those of its training: all three make a good network look like this one.",
             "If the numbers are right, the network has to be trained before it can be asked what it looks at. If it does "
             "well on its own images, it may rest on something that these do not have: test it on images like those of its "
@@ -228,8 +229,8 @@ def advice(kind: str, facts: Facts) -> list[str]:
             )
         return said
     return [
-        "Look at the worst images below: do they show the situations in which the network will be used? If backgrounds always go "
-        "with the classes there too, leaning on them may be what you want.",
+        "Look at the worst images on the page: do they show the situations in which the network will be used? If backgrounds "
+        "always go with the classes there too, leaning on them may be what you want.",
         "Report accuracy on exchanged backgrounds beside the usual one: a test set that shares the training set's "
         "backgrounds does not show this.",
         "The direct remedy is data: images of every class on the backgrounds of the others. With masks for a part of the "

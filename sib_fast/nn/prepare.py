@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sib_fast.nn import activation
+from sib_fast.nn._others import other_class
 from sib_fast.nn.attention import MultiheadAttention
 from sib_fast.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from sib_fast.nn.convolution import Conv1d, Conv2d, Conv3d
-from sib_fast.nn.layer_norm import GroupNorm, LayerNorm, other_layer_norm
+from sib_fast.nn.layer_norm import GroupNorm, LayerNorm
 from sib_fast.nn.pooling import AvgPool2d, MaxPool2d
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -51,7 +52,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 def fast_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """What `prepare` makes of a module of this very class; None where it leaves it alone: a subclass has a forward of its own."""
-    return SWAPS.get(kind) or other_layer_norm(kind)
+    return SWAPS.get(kind) or other_class(kind)
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -110,8 +111,8 @@ def prepare(model: _Model, *, recompute: bool = False, only: Iterable[type[nn.Mo
     The modules stay the same objects: parameters, buffers, state_dict, hooks and references to them are untouched. Works
     before or after DDP, FSDP2, `SIBLoss.attach` and torch.nn.utils.parametrize. Pays for any loss on an input gradient, not
     only S-IB; without a second derivative it gains nothing. Under torch.func and forward-mode AD, and while the model is
-    traced, scripted or exported, the layers run PyTorch's own forward. Subclasses are left alone, but for torchvision's
-    LayerNorm2d and timm's LayerNorm and LayerNorm2d, and so are calls of torch.nn.functional.
+    traced, scripted or exported, the layers run PyTorch's own forward. Subclasses and other packages' layers are left alone, but
+    for torchvision's LayerNorm2d and timm's LayerNorm, LayerNorm2d, GELU and GELUTanh; so are calls of torch.nn.functional.
 
     Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
              it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sib_fast
-from sib_fast import _backends
+from sib_fast import _backends, network_checks
 from sib_fast.nn.prepare import SWAPS
 from sib_fast.testing.counting import OpLog
 
@@ -97,6 +98,24 @@ def test_a_prepared_step_is_the_plain_one(name, pool, layout):
     assert_same(got, want, base)
     for a, b in zip(got_buffers, buffers, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["GELU", "GELUTanh"])
+def test_timms_gelu_too(name):
+    """timm's ConvNeXt is full of it, and it is no subclass of torch.nn's."""
+    kind = getattr(pytest.importorskip("timm.layers.activations", exc_type=ImportError), name)
+    plain = network(kind())
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    assert isinstance(fast[2], kind)
+    x = torch.randn(2, 3, requires_grad=True)
+    assert any("sib_fast" in node.name() for node in network_checks.nodes_of(fast[2](x).grad_fn))
+    (want, _), (base, _) = gradients(plain), gradients(plain, base_loss)
+    assert_same(gradients(fast)[0], want, base)
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    assert type(torch.load(buffer, weights_only=False)[2]) is type(fast[2])
+    assert type(sib_fast.restore(fast)[2]) is kind
 
 
 def test_pytorchs_hardsigmoid_cannot():

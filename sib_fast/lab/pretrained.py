@@ -5,6 +5,7 @@ Everything but the classifier must fit; the classifier is drawn anew, as its cla
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from sib_fast.lab.networks import LITE, NETWORK_FORMAT, TIMM, NetworkSpec, classifier_parameters, timm_config
 
-FILES = (".pt", ".pth", ".safetensors")
+FILES = (".pt", ".pth", ".pth.tar", ".safetensors")
 # Of other programs' checkpoints: where the weights lie, and what wrappers put before their names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.")
@@ -88,7 +89,8 @@ def read_document(path: Path, said: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # timm's checkpoints hold their options in one: data, no code
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ImportError(f"{said} {path} needs safetensors, got {error}; pip install safetensors") from error
     except Exception as error:  # whatever an unpickler can throw at a foreign file, some of it a page long

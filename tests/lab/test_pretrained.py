@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import urllib.error
 
@@ -119,6 +120,16 @@ def test_another_shape_is_named(tmp_path):
     torch.save(SmallConvNet(width=8).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(ValueError, match=r"features\.0\.weight \[8, 3, 3, 3\] for \[4, 3, 3, 3\]"):
         initialise(drawn(spec_of(), 0), spec_of(), read_weights(str(tmp_path / "wide.pt"), "small_conv_net"))
+
+
+def test_a_checkpoint_of_timms_train_py_is_read(tmp_path):
+    """It ends in .pth.tar and holds the options as argparse made them, and the average of the weights beside the weights."""
+    state = build_network("resnet18", 3).state_dict()
+    average = {name: torch.zeros_like(value) for name, value in state.items()}
+    options = argparse.Namespace(lr=0.1, model_kwargs={}, amp=True)
+    torch.save({"arch": "resnet18", "args": options, "state_dict": state, "state_dict_ema": average}, tmp_path / "last.pth.tar")
+    found = read_weights(str(tmp_path / "last.pth.tar"), "resnet18").state
+    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
 
 
 class Code:

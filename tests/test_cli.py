@@ -96,3 +96,20 @@ def test_inspect(capsys):
     assert "after sib_fast.prepare(model): yes" in capsys.readouterr().out
     assert cli.main(["inspect", "sib_fast.testing.networks:AttentionNet", "--shape", "2", "3", "8", "8"]) == 1
     assert "obstacle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model", ["resnet50", "torchvision.models:", "no_such_package:f", "sib_fast.testing.networks:f", "timm:f"]
+)
+def test_inspect_of_no_model_is_a_sentence(capsys, model):
+    assert cli.main(["inspect", model]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sib-fast inspect: model must name a function that makes it, ")
+    assert f"got {model!r}: " in said
+    assert said.count("\n") == 1
+
+
+def test_inspect_takes_timms_names(capsys):
+    pytest.importorskip("timm", exc_type=ImportError)
+    assert cli.main(["inspect", "timm:test_convnext.r160_in1k", "--shape", "2", "3", "32", "32"]) == 0
+    assert "timm_layers_activations_GELU" in capsys.readouterr().out

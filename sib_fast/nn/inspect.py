@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,13 +179,34 @@ def _differentiate_twice(model: nn.Module, example: Tensor) -> tuple[bool | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a function that makes the model, as module:name, for example torchvision.models:resnet50")
+    what = "a function that makes the model, as module:name, for example torchvision.models:resnet50; or timm:<a name of timm's>"
+    parser.add_argument("model", help=what)
     parser.add_argument("--shape", type=int, nargs="+", default=[2, 3, 224, 224], help="of an example input")
 
 
+def _maker(said: str) -> Callable[[], nn.Module]:
+    """The function that the command was given. Errors: ValueError where there is none of this name."""
+    module, _, name = said.partition(":")
+    try:
+        found = importlib.import_module(module)
+        if module == "timm" and found.is_model(name):  # its names may have a tag, which no function has
+            return functools.partial(found.create_model, name)
+        return getattr(found, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{_OP}: model must name a function that makes it, as torchvision.models:resnet50 or timm:resnet50d, got {said!r}: "
+            f"{error}"
+        ) from error
+
+
 def main(args: argparse.Namespace) -> int:
-    """`sib-fast inspect`: prints the table; exit status 1 if the model cannot be differentiated twice, prepared or not."""
-    module, _, name = args.model.partition(":")
-    report = inspect(getattr(importlib.import_module(module), name)(), torch.zeros(args.shape))
+    """`sib-fast inspect`: prints the table; exit status 1 if the model cannot be differentiated twice, prepared or not, and 2 if
+    there is no such model."""
+    try:
+        make = _maker(args.model)
+    except ValueError as error:
+        print(f"sib-fast {error}", file=sys.stderr)
+        return 2
+    report = inspect(make(), torch.zeros(args.shape))
     print(report)
     return 0 if report.twice_differentiable_prepared else 1

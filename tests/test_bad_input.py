@@ -575,7 +575,7 @@ SOURCES = [
             "_transforms",
         )
     ),
-    *("estimators", "masks", "nn", "ops"),
+    *("estimators", "integrations", "masks", "nn", "ops"),
 ]
 
 

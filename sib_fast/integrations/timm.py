@@ -14,7 +14,7 @@ try:
     from timm.task import ClassificationTask
 except ImportError as error:
     raise ImportError(
-        "sib_fast.integrations.timm: timm must have a task API (timm.task, 1.0.27 and later), got a timm without one. Upgrade "
+        "SIBTask: timm must have a task API (timm.task, 1.0.27 and later), got a timm without one. Upgrade "
         "it (pip install 'timm>=1.0.27'), or attach the criterion: SIBLoss(...).attach(model)"
     ) from error
 
@@ -47,7 +47,10 @@ class SIBTask(ClassificationTask):
     ) -> None:
         criterion = SIBLoss() if criterion is None else criterion
         if not isinstance(criterion, Criterion):
-            raise TypeError(f"{_OP}: criterion must be a SIBLoss or an EvidenceLoss, got {type(criterion).__name__}")
+            raise TypeError(
+                f"{_OP}: criterion must be a SIBLoss or an EvidenceLoss, got {type(criterion).__name__}: timm's own loss goes "
+                "inside, SIBLoss(base_loss=...)"
+            )
         if fast:
             model = prepare(model)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
@@ -66,7 +69,7 @@ class SIBTask(ClassificationTask):
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Refused: a compiled network has no second derivative in PyTorch."""
         raise RuntimeError(
-            f"{_OP}.compile: the model must not be compiled by itself, since compiled code has no second derivative. Train "
+            f"{_OP}.compile: the model must not be compiled by itself: compiled code has no second derivative. Train "
             "without --torchcompile, or compile the whole step with sib_fast.compile_step in a loop of your own"
         )
 

@@ -16,6 +16,13 @@ LIBRARY_DIR = Path(__file__).parent / "lib"
 OLDEST_TORCH = (2, 11)
 
 
+def unbuilt_tree() -> Path | None:
+    """The source tree that this package is of, if nothing was built in it: Python takes the one that it is started in, and
+    `pip install` builds elsewhere."""
+    tree = LIBRARY_DIR.parents[1]
+    return tree if (tree / "csrc/library.cpp").is_file() and not (LIBRARY_DIR / "libsib_fast_cpu.so").is_file() else None
+
+
 def _build_info() -> dict[str, str]:
     try:
         return json.loads((LIBRARY_DIR / "build_info.json").read_text())
@@ -29,6 +36,11 @@ def _load(name: str) -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if not path.is_file() and unbuilt_tree():
+        return (
+            f"it was not built in {unbuilt_tree()}, the source tree that Python was started in: start it in another folder, or "
+            "build there, pip install -e ."
+        )
     if not path.is_file():
         return f"it was not built: no {path.name} (reinstall sib_fast where a compiler is, see `python -m sib_fast doctor`)"
     try:

@@ -57,6 +57,11 @@ def _steps(compiler: str | None) -> list[str]:
     missing = _extension.MISSING
     if os.environ.get("SIB_FAST_LOAD") == "0":
         return ["unset SIB_FAST_LOAD"]
+    if _extension.unbuilt_tree():
+        return [
+            "after `pip install .` call `sib-fast doctor`, or start Python in another folder: here it takes the source tree, "
+            "and pip builds elsewhere; or build here: pip install -e ."
+        ]
     steps = []
     if missing["cpu"] is not None:
         steps.append(("" if compiler else "install a compiler (above), then: ") + _AGAIN)

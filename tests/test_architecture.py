@@ -120,6 +120,19 @@ def test_doctor_says_what_to_type(monkeypatch):
     assert "install nvcc (above), then: SIB_FAST_CUDA=1 pip install" in dict(doctor.report())["to do"]
 
 
+def test_doctor_in_a_clone_after_pip_install(tmp_path):
+    """Python takes the package of the folder that it is started in, where pip has built nothing: installing again is no help."""
+    shutil.copytree(ROOT / "sib_fast", tmp_path / "sib_fast", ignore=shutil.ignore_patterns("lib", "*.so", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "csrc/library.cpp", tmp_path / "csrc")
+    call = {"capture_output": True, "text": True, "cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    result = subprocess.run([sys.executable, "-m", "sib_fast", "doctor"], **call)
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in result.stdout.splitlines())
+    assert rows["backend cpu"].startswith(f"it was not built in {tmp_path}, the source tree that Python was started in")
+    assert "`sib-fast doctor`" in rows["to do"]
+    assert "--force-reinstall" not in result.stdout
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_ops_on_every_instruction_set(capability, request):

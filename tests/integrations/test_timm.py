@@ -86,6 +86,18 @@ def test_soft_targets_of_mixup():
     assert result["foreground"] > 0
 
 
+def test_the_call_of_train_py():
+    """docs/trainers.md: its own loss goes inside, the other arguments stay."""
+    x, target = batches_of(1)[0]
+    own = timm.loss.LabelSmoothingCrossEntropy(smoothing=0.1)
+    criterion = SIBLoss(**WEIGHTS, base_loss=own, objective="expm1")
+    net = conv_net()
+    task = SIBTask(model=net, criterion=criterion, device=torch.device("cpu"), dtype=None, verbose=False).train()
+    result = task(x, target)
+    torch.testing.assert_close(result["base"], own(net(x), target))
+    assert result["loss"] < 100  # with "exp" it is above lambda_bg
+
+
 def test_an_average_of_the_weights_carries_no_hook():
     net = conv_net()
     task = SIBTask(net, SIBLoss(**WEIGHTS), verbose=False)

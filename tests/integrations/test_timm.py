@@ -9,6 +9,7 @@ from torch import nn
 timm = pytest.importorskip("timm", reason="extra [timm]", exc_type=ImportError)
 pytest.importorskip("timm.task", reason="timm without a task API", exc_type=ImportError)
 
+from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 
 from sib_fast import EvidenceLoss, SIBLoss  # noqa: E402
@@ -89,7 +90,7 @@ def test_soft_targets_of_mixup():
 def test_the_call_of_train_py():
     """docs/trainers.md: its own loss goes inside, the other arguments stay."""
     x, target = batches_of(1)[0]
-    own = timm.loss.LabelSmoothingCrossEntropy(smoothing=0.1)
+    own = LabelSmoothingCrossEntropy(smoothing=0.1)
     criterion = SIBLoss(**WEIGHTS, base_loss=own, objective="expm1")
     net = conv_net()
     task = SIBTask(model=net, criterion=criterion, device=torch.device("cpu"), dtype=None, verbose=False).train()

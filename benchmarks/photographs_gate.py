@@ -37,6 +37,7 @@ from sib_fast.lab.datasets.cutouts import Cutouts
 from sib_fast.lab.networks import LITE, NetworkSpec
 from sib_fast.lab.pretrained import initialise, read_weights
 from sib_fast.lab.results import commit, write_atomically
+from sib_fast.lab.transforms import random_backgrounds
 
 SEEDS = (0, 1)
 TRAINING, TESTS, EXPLAINED = 1200, 480, 240
@@ -141,16 +142,6 @@ def batches(data: list[Tensor], size: int, generator: torch.Generator) -> Iterat
             yield [values[chosen] for values in data]
 
 
-def other_backgrounds(images: Tensor, masks: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images get the background of their neighbour in the batch, which must be free of objects: where the neighbour
-    has its own, what is shown is the neighbour's mean background colour."""
-    neighbour, covered = images.roll(1, 0), masks.roll(1, 0).to(images.dtype)
-    mean = (neighbour * (1 - covered)).sum((2, 3), keepdim=True) / (1 - covered).sum((2, 3), keepdim=True).clamp_min(1)
-    background = torch.where(covered.bool(), mean, neighbour)
-    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(chosen & ~masks, background, images)
-
-
 def tensors(data: Cutouts, spec: NetworkSpec) -> list[Tensor]:
     """All of a set, normalised for the network."""
     images, labels, masks = zip(*(data[i] for i in range(len(data))), strict=True)
@@ -180,7 +171,7 @@ def train(name: str, variant: Variant, seed: int, root: Path, epoch_done: Callab
         sums = {}
         for images, labels, masks in batches(everything, setting.batch_size, generator):
             if variant.term == "backgrounds":
-                images = other_backgrounds(images, masks, generator)
+                images = random_backgrounds(images, masks, 0.5, generator)
             logits = model(images.contiguous(memory_format=torch.channels_last))
             loss = loss_of(logits, labels, **({"mask": masks} if variant.given else {}))
             optimiser.zero_grad()

@@ -61,20 +61,6 @@ def test_the_gates_maps_are_those_of_the_protocol():
         assert {at: tuple(shape) for at, shape in seen.items()} == {at: (side, side) for at, side in sides.items()}
 
 
-def test_backgrounds_are_replaced_where_the_mask_is_not_and_by_no_object():
-    images = torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 3, 8, 8).clone()
-    masks = torch.zeros(40, 1, 8, 8, dtype=torch.bool)
-    masks[:, :, 2:5, 2:5] = True
-    objects = masks.expand_as(images)
-    images[objects] += 1000
-    mixed = gate.other_backgrounds(images, masks, torch.Generator().manual_seed(0))
-    assert torch.equal(mixed[objects], images[objects])
-    changed = (mixed != images).flatten(1).any(1)
-    assert 8 < changed.sum() < 32
-    assert torch.equal(mixed[changed][:, :, 0, 0], images.roll(1, 0)[changed][:, :, 0, 0])
-    assert mixed[~objects].max() < 1000
-
-
 def test_a_run_writes_a_network_at_a_time_and_goes_on_where_it_was(tiny, capsys, monkeypatch):
     root, out = tiny
     arguments = ["run", "--root", str(root), "--out", str(out)]

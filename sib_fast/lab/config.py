@@ -155,13 +155,16 @@ class TrainConfig:
         sib: None trains without S-IB's terms.
         term: on the evidence at a feature map; None: none.
         true_masks: the data's masks in the place of the loss's own.
-        annotated: share of the training images whose mask true_masks hands over; the others keep the loss's own.
+        annotated: share of the training images whose mask true_masks and random_backgrounds know; for the others the loss keeps
+            its own, and they keep their background.
         out: folder for everything that the run writes.
         width: channels of the first layer of a small architecture, None for its default.
         normalise: (mean, standard deviation) of every channel in the place of the data's own, or of those of `init`.
         augment: random crops and flips of the training images.
         mixup, cutmix: parameter of the Beta distribution that the weights of two images are drawn from, see
             :func:`sib_fast.lab.transforms.mix`; 0: off. With both, each batch is one or the other.
+        random_backgrounds: share of the training images that get another one's background, by the data's masks, see
+            :func:`sib_fast.lab.transforms.random_backgrounds`; before mixing.
         epochs, batch_size, lr, weight_decay: AdamW. ``batch_size`` images on every device.
         accumulate: batches whose gradients make one step.
         part_lr: ``("classifier=1e-3", …)``, rates of parts in the place of ``lr``.
@@ -199,6 +202,7 @@ class TrainConfig:
     augment: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    random_backgrounds: float = 0.0
     epochs: int = 50
     batch_size: int = 32
     accumulate: int = 1
@@ -275,8 +279,10 @@ class TrainConfig:
             )
         if not 0 <= self.annotated <= 1:
             raise ValueError(f"train: annotated must be in [0, 1], got {self.annotated}")
-        if self.annotated < 1 and not self.true_masks:
-            raise ValueError(f"train: annotated must come with true_masks, got annotated {self.annotated}")
+        if not 0 <= self.random_backgrounds <= 1:
+            raise ValueError(f"train: random_backgrounds must be in [0, 1], got {self.random_backgrounds}")
+        if self.annotated < 1 and not self.needs_masks:
+            raise ValueError(f"train: annotated must come with true_masks or random_backgrounds, got annotated {self.annotated}")
         if self.normalise is not None and not (len(self.normalise) == 2 and self.normalise[1] > 0):
             raise ValueError(f"train: normalise must be a mean and a positive standard deviation, got {self.normalise}")
         if self.width is not None and self.arch not in SMALL:
@@ -337,6 +343,11 @@ class TrainConfig:
     @property
     def reads_masks(self) -> bool:
         return self.sib is not None or (self.term is not None and self.term.evidence == "share")
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the data's masks are used."""
+        return self.true_masks or self.random_backgrounds > 0
 
     def attach(self, criterion: Any, model: nn.Module) -> None:
         """Prepare the model, as the settings have it, and attach the criterion, if it is one to attach."""

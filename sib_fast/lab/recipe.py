@@ -28,7 +28,7 @@ from sib_fast.lab.fit import quiet
 from sib_fast.lab.networks import NetworkSpec, classifier_parameters, save_network
 from sib_fast.lab.parts import hold_statistics, optimiser_and_schedule
 from sib_fast.lab.results import write_atomically
-from sib_fast.lab.transforms import mix
+from sib_fast.lab.transforms import mix, random_backgrounds
 
 if TYPE_CHECKING:
     from sib_fast.lab.config import TrainConfig
@@ -157,6 +157,8 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         image, target, mask = batch
+        if self.config.random_backgrounds:
+            image = random_backgrounds(image, mask, self.config.random_backgrounds)
         kinds = [name for name in ("mixup", "cutmix") if getattr(self.config, name) > 0]
         label = target
         if kinds:

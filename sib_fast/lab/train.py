@@ -152,9 +152,10 @@ def _open_data(config: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
     elif config.data == "digits" and config.augment:
         raise ValueError("train: augment must not be given with data digits, whose images are random compositions")
     train, val = (config.open(split) for split in ("train", "test"))
-    if config.true_masks and not train.has_masks:
+    if config.needs_masks and not train.has_masks:
+        name = "true_masks" if config.true_masks else "random_backgrounds"
         hint = f"; your own belong in {config.root}/masks/train, docs/data.md" if config.data == "folder" else ""
-        raise ValueError(f"train: true_masks must come with data that has masks, got data {config.data!r}{hint}")
+        raise ValueError(f"train: {name} must come with data that has masks, got data {config.data!r}{hint}")
     if config.steps_per_epoch(len(train)) < 1:
         needed = f"{config.batch_size} x {config.accumulate} x {config.devices}"
         raise ValueError(
@@ -315,7 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(own, "root", "folder of the data, docs/data.md", Path, metavar="FOLDER")
     option(own, "masks", "of the data: auto, segmentation or box", str, metavar="KIND")
     option(own, "true_masks", "the data's masks in the place of the loss's own")
-    option(own, "annotated", "share of the training images whose mask is given; the others keep the loss's own", float)
+    option(own, "annotated", "share of the training images whose mask is known; for the others the loss keeps its own", float)
     option(own, "arch", f"{', '.join(SMALL)}, {LITE}, timm:NAME or a classification network of torchvision", str, metavar="NAME")
     option(own, "init", "weights to begin with: DEFAULT, a name of torchvision's, or a file (.pt, .pth, .safetensors)", str)
     option(own, "width", "channels of the first layer of a small architecture", int)
@@ -324,6 +325,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(own, "augment", "random crops and flips")
     option(own, "mixup", "Beta parameter of MixUp; 0 is off", float, metavar="ALPHA")
     option(own, "cutmix", "Beta parameter of CutMix; 0 is off", float, metavar="ALPHA")
+    option(own, "random_backgrounds", "share of images that get another's background, by the data's masks", float)
     option(own, "train_size", "training images of digits and cutouts", int)
     option(own, "test_size", "test images of digits and cutouts", int)
     option(own, "correlation", "excess probability of a class's own background, of digits and cutouts", float)
@@ -383,12 +385,15 @@ def settings(args: argparse.Namespace) -> TrainConfig:
     """Of a parsed command line. Errors: ValueError for options that contradict each other or a resumed run."""
     given = {name: value for name, value in vars(args).items() if name in _NAMES and value is not None}
     base = stored_settings(given.get("out", TrainConfig.out)) if args.resume else {}
-    if (base | given).get("method") == "plain":
+    merged = base | given
+    plain = merged.get("method") == "plain"
+    if plain:
         for field in dataclasses.fields(SIBOptions):
             if field.name in given:
                 raise ValueError(f"train: {field.name} must not be given for plain training, got {given[field.name]!r}")
     recipe = args.recipe
-    if "annotated" in given:  # which says that masks are to be used
+    backgrounds_alone = plain and merged.get("evidence") != "share" and merged.get("random_backgrounds")
+    if "annotated" in given and not backgrounds_alone:  # which says that the loss is to use masks
         given.setdefault("true_masks", True)
     if recipe is None and not args.resume and given.get("data", "digits") == "digits":
         recipe = "digits"

@@ -117,3 +117,33 @@ def mix(
     elif mask is not None:
         mask = blend(mask.to(images.dtype))
     return blend(images), targets, mask
+
+
+def random_backgrounds(
+    images: Tensor, mask: Tensor | GivenMask, share: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Background randomisation: a share of the images get the background of another one of the batch, and keep label and object.
+
+    The giver is the image before it in the batch, of those with a mask. Its own object is taken out: where that would show, there
+    is the mean colour of the giver's background. An image without a mask neither gives nor gets, since its object would come
+    along or be lost; one whose mask is empty gets nothing, one whose mask is full gives nothing. Without a giver nothing changes.
+
+    Args:    share: probability in [0, 1] of each image. generator: of the draws, on the CPU; torch's by default.
+    Shapes:  images [N, C, H, W]; mask [N, 1, H, W], object from 0.5 on -> [N, C, H, W].
+    Source:  Xiao et al. 2021 train on such images (Mixed-Rand).
+    """
+    values = mask.values if isinstance(mask, GivenMask) else mask
+    inside = values.to(images.dtype) >= 0.5
+    covered, outside = inside.to(images.dtype), (~inside).flatten(1)
+    members = outside.any(1)
+    if isinstance(mask, GivenMask):
+        members &= mask.annotated
+    # the k-th of the members gets from the (k−1)-th, without asking the device how many there are
+    place = members.cumsum(0) - 1
+    order = torch.argsort(~members, stable=True)
+    giver = order[(place - 1) % members.sum().clamp_min(1)]
+    mean = (images * (1 - covered)).sum((2, 3), keepdim=True) / (1 - covered).sum((2, 3), keepdim=True).clamp_min(1)
+    background = torch.where(inside, mean, images)[giver]
+    drawn = (torch.rand(len(images), generator=generator) < share).to(images.device)
+    chosen = drawn & members & inside.flatten(1).any(1)
+    return torch.where(chosen.view(-1, 1, 1, 1) & ~inside, background, images)

@@ -11,7 +11,7 @@ from sib_fast import SIBLoss
 from sib_fast.lab.annotation import PartlyAnnotated, choose_annotated
 from sib_fast.lab.datasets import open_dataset
 from sib_fast.lab.models import SmallConvNet
-from sib_fast.lab.transforms import mix
+from sib_fast.lab.transforms import mix, random_backgrounds
 from sib_fast.masks import GivenMask
 
 LABELS = [0] * 90 + [1] * 50 + [2] * 7 + [3] * 3
@@ -118,3 +118,55 @@ def test_a_mixed_batch_goes_through_the_loss():
     criterion, x = SIBLoss(window_size=5), images.requires_grad_()
     criterion(SmallConvNet(4, width=2)(x), soft, x, mask=masks).backward()
     assert criterion.terms["mask_area"].item() == pytest.approx(masks.mean().item())
+
+
+# ---- random backgrounds ---------------------------------------------------------------------------------------------
+
+
+def with_objects(count=40):
+    """Image i is i, with an object that is 1000 brighter."""
+    images = torch.arange(float(count)).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).clone()
+    masks = torch.zeros(count, 1, 8, 8, dtype=torch.bool)
+    for i, (top, left) in enumerate(torch.randint(0, 6, (count, 2)).tolist()):
+        masks[i, :, top : top + 3, left : left + 3] = True
+    return images + 1000 * masks, masks
+
+
+def test_backgrounds_are_replaced_where_the_mask_is_not_and_by_no_object():
+    torch.manual_seed(0)
+    images, masks = with_objects()
+    before = images.clone()
+    mixed = random_backgrounds(images, masks, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before)
+    objects = masks.expand_as(images)
+    assert torch.equal(mixed[objects], images[objects])
+    changed = (mixed != images).flatten(1).any(1)
+    assert 8 < changed.sum() < 32
+    # all of it, the place of the giver's object included, is of the image before
+    neighbour = images.roll(1, 0)[:, :, -1:, -1:].remainder(1000).expand_as(images)
+    torch.testing.assert_close(mixed[changed], torch.where(objects, images, neighbour)[changed])
+    assert torch.equal(mixed, random_backgrounds(images, masks.double(), 0.5, torch.Generator().manual_seed(0)))
+
+
+def test_who_has_no_mask_no_object_or_no_background_is_left_alone():
+    images, masks = with_objects(6)
+    masks[1] = False  # no object was seen: it gives, and gets nothing
+    masks[4] = True
+    given = GivenMask(masks, torch.tensor([True, True, False, True, True, True]))
+    mixed = random_backgrounds(images, given, 1.0)
+    for i in (1, 2, 4):
+        assert torch.equal(mixed[i], images[i])
+    for i, giver in ((0, 5), (3, 1), (5, 3)):
+        outside = mixed[i][:, ~masks[i, 0]]
+        background = images[giver][:, ~masks[giver, 0]].mean(1, keepdim=True)
+        seen = images[giver][:, ~masks[i, 0]] if giver == 1 else background.expand_as(outside)
+        torch.testing.assert_close(outside, seen)
+        assert torch.equal(mixed[i][:, masks[i, 0]], images[i][:, masks[i, 0]])
+
+
+@pytest.mark.parametrize("annotated", [0, 1])
+def test_no_other_image_with_a_mask_leaves_all_as_they_are(annotated):
+    images, masks = with_objects(5)
+    given = GivenMask(masks, torch.arange(5) < annotated)
+    assert torch.equal(random_backgrounds(images, given, 1.0), images)
+    assert torch.equal(random_backgrounds(images, masks, 0.0), images)

@@ -360,6 +360,28 @@ def test_mixing_reaches_the_loss_and_resumes_to_the_same_bits(tmp_path):
     assert_same_network(tmp_path / "mixed" / "network.pt", tmp_path / "again" / "network.pt")
 
 
+def test_random_backgrounds_train_on_other_images(tmp_path):
+    """In plain training too, with all masks or some."""
+    losses = {}
+    for name, options in {
+        "plain": {},
+        "half": {"random_backgrounds": 0.5},
+        "annotated": {"random_backgrounds": 0.5, "annotated": 0.5},
+        "nobody": {"random_backgrounds": 1.0, "annotated": 0.0},
+    }.items():
+        config = TrainConfig(**TINY | {"epochs": 1, "lr": 1e-9}, sib=None, out=tmp_path / name, **options)
+        assert TrainConfig.from_flat(json.loads(json.dumps(config.flat()))) == config
+        assert main(parse(*words(config))) == 0
+        losses[name] = float(read_log(tmp_path / name)[0]["loss"])
+    assert losses["plain"] == losses["nobody"]
+    assert len(set(losses.values())) == 3
+
+
+def test_random_backgrounds_go_with_masks_of_the_loss_and_with_mixing(tmp_path):
+    train_one(tmp_path, true_masks=True, annotated=0.5, random_backgrounds=0.5, cutmix=1.0, epochs=1)
+    assert float(read_log(tmp_path)[0]["mask_area"]) > 0
+
+
 def test_a_tenth_of_the_masks(tmp_path):
     """At annotated 0 the loss has its own masks, at 1 the data's, and between something else."""
     areas = {}
@@ -407,6 +429,10 @@ def test_an_evidence_term_alone_at_every_other_step(tmp_path):
 def test_annotated_on_the_command_line_says_that_masks_are_used():
     chosen = settings(parse("--annotated", "0.1"))
     assert (chosen.true_masks, chosen.annotated) == (True, 0.1)
+    uses = {"": True, "--plain": False, "--plain --evidence area": False, "--plain --evidence share": True}
+    for given, of_the_loss in uses.items():
+        chosen = settings(parse("--annotated", "0.1", "--random-backgrounds", "0.5", *given.split()))
+        assert (chosen.true_masks, chosen.annotated) == (of_the_loss, 0.1)
 
 
 def test_label_smoothing_reaches_both_losses():
@@ -799,7 +825,8 @@ def test_recipes_are_defaults_that_options_override():
         ("--plain --lambda-bg 3", "train: lambda_bg must not be given for plain training, got 3.0"),
         ("--plain --true-masks", "train: true_masks must not be given for plain training, got True"),
         ("--annotated 1.5", "train: annotated must be in [0, 1], got 1.5"),
-        ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks, got annotated 0.5"),
+        ("--annotated 0.5 --no-true-masks", "train: annotated must come with true_masks or random_backgrounds, got"),
+        ("--random-backgrounds 2", "train: random_backgrounds must be in [0, 1], got 2.0"),
         ("--plain --annotated 0.5", "train: true_masks must not be given for plain training, got True"),
         ("--plain --evidence area --true-masks", "train: true_masks must not be given for plain training, got True"),
         ("--evidence area --evidence-every 2", "train: evidence_every must be 1 beside S-IB, whose every holds for both, got 2"),

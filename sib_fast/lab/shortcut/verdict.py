@@ -225,7 +225,8 @@ def advice(kind: str, facts: Facts) -> list[str]:
         ]
         if facts.measures["between_flips"].mean >= _UNSTEADY:
             said.append(
-                "Where its answer must not change with the surroundings, exchange backgrounds in training (docs/diagnose.md)."
+                "Where its answer must not change with the surroundings, exchange backgrounds in training (sib-fast train "
+                "--random-backgrounds 0.5)."
             )
         return said
     return [
@@ -234,8 +235,8 @@ def advice(kind: str, facts: Facts) -> list[str]:
         "Report accuracy on exchanged backgrounds beside the usual one: a test set that shares the training set's "
         "backgrounds does not show this.",
         "The direct remedy is data: images of every class on the backgrounds of the others. With masks for a part of the "
-        "training images you can make them, by pasting objects onto the backgrounds of other images while training; this "
-        "removes the rule that the network has learned.",
+        "training images you can make them, by pasting objects onto the backgrounds of other images while training (sib-fast "
+        "train --random-backgrounds 0.5 does); this removes the rule that the network has learned.",
         "Without masks, or beside it, train so that the evidence lies on the object (S-IB, or masks in the loss), and test again "
         "with the same command: believe the BG-Gap, not the prettier maps.",
     ]

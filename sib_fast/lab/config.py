@@ -324,9 +324,13 @@ class TrainConfig:
             flat |= part
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
-    def criterion(self) -> nn.Module:
-        """A new criterion, not attached. Errors: as :class:`sib_fast.SIBLoss` and :class:`sib_fast.EvidenceLoss`."""
-        arguments = {} if self.term is None else self.term.arguments(given=self.true_masks and self.annotated == 1)
+    def criterion(self, all_annotated: bool = True) -> nn.Module:
+        """A new criterion, not attached. all_annotated: every image of the data that has masks has one.
+
+        Errors:  as :class:`sib_fast.SIBLoss` and :class:`sib_fast.EvidenceLoss`.
+        """
+        given = self.true_masks and self.annotated == 1 and all_annotated
+        arguments = {} if self.term is None else self.term.arguments(given)
         if self.sib is not None:
             term = EvidenceTerm(**arguments) if arguments else None
             return self.sib.criterion(self.label_smoothing, self.accumulate, term)

@@ -73,7 +73,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
 
         go_on = resume and (config.out / CHECKPOINT).is_file()
         spec, model, report = _network(config, train, go_on)
-        _rehearse(config, model)
+        all_annotated = train.annotated == len(train)
+        _rehearse(config, model, all_annotated)
         from lightning.pytorch.utilities import rank_zero_only
 
         main_process = rank_zero_only.rank == 0  # Lightning starts this function once more for every further device
@@ -86,9 +87,10 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 method = " + ".join(
                     ["plain" if config.sib is None else "S-IB"] + ([f"evidence {config.term.evidence}"] if config.term else [])
                 )
-                console.print(f"{method} {config.arch} on {config.data}, {len(train)} images, {config.epochs} epochs …")
+                known = "" if all_annotated or not config.needs_masks else f" ({train.annotated} with a mask)"
+                console.print(f"{method} {config.arch} on {config.data}, {len(train)} images{known}, {config.epochs} epochs …")
         try:
-            train_network(config, spec, model, config.criterion(), train, val, go_on)
+            train_network(config, spec, model, config.criterion(all_annotated), train, val, go_on)
         except KeyboardInterrupt as error:
             raise Interrupted(_kept(config) if main_process else "") from error
         except BaseException as error:
@@ -156,6 +158,11 @@ def _open_data(config: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
         name = "true_masks" if config.true_masks else "random_backgrounds"
         hint = f"; your own belong in {config.root}/masks/train, docs/data.md" if config.data == "folder" else ""
         raise ValueError(f"train: {name} must come with data that has masks, got data {config.data!r}{hint}")
+    if config.annotated < 1 and train.annotated < len(train):
+        raise ValueError(
+            f"train: annotated must be 1 for data whose masks are those of some images, got {config.annotated} for "
+            f"{train.annotated} masks of {len(train)} images"
+        )
     if config.steps_per_epoch(len(train)) < 1:
         needed = f"{config.batch_size} x {config.accumulate} x {config.devices}"
         raise ValueError(
@@ -209,11 +216,11 @@ def _spec(config: TrainConfig, data: LabelledImages, weights: Weights | None = N
     return NetworkSpec(config.arch, tuple(data.classes), config.image_size, mean, std, options, notes)
 
 
-def _rehearse(config: TrainConfig, model: nn.Module) -> None:
+def _rehearse(config: TrainConfig, model: nn.Module, all_annotated: bool) -> None:
     """A loss of a copy, on noise: what does not fit the network says so now, not after a data set has been read for hours."""
     if config.sib is not None:  # the processes whose images could be gathered do not exist yet
         config = dataclasses.replace(config, sib=dataclasses.replace(config.sib, gather=False))
-    probe, criterion = copy.deepcopy(model).train(), config.criterion()
+    probe, criterion = copy.deepcopy(model).train(), config.criterion(all_annotated)
     hold_statistics(probe)
     count = max(2, *(getattr(getattr(criterion, role, None), "minimum_batch", 2) for role in ("estimator", "background")))
     try:

@@ -404,14 +404,49 @@ def test_a_folder_with_masks_of_ones_own(tree):
     assert torch.equal(train[0][2], middle(rectangle(3, 9, 4, 11)).bool())
 
 
+def test_masks_of_some_images_alone(tree):
+    root = tree("folder")
+    save_values(root / "masks/train/bee/b.png", rectangle(3, 9, 4, 11))
+    data = open_dataset("folder", root, "train", image_size=SIZE)
+    assert (data.mask_kind, len(data), data.annotated, data.has_masks) == ("segmentation", 3, 1, True)
+    _, _, mask = next(iter(DataLoader(data, batch_size=3)))
+    assert mask.annotated.tolist() == [False, True, False]
+    assert torch.equal(mask.values[1], middle(rectangle(3, 9, 4, 11)).bool())
+    assert not mask.values[[0, 2]].any()
+
+
+def test_boxes_of_ones_own(tree):
+    root = tree("folder")
+    (root / "boxes").mkdir()
+    table = root / "boxes/train.csv"
+    table.write_text("image,x0,y0,x1,y1\nant/a.jpg,4,3,11,9\nbee/b.jpg,4,3,8,9\nbee/b.jpg,8,3,11,9\n")
+    data = open_dataset("folder", root, "train", image_size=SIZE)
+    assert (data.mask_kind, data.annotated) == ("box", 2)
+    _, _, mask = next(iter(DataLoader(data, batch_size=3)))
+    assert mask.annotated.tolist() == [True, True, False]
+    for k in (0, 1):  # two boxes of an image are a union
+        assert torch.equal(mask.values[k], middle(rectangle(3, 9, 4, 11)).bool())
+    with open(table, "a") as file:
+        file.write("bee/c.jpg,4,3,11,9\n")
+    whole = open_dataset("folder", root, "train", image_size=SIZE)
+    assert torch.equal(whole[2][2], middle(rectangle(3, 9, 4, 11)).bool())
+    save_values(root / "masks/train/ant/a.png", rectangle(1, 9, 4, 11))  # outlines come before boxes, unless those are asked for
+    assert open_dataset("folder", root, "train", image_size=SIZE).mask_kind == "segmentation"
+    assert open_dataset("folder", root, "train", image_size=SIZE, masks="box").mask_kind == "box"
+
+
 def test_masks_of_ones_own_that_do_not_fit_are_named(tree):
     root = tree("folder")
-    with pytest.raises(FileNotFoundError, match=r"masks.train must hold a mask for every image, got none for ant/a \(3 of 3 are"):
+    with pytest.raises(ValueError, match=r"masks.train must hold annotations of images by their path, such as 'ant/a', got none"):
         open_dataset("folder", root, "train", image_size=SIZE, masks="segmentation")
+    with pytest.raises(FileNotFoundError, match=r"folder: boxes must be an existing file, got .*boxes.train\.csv"):
+        open_dataset("folder", root, "train", image_size=SIZE, masks="box")
     save_values(root / "masks/train/ant/a.png", rectangle(3, 9, 4, 11))
     save_values(root / "masks/train/bee/b.png", rectangle(3, 9, 4, 11).T)
-    with pytest.raises(FileNotFoundError, match=r"got none for bee/c \(1 of 3 are missing\); without the folder"):
+    save_values(root / "masks/train/bee/see.png", rectangle(3, 9, 4, 11))
+    with pytest.raises(ValueError, match=r"such as 'ant/a', got 'bee/see' \(1 of 3 have no image\); images without"):
         open_dataset("folder", root, "train", image_size=SIZE)
+    (root / "masks/train/bee/see.png").unlink()
     save_values(root / "masks/train/bee/c.png", rectangle(3, 9, 4, 11)[:4])
     data = open_dataset("folder", root, "train", image_size=SIZE)
     with pytest.raises(
@@ -655,7 +690,7 @@ def test_a_box_outside_its_image_is_named(tmp_path):
         ("pets", {"split": "trainval"}, "open_dataset: split must be one of 'train', 'test', 'val', got 'trainval'"),
         ("pets", {"masks": "box"}, "pets: masks must be one of 'auto', 'segmentation', got 'box'"),
         ("dogs", {"masks": "segmentation"}, "dogs: masks must be one of 'auto', 'box', got 'segmentation'"),
-        ("folder", {"masks": "box"}, "folder: masks must be one of 'auto', 'segmentation', got 'box'"),
+        ("folder", {"masks": "outline"}, "folder: masks must be one of 'auto', 'segmentation', 'box', got 'outline'"),
         ("dogs", {"root": None}, r"dogs: root must be given, got None; docs/data\.md"),
     ],
 )

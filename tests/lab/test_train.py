@@ -222,6 +222,19 @@ def test_the_masks_of_a_folder_reach_the_loss(image_folder, tmp_path):
     train_one(tmp_path / "out", true_masks=True, **options)
     data = TrainConfig(**TINY | options).open("train")
     assert float(read_log(tmp_path / "out")[0]["mask_area"]) == pytest.approx(data[0][2].float().mean().item(), rel=1e-6)
+    # for some of the images: a share has its own masks beside them, and needs the image for those
+    for path in list((root / "masks" / "train").rglob("*.png"))[::2]:
+        path.unlink()
+    for sib in (SIB, None):
+        out = tmp_path / f"some-{sib is None}"
+        term = EvidenceOptions("share", evidence_window=5)
+        console = Console(file=io.StringIO(), width=200)
+        config = TrainConfig(**TINY | options | {"progress": True}, out=out, true_masks=True, sib=sib, term=term)
+        run(config, console=console)
+        assert "(9 with a mask)" in console.file.getvalue()
+        assert 0 < float(read_log(out)[0]["share"]) < 1
+    with pytest.raises(ValueError, match=r"annotated must be 1 for data whose masks are those of some images, got 0.5 for 9"):
+        train_one(tmp_path / "half", true_masks=True, annotated=0.5, **options)
 
 
 def test_a_torchvision_network_on_a_folder_of_images(image_folder, tmp_path):

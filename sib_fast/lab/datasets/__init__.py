@@ -41,7 +41,8 @@ def open_dataset(
             :class:`sib_fast.lab.datasets.cutouts.Cutouts`.
 
     Shapes:  image [3, S, S] float32, normalised; label [] int64; mask [1, S, S] bool, true on the object. In a set without
-             masks the third is a :class:`sib_fast.masks.GivenMask` that says "not annotated", which SIBLoss takes as it is.
+             masks, or with masks for some images, the third is a :class:`sib_fast.masks.GivenMask` that says whether there is
+             one, which SIBLoss takes as it is.
     Errors:  ValueError for an unknown name, split or kind of mask, and for damaged files, naming them;
              FileNotFoundError that says which file is missing and what to download;
              ImportError without torchvision or the lab extra.

@@ -41,6 +41,15 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor | GivenMask]]):
     def has_masks(self) -> bool:
         return self.mask_kind != "none"
 
+    def is_annotated(self, index: int) -> bool:
+        """Whether an image has a mask; no image is read for it. Where some have none, every item's mask is a GivenMask."""
+        return self.has_masks
+
+    @property
+    def annotated(self) -> int:
+        """How many images have a mask."""
+        return sum(map(self.is_annotated, range(len(self))))
+
     def denormalise(self, image: Tensor) -> Tensor:
         """Pixels in [0, 1] for display. Shapes: image [..., 3, H, W] -> the same."""
         mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))

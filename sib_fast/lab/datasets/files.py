@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from sib_fast.masks import GivenMask, boxes_to_mask
 
 
 class Sample(NamedTuple):
-    """annotation: whatever the set's ``read_mask`` reads the object from: a path, a box."""
+    """annotation: whatever the set's ``read_mask`` reads the object from: a path, a box; None for an image without."""
 
     image: str
     label: int
@@ -43,6 +44,10 @@ class ImageFiles(LabelledImages):
         self.samples = listing.samples
         self._read_mask = listing.read_mask
         self._transform = JointTransform(image_size, augment)
+        self._partly = self.annotated < len(self)
+
+    def is_annotated(self, index: int) -> bool:
+        return self.has_masks and self.samples[index].annotation is not None
 
     @property
     def labels(self) -> list[int]:
@@ -54,11 +59,14 @@ class ImageFiles(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | GivenMask]:
         sample = self.samples[index]
         image = read_rgb(sample.image)
-        mask = self._read_mask(sample, *image.shape[-2:]) if self._read_mask else None
+        mask = None
+        if self._read_mask and sample.annotation is not None:
+            mask = self._read_mask(sample, *image.shape[-2:])
         image, mask = self._transform(image, mask)
-        if mask is None:
+        if mask is None or self._partly:
             # default_collate batches the two fields, and the batch is again a GivenMask
-            mask = GivenMask(torch.zeros(1, *image.shape[-2:], dtype=torch.bool), torch.tensor(False))
+            values = torch.zeros(1, *image.shape[-2:], dtype=torch.bool) if mask is None else mask
+            mask = GivenMask(values, torch.tensor(mask is not None))
         return image, torch.tensor(sample.label), mask
 
 
@@ -154,6 +162,31 @@ def read_object(op: str, path: str, height: int, width: int) -> Tensor:
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(mask) >= 128)[None]
+
+
+def boxes_by_name(op: str, path: Path) -> dict[str, list[tuple[float, ...]]]:
+    """A table of boxes with the columns image, x0, y0, x1, y1: a path, and corners in pixels of that file; several lines of an
+    image make a union.
+
+    Errors:  FileNotFoundError; ValueError for missing columns and for corners that make no box.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{op}: boxes must be an existing file, got {path}")
+    wanted = ["image", "x0", "y0", "x1", "y1"]
+    found: dict[str, list[tuple[float, ...]]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames is None or not set(wanted) <= set(reader.fieldnames):
+            raise ValueError(f"{op}: boxes must have the columns {', '.join(wanted)}, got {reader.fieldnames} in {path}")
+        for row in reader:
+            try:
+                corners = tuple(float(row[name]) for name in wanted[1:])
+                if not (corners[0] < corners[2] and corners[1] < corners[3]):
+                    raise ValueError("x0 < x1 and y0 < y1")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{op}: boxes must have four numbers a line, got {dict(row)} in {path}: {error}") from error
+            found.setdefault(Path(row["image"]).as_posix(), []).append(corners)
+    return found
 
 
 class VocObject(NamedTuple):

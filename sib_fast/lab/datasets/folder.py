@@ -1,19 +1,21 @@
 """A folder of your own images: ``train/<class>/*`` and ``test/<class>/*`` (or ``val/``), as torchvision's ImageFolder has them.
 
-Masks of yours, if there are any, lie in the same folders below ``masks/``.
+Masks of yours, if there are any, lie in the same folders below ``masks/``, or there are boxes in ``boxes/train.csv``, … ; both
+may be those of some of the images.
 But for what file managers leave: hidden files and folders, macOS's resource forks among them (``._x.jpg``), are no images.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
 
-from sib_fast.lab.datasets.files import Listing, Sample, is_hidden, masks_by_name, read_object, require
+from sib_fast.lab.datasets.files import Listing, Sample, box_mask, boxes_by_name, is_hidden, masks_by_name, read_object, require
 
-MASKS = ("segmentation",)
+MASKS = ("segmentation", "box")
 _SOURCE = "the layout is train/<class>/<image> and test/<class>/<image>, or val/ in the place of test/"
 
 
@@ -34,27 +36,38 @@ def open_split(root: Path, split: str, masks: str) -> Listing:
         differing = sorted(set(numbers) ^ set(classes))
         raise ValueError(f"folder: {folder} must have the class folders of {train}, got a difference in {differing}")
     require("folder", _SOURCE, [path for path, _ in images])
-    annotations = root / "masks" / folder.name
-    if masks == "auto" and not annotations.is_dir():
+    annotations, table = root / "masks" / folder.name, root / "boxes" / f"{folder.name}.csv"
+    if masks == "auto":
+        masks = "segmentation" if annotations.is_dir() else "box" if table.is_file() else "none"
+    if masks == "none":
         return Listing(tuple(classes), [Sample(path, label) for path, label in images], "none", None)
-    return Listing(tuple(classes), _with_masks(images, folder, annotations), "segmentation", read_mask)
-
-
-def _with_masks(images: list[tuple[str, int]], folder: Path, annotations: Path) -> list[Sample]:
-    found = masks_by_name(annotations) if annotations.is_dir() else {}
+    if masks == "box":
+        names = [Path(path).relative_to(folder).as_posix() for path, _ in images]
+        return Listing(tuple(classes), _annotated(images, names, boxes_by_name("folder", table), table), "box", read_box)
     names = [Path(path).relative_to(folder).with_suffix("").as_posix() for path, _ in images]
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"folder: {annotations} must hold a mask for every image, got none for {missing[0]} ({len(missing)} of {len(names)} "
-            f"are missing); without the folder {annotations} the images count as images without masks"
+    found = masks_by_name(annotations) if annotations.is_dir() else {}
+    require("folder", _SOURCE, found.values())
+    return Listing(tuple(classes), _annotated(images, names, found, annotations), "segmentation", read_mask)
+
+
+def _annotated(images: list[tuple[str, int]], names: list[str], found: dict[str, Any], where: Path) -> list[Sample]:
+    """Some images may have no annotation, but no annotation may have no image: it would be one that a wrong name has lost."""
+    strays = sorted(found.keys() - set(names))
+    if strays or not found:
+        got = f"{strays[0]!r} ({len(strays)} of {len(found)} have no image)" if strays else "none at all"
+        raise ValueError(
+            f"folder: {where} must hold annotations of images by their path, such as {names[0]!r}, got {got}; images without "
+            "an annotation are fine"
         )
-    require("folder", _SOURCE, [found[name] for name in names])
-    return [Sample(path, label, found[name]) for (path, label), name in zip(images, names, strict=True)]
+    return [Sample(path, label, found.get(name)) for (path, label), name in zip(images, names, strict=True)]
 
 
 def read_mask(sample: Sample, height: int, width: int) -> Tensor:
     return read_object("folder", sample.annotation, height, width)
+
+
+def read_box(sample: Sample, height: int, width: int) -> Tensor:
+    return box_mask("folder", sample.image, sample.annotation, height, width)
 
 
 def _classes(folder: Path) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 from sib_fast.masks import GivenMask, collate
 
 _OP = "diagnose"
-_PATIENCE = 20  # items without one that can be used, after which the reason is an error: all will be like them
+_PATIENCE = 20  # items read without one that can be used, after which the reason is an error: all will be like them
+_UNREAD = ValueError("no mask: not annotated")  # in the place of an item that the data knows to have none
 _OUTSIDE = 1e-3  # by this much may a pixel leave [0, 1]: rounding
 
 
@@ -64,7 +64,9 @@ def gather(
     if (mean is None) != (std is None):
         raise ValueError(f"{_OP}: mean and std must be given together, got {mean} and {std}")
     pixels, labels, masks, names, left_out = [], [], [], [], []
+    read = 0
     for name, item in _items(data, seed):
+        read += item is not _UNREAD
         try:
             if isinstance(item, Exception):
                 raise item
@@ -75,7 +77,7 @@ def gather(
             image = None
         if reason:
             left_out.append((name, reason))
-            if not pixels and len(left_out) >= _PATIENCE:
+            if not pixels and read >= _PATIENCE:
                 break
             continue
         assert image is not None
@@ -113,10 +115,11 @@ def _items(data: Any, seed: int) -> Iterator[tuple[str, Any]]:
     """(name, item), or the exception in the place of an item that cannot be read. Batches are taken apart."""
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         # A torch generator would be the global one's neighbour; this one is nobody's.
+        is_annotated = getattr(data, "is_annotated", lambda _: True)
         for index in np.random.default_rng(seed).permutation(len(data)).tolist():
             name = _name(data, index)
             try:
-                yield name, data[index]
+                yield name, data[index] if is_annotated(index) else _UNREAD
             except (ValueError, OSError) as error:
                 yield name, error
         return
@@ -168,7 +171,7 @@ def _read(item: Any) -> tuple[Tensor, int, Tensor | None]:
 def _unusable(mask: Tensor | None) -> str:
     """Why an image cannot be tested; empty if it can."""
     if mask is None:
-        return "no mask: not annotated"
+        return str(_UNREAD)
     if not mask.any():
         return "an empty mask: no object in what the network sees"
     return "a full mask: no background in what the network sees" if mask.all() else ""
@@ -194,7 +197,7 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, is_hidden, masks_by_name
+    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, boxes_by_name, is_hidden, masks_by_name
 
     if (masks is None) == (boxes is None):
         raise ValueError(f"{_OP}: masks or boxes must be given with images, one of the two, got {masks} and {boxes}")
@@ -211,7 +214,7 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     classes = tuple(name for name, found in files.items() if found)
     if not classes:
         raise ValueError(f"{_OP}: images must hold <class>/<image>, got no image in a class folder of {images}")
-    corners = {} if boxes is None else _read_boxes(boxes)
+    corners = {} if boxes is None else boxes_by_name(_OP, boxes)
     found_masks = {} if masks is None else masks_by_name(masks)
     samples = []
     for label, name in enumerate(classes):
@@ -231,37 +234,13 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
 def _read_mask(sample: Any, height: int, width: int) -> Tensor:
     from sib_fast.lab.datasets.files import read_object
 
-    if sample.annotation is None:
-        raise ValueError(f"{_OP}: masks must hold a file for every image, got none of its name: no mask")
     return read_object(_OP, sample.annotation, height, width)
 
 
 def _read_box(sample: Any, height: int, width: int) -> Tensor:
     from sib_fast.lab.datasets.files import box_mask
 
-    if sample.annotation is None:
-        raise ValueError(f"{_OP}: boxes must have a line for every image, got none: no box")
     return box_mask(_OP, sample.image, sample.annotation, height, width)
-
-
-def _read_boxes(path: Path) -> dict[str, list[tuple[float, ...]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{_OP}: boxes must be an existing file, got {path}")
-    wanted = ["image", "x0", "y0", "x1", "y1"]
-    found: dict[str, list[tuple[float, ...]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or not set(wanted) <= set(reader.fieldnames):
-            raise ValueError(f"{_OP}: boxes must have the columns {', '.join(wanted)}, got {reader.fieldnames} in {path}")
-        for row in reader:
-            try:
-                corners = tuple(float(row[name]) for name in wanted[1:])
-                if not (corners[0] < corners[2] and corners[1] < corners[3]):
-                    raise ValueError("x0 < x1 and y0 < y1")
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{_OP}: boxes must have four numbers a line, got {dict(row)} in {path}: {error}") from error
-            found.setdefault(Path(row["image"]).as_posix(), []).append(corners)
-    return found
 
 
 def first_of(names: Iterable[str], most: int = 6) -> str:

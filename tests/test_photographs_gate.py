@@ -15,7 +15,9 @@ pytest.importorskip("captum")
 pytest.importorskip("pytorch_grad_cam")
 
 from benchmarks import photographs_gate as gate
-from benchmarks.photographs_gate import SETTINGS, Variant, claim, first_variants, further_variants, main, plan
+from benchmarks import photographs_training as training
+from benchmarks.photographs_gate import SETTINGS, Variant, first_variants, further_variants, main, plan
+from benchmarks.photographs_training import claim
 from tests.lab.cutout_tree import write_cutouts
 
 
@@ -25,9 +27,10 @@ def tiny(monkeypatch, tmp_path):
     setting = dataclasses.replace(
         SETTINGS["small"], options={"width": 2}, image_size=32, epochs=1, batch_size=6, window=7, lambdas=(1e5,)
     )
-    monkeypatch.setattr(gate, "SETTINGS", {"small": setting})
+    for module in (gate, training):
+        monkeypatch.setattr(module, "SETTINGS", {"small": setting})
     for name, value in {"TRAINING": 12, "TESTS": 9, "EXPLAINED": 6}.items():
-        monkeypatch.setattr(gate, name, value)
+        monkeypatch.setattr(training, name, value)
     return write_cutouts(tmp_path / "tree"), tmp_path / "out"
 
 
@@ -76,7 +79,7 @@ def test_a_run_writes_a_network_at_a_time_and_goes_on_where_it_was(tiny, capsys,
     assert record["worst_class"] == min(record["by_class"].values())
     assert record["energy"]["mean_mask"]["mean"] > record["energy"]["uniform"]["mean"]
     # what is done is not done again
-    monkeypatch.setattr(gate, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *a: pytest.fail("trained again"))
     assert main([*arguments, "--only", "plain|share-true-absolute", "--seeds", "0"]) == 0
     capsys.readouterr()
     assert main(["report", "--out", str(out)]) == 0
@@ -87,7 +90,7 @@ def test_a_run_writes_a_network_at_a_time_and_goes_on_where_it_was(tiny, capsys,
 @pytest.mark.parametrize("variant", [v for v in first_variants(SETTINGS["small"]) if v.term != "plain"], ids=lambda v: v.name)
 def test_every_variant_trains(tiny, variant):
     root, _ = tiny
-    model, _, _, steps, terms = gate.train("small", variant, 0, root)
+    model, _, _, steps, terms = training.train("small", variant, 0, root)
     assert steps == 2
     assert all(torch.isfinite(p).all() for p in model.parameters())
     expected = {"sib": "background", "backgrounds": "loss"}.get(variant.term, variant.term)
@@ -97,10 +100,12 @@ def test_every_variant_trains(tiny, variant):
 def test_networks_of_one_seed_begin_alike_and_see_the_same_images_in_the_same_order(tiny, monkeypatch):
     root, _ = tiny
     seen = []
-    monkeypatch.setattr(gate, "batches", lambda data, *a, real=gate.batches: seen.append(data[0].clone()) or real(data, *a))
-    first, *_ = gate.train("small", Variant("plain"), 0, root)
-    again, *_ = gate.train("small", Variant("plain"), 0, root)
-    other, *_ = gate.train("small", Variant("plain"), 1, root)
+    monkeypatch.setattr(
+        training, "batches", lambda data, *a, real=training.batches: seen.append(data[0].clone()) or real(data, *a)
+    )
+    first, *_ = training.train("small", Variant("plain"), 0, root)
+    again, *_ = training.train("small", Variant("plain"), 0, root)
+    other, *_ = training.train("small", Variant("plain"), 1, root)
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (first, again, other)]
@@ -111,7 +116,7 @@ def test_networks_of_one_seed_begin_alike_and_see_the_same_images_in_the_same_or
 def test_a_result_is_made_by_one_process_at_a_time_and_a_kill_gives_it_free(tmp_path):
     path = tmp_path / "a.json"
     holder = (
-        "import sys, time; from pathlib import Path; from benchmarks.photographs_gate import claim\n"
+        "import sys, time; from pathlib import Path; from benchmarks.photographs_training import claim\n"
         "with claim(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", holder, str(path)], stdout=subprocess.PIPE, text=True)

@@ -235,6 +235,19 @@ def test_differences_are_paired_by_seed():
     assert math.isnan(paired([], theirs, "shifted")[0])
 
 
+def test_the_primary_comparisons_are_one_family():
+    rises = [[made_up(s, "1" * (3 + s) + "0" * (7 - s)) for s in range(4)], [made_up(s, "1" + "0" * 9) for s in range(4)]]
+    found = {"share-10": rises[0], "plain": rises[1], "guidance-10": rises[1], "rrr-10": rises[0]}
+    (plain, a), (guidance, b), (_, same) = study.primary(found)
+    from scipy.stats import ttest_1samp
+
+    alone = ttest_1samp([0.2, 0.3, 0.4, 0.5], 0).pvalue
+    assert (plain, guidance) == ("share-10 − plain", "share-10 − guidance-10")
+    assert a == b == pytest.approx(2 * alone)  # the third is not defined: it never moves
+    assert math.isnan(same)
+    assert all(math.isnan(p) for _, p in study.primary({way: records[:1] for way, records in found.items()}))
+
+
 def test_an_object_is_drawn_with_all_its_images():
     """Ten objects of 40 images that all say the same are ten pieces of evidence, not 400."""
     rng = np.random.default_rng(0)

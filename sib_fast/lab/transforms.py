@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -13,9 +13,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def read_image(path: str, mode: str) -> Image.Image:
-    """An image file in a mode of Pillow, ``"RGB"`` or ``"RGBA"``; the file's own orientation: annotations refer to the stored
-    pixels, not to EXIF's view.
+def read_image(path: str, mode: str, upright: bool = False) -> Image.Image:
+    """An image file in a mode of Pillow, ``"RGB"`` or ``"RGBA"``. upright: turned as its EXIF orientation says, as viewers show
+    it; otherwise the stored pixels, which the annotations of published sets refer to.
 
     Errors:  FileNotFoundError; ValueError for a file that is no image, is cut short, or has more than 8 bits a channel.
     """
@@ -23,8 +23,9 @@ def read_image(path: str, mode: str) -> Image.Image:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {file.mode}, which a conversion would clip")
+            image = ImageOps.exif_transpose(file) if upright else file
             # Pillow warns when a palette with several transparent entries loses them in one step
-            image = file.convert("RGBA") if "transparency" in file.info else file
+            image = image.convert("RGBA") if "transparency" in file.info else image
             return image.convert(mode)
     except FileNotFoundError:
         raise
@@ -32,12 +33,12 @@ def read_image(path: str, mode: str) -> Image.Image:
         raise ValueError(f"dataset: {path} must be a readable image of 8 bits a channel, got {error!r}") from error
 
 
-def read_rgb(path: str) -> Tensor:
+def read_rgb(path: str, upright: bool = False) -> Tensor:
     """An image file as RGB. Palette, grey, CMYK and RGBA images are converted; alpha is dropped.
 
     Shapes:  -> [3, H, W] uint8. Errors: as :func:`read_image`.
     """
-    return v2.functional.pil_to_tensor(read_image(path, "RGB"))
+    return v2.functional.pil_to_tensor(read_image(path, "RGB", upright))
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -435,6 +435,28 @@ def test_boxes_of_ones_own(tree):
     assert open_dataset("folder", root, "train", image_size=SIZE, masks="box").mask_kind == "box"
 
 
+@pytest.mark.parametrize("masks", ["segmentation", "box"])
+def test_a_photograph_of_ones_own_is_turned_as_viewers_show_it(tree, masks):
+    """So is a mask or a box of it what was drawn on the screen."""
+    root = tree("folder")
+    path = root / "train/ant/a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side: turn by 90° clockwise to show it
+    shown = np.zeros((16, 20, 3), np.uint8)
+    shown[3:9, 4:11] = 255
+    Image.fromarray(np.rot90(shown).copy()).save(path, quality=100, exif=exif)
+    if masks == "box":
+        (root / "boxes").mkdir()
+        (root / "boxes/train.csv").write_text("image,x0,y0,x1,y1\nant/a.jpg,4,3,11,9\n")
+    else:
+        save_values(root / "masks/train/ant/a.png", rectangle(3, 9, 4, 11))
+    image, _, mask = open_dataset("folder", root, "train", image_size=SIZE)[0]
+    inside = mask.values[0]
+    assert torch.equal(inside[None], middle(rectangle(3, 9, 4, 11)).bool())
+    assert image[0][inside].mean() > 1.5
+    assert image[0][~inside].mean() < -1
+
+
 def test_masks_of_ones_own_that_do_not_fit_are_named(tree):
     root = tree("folder")
     with pytest.raises(ValueError, match=r"masks.train must hold annotations of images by their path, such as 'ant/a', got none"):
@@ -450,7 +472,7 @@ def test_masks_of_ones_own_that_do_not_fit_are_named(tree):
     save_values(root / "masks/train/bee/c.png", rectangle(3, 9, 4, 11)[:4])
     data = open_dataset("folder", root, "train", image_size=SIZE)
     with pytest.raises(
-        ValueError, match=r"folder: mask must have the image's proportions, got 16x20 for 20x16 in .*b\.png; save the"
+        ValueError, match=r"folder: mask must have the image's proportions, got 16x20 for 20x16 in .*b\.png; it must"
     ):
         data[1]
     with pytest.raises(ValueError, match=r"got 20x4 for 20x16 in .*c\.png$"):

@@ -28,12 +28,16 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A split as its module found it. ``read_mask(sample, height, width)`` -> bool [1, height, width], None without masks."""
+    """A split as its module found it. ``read_mask(sample, height, width)`` -> bool [1, height, width], None without masks.
+
+    upright: the annotations are of the pictures as viewers show them, turned by EXIF, as people draw on their own ones.
+    """
 
     classes: tuple[str, ...]
     samples: list[Sample]
     mask_kind: str
     read_mask: Callable[[Sample, int, int], Tensor] | None
+    upright: bool = False
 
 
 class ImageFiles(LabelledImages):
@@ -42,7 +46,7 @@ class ImageFiles(LabelledImages):
     def __init__(self, listing: Listing, image_size: int, augment: bool):
         super().__init__(listing.classes, image_size, IMAGENET_MEAN, IMAGENET_STD, listing.mask_kind)
         self.samples = listing.samples
-        self._read_mask = listing.read_mask
+        self._read_mask, self._upright = listing.read_mask, listing.upright
         self._transform = JointTransform(image_size, augment)
         self._partly = self.annotated < len(self)
 
@@ -58,7 +62,7 @@ class ImageFiles(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | GivenMask]:
         sample = self.samples[index]
-        image = read_rgb(sample.image)
+        image = read_rgb(sample.image, self._upright)
         mask = None
         if self._read_mask and sample.annotation is not None:
             mask = self._read_mask(sample, *image.shape[-2:])
@@ -154,7 +158,7 @@ def read_object(op: str, path: str, height: int, width: int) -> Tensor:
     slack = max(width, height, its_width, its_height)  # of a pixel at either side
     if abs(width * its_height - its_width * height) > slack:
         turned = abs(height * its_height - its_width * width) <= slack
-        hint = "; save the picture upright: what its EXIF orientation says is not applied" if turned else ""
+        hint = "; it must be of the picture as viewers show it, turned by its EXIF orientation" if turned else ""
         raise ValueError(
             f"{op}: mask must have the image's proportions, got {its_width}x{its_height} for {width}x{height} in {path}{hint}"
         )

@@ -1,7 +1,7 @@
 """A folder of your own images: ``train/<class>/*`` and ``test/<class>/*`` (or ``val/``), as torchvision's ImageFolder has them.
 
 Masks of yours, if there are any, lie in the same folders below ``masks/``, or there are boxes in ``boxes/train.csv``, … ; both
-may be those of some of the images.
+may be those of some of the images. Images are turned as their EXIF orientation says, and annotations are of what is then seen.
 But for what file managers leave: hidden files and folders, macOS's resource forks among them (``._x.jpg``), are no images.
 """
 
@@ -40,14 +40,15 @@ def open_split(root: Path, split: str, masks: str) -> Listing:
     if masks == "auto":
         masks = "segmentation" if annotations.is_dir() else "box" if table.is_file() else "none"
     if masks == "none":
-        return Listing(tuple(classes), [Sample(path, label) for path, label in images], "none", None)
+        return Listing(tuple(classes), [Sample(path, label) for path, label in images], "none", None, upright=True)
     if masks == "box":
         names = [Path(path).relative_to(folder).as_posix() for path, _ in images]
-        return Listing(tuple(classes), _annotated(images, names, boxes_by_name("folder", table), table), "box", read_box)
+        samples = _annotated(images, names, boxes_by_name("folder", table), table)
+        return Listing(tuple(classes), samples, "box", read_box, upright=True)
     names = [Path(path).relative_to(folder).with_suffix("").as_posix() for path, _ in images]
     found = masks_by_name(annotations) if annotations.is_dir() else {}
     require("folder", _SOURCE, found.values())
-    return Listing(tuple(classes), _annotated(images, names, found, annotations), "segmentation", read_mask)
+    return Listing(tuple(classes), _annotated(images, names, found, annotations), "segmentation", read_mask, upright=True)
 
 
 def _annotated(images: list[tuple[str, int]], names: list[str], found: dict[str, Any], where: Path) -> list[Sample]:

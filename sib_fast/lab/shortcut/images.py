@@ -191,7 +191,8 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     """A data set of `images/<class>/<image>` with `masks/<class>/<same name>.<any suffix>`, or a CSV of boxes.
 
     :func:`sib_fast.lab.datasets.files.read_object` reads a mask. A CSV has the columns image, x0, y0, x1, y1: the path below
-    `images`, corners in pixels of that file; several lines make a union. A picture without a mask or box is left out, and named.
+    `images`, corners in pixels; several lines make a union. A picture without a mask or box is left out, and named. Pictures are
+    turned as their EXIF orientation says, and masks and boxes are of what is then seen.
 
     Errors:  FileNotFoundError, ValueError.
     """
@@ -228,7 +229,8 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
             f"{next(iter(corners), '')!r}"
         )
     read = _read_mask if boxes is None else _read_box
-    return ImageFiles(Listing(classes, samples, "segmentation" if boxes is None else "box", read), image_size, augment=False)
+    listing = Listing(classes, samples, "segmentation" if boxes is None else "box", read, upright=True)
+    return ImageFiles(listing, image_size, augment=False)
 
 
 def _read_mask(sample: Any, height: int, width: int) -> Tensor:

@@ -68,8 +68,8 @@ class SIBLoss(Criterion):
     Args:    lambda_fg, lambda_bg: weights of the two terms. scalar: of the VJP, see `vjp_map`; its labels are the target's
              likeliest class, for one logit target > 0.5. normalise_cotangent: `vjp_map`'s, against what train-mode batch norm
              mixes into confident images (give lambda_bg: the default is the plain form's). estimator: "hsic_biased",
-             "hsic_unbiased", "cka" or "hsic_gaussian". background: "variance", or "hsic" or "relative_variance" (give
-             lambda_bg: the default is the variance's). objective: "exp" (the authors' script), "linear" (their README) or "expm1"
+             "hsic_unbiased", "cka" or "hsic_gaussian". background: "variance", or "hsic", "relative_variance" or a function
+             (give lambda_bg: the default is the variance's). objective: "exp" (the authors' script), "linear" (their README) or "expm1"
              (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
              smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
@@ -145,11 +145,13 @@ class SIBLoss(Criterion):
         }
         for name, (value, known) in choices.items():
             _checks.require_choice(_OP, name, value, known, or_callable=True)
-        if background in ("hsic", "relative_variance") and isinstance(lambda_bg, _DefaultWeight):
-            order = "background HSIC is of order 1e-2" if background == "hsic" else "the relative variance is of order 1"
+        if background not in ("variance", BACKGROUNDS["variance"]) and isinstance(lambda_bg, _DefaultWeight):
+            name = getattr(background, "__name__", type(background).__name__) if callable(background) else repr(background)
+            orders = {"hsic": "background HSIC is of order 1e-2", "relative_variance": "the relative variance is of order 1"}
+            order = "a function has an order of its own" if callable(background) else orders[background]
             raise ValueError(
-                f"{_OP}: lambda_bg must be given for background={background!r}, got the default: 1000 is the weight of a "
-                f"variance of order 1e-8, and {order}"
+                f"{_OP}: lambda_bg must be given for background={name}, got the default: 1000 is the weight of a variance of "
+                f"order 1e-8, and {order}"
             )
         if normalise_cotangent and background == "variance" and isinstance(lambda_bg, _DefaultWeight):
             raise ValueError(

@@ -348,10 +348,12 @@ def test_defaults_are_the_authors():
     assert isinstance(criterion.base_loss, nn.CrossEntropyLoss)
 
 
-@pytest.mark.parametrize("background", ["hsic", "relative_variance"])
+@pytest.mark.parametrize("background", ["hsic", "relative_variance", lambda statistics: statistics.background_variance])
 def test_a_background_of_another_scale_wants_its_own_weight(background):
-    with pytest.raises(ValueError, match=f"SIBLoss: lambda_bg must be given for background='{background}', got the default"):
+    name = "<lambda>" if callable(background) else repr(background)
+    with pytest.raises(ValueError, match=f"SIBLoss: lambda_bg must be given for background={name}, got the default"):
         SIBLoss(background=background)
+    SIBLoss(background=BACKGROUNDS["variance"])
     for weight in (1000.0, 1000, 0.5):  # the default's number is fine where the caller says it
         assert SIBLoss(lambda_bg=weight, background=background).lambda_bg == weight
 

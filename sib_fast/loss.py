@@ -69,8 +69,8 @@ class SIBLoss(Criterion):
              likeliest class, for one logit target > 0.5. normalise_cotangent: `vjp_map`'s, against what train-mode batch norm
              mixes into confident images (give lambda_bg: the default is the plain form's). estimator: "hsic_biased",
              "hsic_unbiased", "cka" or "hsic_gaussian". background: "variance", or "hsic", "relative_variance" or a function
-             (give lambda_bg: the default is the variance's). objective: "exp" (the authors' script), "linear" (their README) or "expm1"
-             (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
+             (give lambda_bg: the default is the variance's). objective: "exp" (the authors' script), "linear" (their README) or
+             "expm1" (the gradient of exp, a readable value). mask: "density", with window_size, temperature, slope and quantiles
              as in `foreground_mask`. base_loss: called as base_loss(logits, target), default nn.CrossEntropyLoss(); label
              smoothing goes there. vjp_scale: `vjp_map`'s scale. gather: take the statistics over the images of all ranks
              (torch.distributed), see docs/trainers.md. backend: one of `sib_fast.BACKENDS`, or "auto".

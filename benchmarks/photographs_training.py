@@ -123,7 +123,7 @@ def criterion(variant: Variant, setting: Setting, model: nn.Module) -> nn.Module
     if variant.term == "share":
         # images without a known mask have the loss's own
         masks = {"mask": "given" if variant.given and variant.annotated == 1 else "density", "window_size": setting.window}
-    return EvidenceLoss(variant.term, evidence=form, weight=weight, at=at, **masks).attach(model)
+    return EvidenceLoss(variant.term, evidence=form, weight=weight, at=at, normalise_cotangent=True, **masks).attach(model)
 
 
 def known_masks(mask: Tensor | GivenMask, like: Tensor) -> tuple[Tensor, Tensor]:

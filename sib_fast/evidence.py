@@ -43,6 +43,9 @@ def _share(evidence: Tensor, mask: Tensor) -> Tensor:
 
 
 KINDS = {"area": _area, "share": _share}
+# What selection runs chose for each (docs/study-evidence/protocol.md); a function of the user's is read as Grad-CAM shows it.
+_FORM = {"area": "absolute", "share": "rectified"}
+_NORMALISED = {"area": True, "share": False}
 
 
 class Evidence(NamedTuple):
@@ -66,9 +69,10 @@ class EvidenceTerm:
 
     Args:    kind: "area", "share", or a function (evidence [N, 1, h, w], mask [N, 1, h, w] or None) -> [N].
              evidence: "rectified", relu(Σ_k R_A⊙A), what Grad-CAM shows; "absolute", Σ_k |R_A⊙A|, or "squared", Σ_k R_A², which
-             alone are meant for maps with non-linear layers above them; or a function (R_A, A) -> [N, 1, h, w].
+             alone are meant for maps with non-linear layers above them; or a function (R_A, A) -> [N, 1, h, w]. None, the
+             default, is "absolute" for "area" and "rectified" for the rest, as selection runs chose.
              weight: of the term. at: name of the module, or the module, whose output is A; by default found in the first forward
-             pass. scalar: as `vjp_map`'s. normalise_cotangent: `vjp_map`'s.
+             pass. scalar: as `vjp_map`'s. normalise_cotangent: `vjp_map`'s; None, the default, is False for "share" alone.
              target_area: "area" is not lowered below it, so that one cell is not the optimum; 0 is no hinge.
              mask: "density" of the VJP at the image, with window_size, temperature, slope and quantiles as in `foreground_mask`
              (None: those of the SIBLoss beside it, or SIBLoss's defaults); "given": every call of the loss brings one, and the
@@ -79,11 +83,11 @@ class EvidenceTerm:
     """
 
     kind: str | Callable[[Tensor, Tensor | None], Tensor] = "area"
-    evidence: str | Callable[[Tensor, Tensor], Tensor] = "rectified"
+    evidence: str | Callable[[Tensor, Tensor], Tensor] | None = None
     weight: float = 1.0
     at: str | nn.Module | None = None
     scalar: str | Callable = "energy"
-    normalise_cotangent: bool = True
+    normalise_cotangent: bool | None = None
     target_area: float = 0.1
     mask: str | Callable[[Tensor], Tensor] | None = "density"
     window_size: int | None = None
@@ -93,6 +97,10 @@ class EvidenceTerm:
 
     def __post_init__(self) -> None:
         _checks.require_choice(_OP, "kind", self.kind, tuple(KINDS), or_callable=True)
+        if self.evidence is None:
+            object.__setattr__(self, "evidence", _FORM.get(self.name, "rectified"))
+        if self.normalise_cotangent is None:
+            object.__setattr__(self, "normalise_cotangent", _NORMALISED.get(self.name, True))
         _checks.require_choice(_OP, "evidence", self.evidence, tuple(FORMS), or_callable=True)
         _checks.require_choice(_OP, "scalar", self.scalar, SCALARS, or_callable=True)
         if self.mask is not None:

@@ -73,9 +73,10 @@ def plainly(net: MappedNet, x: Tensor, target: Tensor, given, *, kind, form, sca
     return F.cross_entropy(logits, target) + value
 
 
-def ours(net: MappedNet, x: Tensor, target: Tensor, given, form: str, **options) -> tuple[Tensor, EvidenceLoss]:
-    criterion = EvidenceLoss(window_size=WINDOW, **options)
-    if form == "attached":
+def ours(net: MappedNet, x: Tensor, target: Tensor, given, how: str, **options) -> tuple[Tensor, EvidenceLoss]:
+    """Rectified and normalised where nothing else is said, as `plainly`."""
+    criterion = EvidenceLoss(window_size=WINDOW, **{"evidence": "rectified", "normalise_cotangent": True} | options)
+    if how == "attached":
         criterion.attach(net)
         return criterion(net(x), target, mask=given), criterion
     x = x.detach().clone().requires_grad_()
@@ -157,6 +158,22 @@ def test_cotangent_as_it_is(kind):
     loss, _ = ours(net, x, target, None, "attached", kind=kind, scalar="energy", normalise_cotangent=False)
     wanted = plainly(plain, x, target, None, kind=kind, form="rectified", scalar="energy", normalise=False)
     assert relative_error(loss, wanted) < TOLERANCE
+
+
+def test_every_kind_has_the_form_that_was_chosen_for_it():
+    chosen = {kind: EvidenceTerm(kind) for kind in ("area", "share", lambda evidence, mask: evidence.flatten(1).sum(1))}
+    assert [(t.evidence, t.normalise_cotangent) for t in chosen.values()] == [
+        ("absolute", True),
+        ("rectified", False),
+        ("rectified", True),
+    ]
+    x, target = problem()
+    for kind, form, normalise in (("area", "absolute", True), ("share", "rectified", False)):
+        net, plain = MappedNet().double(), MappedNet().double()
+        loss = EvidenceLoss(kind, window_size=WINDOW).attach(net)(net(x), target)
+        wanted = plainly(plain, x, target, None, kind=kind, form=form, normalise=normalise)
+        assert relative_error(loss, wanted) < TOLERANCE
+        assert EvidenceTerm(kind, evidence=form, normalise_cotangent=normalise) == EvidenceTerm(kind)
 
 
 @pytest.mark.parametrize("how", ["attached", "explicit"])
@@ -423,12 +440,12 @@ class Functional(nn.Module):
 def test_an_activation_in_place_belongs_to_the_map():
     x, target = image_batch(4, height=12, width=12)
     net = Functional(inplace=True)
-    criterion = EvidenceLoss("area").attach(net)
+    criterion = EvidenceLoss("area", evidence="rectified").attach(net)
     for _ in range(2):
         criterion(net(x), target).backward()
     assert criterion._attachment.map_name == "features"
     with pytest.raises(RuntimeError, match="non-linear layers above it, got the map at 'features' with ReluBackward0"):
-        EvidenceLoss("area").attach(net := Functional(inplace=False))(net(x), target)
+        EvidenceLoss("area", evidence="rectified").attach(net := Functional(inplace=False))(net(x), target)
 
 
 class Head(nn.Module):
@@ -479,8 +496,16 @@ class LayerNormOfChannels(nn.Module):
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda: MappedNet("bent"), {}, "must not be 'rectified' at a map with non-linear layers above it"),
-        (lambda: MappedNet(), {"at": "trunk.2"}, "must not be 'rectified' at a map with non-linear layers above it"),
+        (
+            lambda: MappedNet("bent"),
+            {"evidence": "rectified"},
+            "must not be 'rectified' at a map with non-linear layers above it",
+        ),
+        (
+            lambda: MappedNet(),
+            {"at": "trunk.2", "evidence": "rectified"},
+            "must not be 'rectified' at a map with non-linear layers above it",
+        ),
         (lambda: MappedNet(), {"at": "trunk.3", "evidence": "absolute"}, "batch norm in training mode"),
         (lambda: MappedNet("mean"), {"evidence": "squared"}, "must not be 'squared' directly below a global average"),
         (lambda: Head(*POOL, nn.LayerNorm(8)), {"evidence": "absolute"}, "must not lie directly below a normalisation"),
@@ -488,7 +513,7 @@ class LayerNormOfChannels(nn.Module):
         (Tokens, {"evidence": "absolute"}, "must not lie below attention, got 'patches'"),
         (Tokens, {"at": "last"}, "tokens are no map, and of those after the last attention only the class token is read"),
         (lambda: Head(nn.MaxPool2d(16), nn.Flatten()), {"at": "layers.0"}, "must have more than one cell"),
-        (lambda: Head(*POOL, nn.Sigmoid()), {}, "must not be 'rectified' at a map with non-linear"),
+        (lambda: Head(*POOL, nn.Sigmoid()), {"evidence": "rectified"}, "must not be 'rectified' at a map with non-linear"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), {}, "must have a module, run once, that returns a"),
         (lambda: MappedNet(), {"at": "head.1"}, r"'head.1' must return a floating-point \[N, C, H, W\] map"),
     ],

@@ -120,7 +120,7 @@ class EvidenceOptions:
     """
 
     evidence: str = "area"
-    evidence_form: str = EvidenceTerm.evidence  # type: ignore[assignment]
+    evidence_form: str | None = None
     evidence_weight: float = EvidenceTerm.weight
     evidence_at: str | None = None
     evidence_window: int | None = None

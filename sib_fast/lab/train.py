@@ -380,7 +380,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sib, "prepare", "the package's layers, whose second derivative is faster")
 
     option(evidence, "evidence", "area or share: adds the term", str, metavar="KIND")
-    option(evidence, "evidence_form", "rectified, absolute or squared", str)
+    option(evidence, "evidence_form", "rectified, absolute or squared (default: absolute for area, rectified for share)", str)
     option(evidence, "evidence_weight", "of the term", float)
     option(evidence, "evidence_at", "module whose output is the map; by default the last before pooling", str, metavar="NAME")
     option(evidence, "evidence_window", "side of the own mask's density window, odd", int)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("scipy")
-from sib_fast.lab.study.records import IN_DISTRIBUTION, SHIFTED, explanation, load_study
+from sib_fast.lab.study.records import IN_DISTRIBUTION, SHIFTED, Quantity, explanation, load_study
 from sib_fast.lab.study.report import markdown
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = ROOT / "benchmarks/results/intel-xeon-2-cores/study"
+EVIDENCE = ROOT / "benchmarks/results/amd-epyc-2-cores/study_evidence/main"
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,50 @@ def test_every_planned_network_is_reported_on_seeds_that_settings_were_not_chose
     for arch in study.architectures:
         for variant in study.present(arch):
             assert {n.seed for n in study.of(arch, variant)} == seeds, (arch, variant)
+
+
+# ---- evidence terms -------------------------------------------------------------------------------------------------
+
+MAIN = ("plain", "unmasked", "sib", "share", "area", "sib_share", "sib_area")
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return load_study(EVIDENCE)
+
+
+def test_the_table_of_evidence_terms_is_that_of_the_records(evidence):
+    assert (ROOT / "docs/study-evidence/table.md").read_text() == markdown(evidence)
+
+
+def test_the_seven_forms_are_paired_on_seeds_that_nothing_was_chosen_on(evidence):
+    seeds = {arch: [{n.seed for n in evidence.of(arch, variant)} for variant in MAIN] for arch in evidence.architectures}
+    for found in seeds.values():
+        assert all(s == found[0] for s in found)
+        assert min(found[0]) >= 200
+        assert len(found[0]) >= 5
+
+
+def comparison(study) -> str:
+    """The table of `docs/which.md`: both networks in every cell."""
+    quantities = {
+        "accuracy, backgrounds shifted": SHIFTED,
+        "as in training": IN_DISTRIBUTION,
+        "answers changed by another background": Quantity("background", "", "swap_changed"),
+        "evidence on the object, five methods": explanation("mean_not_optimised", "energy"),
+        "occlusion": explanation("occlusion", "energy"),
+    }
+    lines = ["| | " + " | ".join(quantities) + " |", "| --- |" + " ---: |" * len(quantities)]
+    for variant in MAIN:
+        cells = [
+            " · ".join(f"{statistics.fmean(study.values(arch, variant, quantity).values()):.3f}" for arch in study.architectures)
+            for quantity in quantities.values()
+        ]
+        lines.append(f"| {study.label(variant)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("page", ["which.md"])
+def test_the_page_on_forms_shows_the_records(evidence, page):
+    shown = (ROOT / "docs" / page).read_text().partition("<!-- evidence -->\n")[2].partition("<!-- /evidence -->")[0]
+    assert shown == comparison(evidence)

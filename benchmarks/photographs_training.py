@@ -33,7 +33,7 @@ from sib_fast.masks import GivenMask
 
 TRAINING, TESTS, EXPLAINED = 1200, 480, 240
 CORRELATION = 0.95
-METHODS = {"gradient": ("saliency", {}), "integrated": ("integrated_gradients", {"n_steps": 16, "internal_batch_size": 60})}
+METHODS = {"gradient": ("saliency", {}), "integrated": ("integrated_gradients", {"n_steps": 16, "internal_batch_size": 16})}
 FORMS_OF_TESTS = ("correlated", "shifted", "grey")
 _BATCH = 60
 
@@ -244,7 +244,7 @@ def train(name: str, variant: Variant, seed: int, root: Path, epoch_done: Callab
     seconds = time.process_time() - begin
     if hasattr(loss_of, "remove"):
         loss_of.remove()
-    sib_fast.restore(model).to(memory_format=torch.contiguous_format).eval()
+    sib_fast.restore(model).eval()
     count = TRAINING // setting.batch_size
     return model, spec, seconds, steps, {term: value / count for term, value in sums.items()}
 
@@ -263,6 +263,7 @@ def score(model: nn.Module, spec: NetworkSpec, setting: Setting, seed: int, root
     labels = sets["shifted"][1]
     by_class = {spec.classes[k]: right["shifted"][labels == k].double().mean().item() for k in range(len(spec.classes))}
     images, labels, masks = (values[:explained] for values in sets["shifted"])
+    images = images.contiguous(memory_format=torch.channels_last)  # the network's layout
     # a map that knows nothing of its image: uniform, and the mean mask of the tests, which knows where objects are likely
     prior = masks.float().mean(0, keepdim=True).expand_as(masks)
     energy = {"uniform": inside(torch.ones_like(prior), masks), "mean_mask": inside(prior, masks)}

@@ -102,10 +102,15 @@ def plan(out: Path) -> Iterator[tuple[str, Variant, int]]:
                         yield name, variant, seed
 
 
+def tried(records: Records) -> list[str]:
+    """The settings that have records."""
+    return [name for name in SETTINGS if any(setting == name for setting, *_ in records)]
+
+
 def verdicts(records: Records) -> list[str]:
     """The stop rules of docs/photographs/gate.md on what is there."""
     lines = []
-    for name in SETTINGS:
+    for name in tried(records):
         variants = variants_of(records, name)
 
         def greatest(values: dict[str, float]) -> tuple[str, float]:
@@ -124,15 +129,17 @@ def verdicts(records: Records) -> list[str]:
     return lines
 
 
-def report(out: Path) -> int:
-    records = load(out)
-    for name, setting in SETTINGS.items():
-        columns = ["uniform", "mean_mask", *METHODS, *(f"{c}_{m}" for m in setting.maps for c in ("mean_mask", "cam"))]
-        print(f"\n| {name} | networks | in distribution | shifted | worst class | grey | {' | '.join(columns)} | CPU s |")
-        print("|---" * (len(columns) + 7) + "|")
-        variants = list(dict.fromkeys(v for n, v, _ in records if n == name))
-        for variant in sorted(variants, key=lambda v: (v != "plain", v)):
-            found = [r for (n, v, _), r in records.items() if (n, v) == (name, variant)]
+def report(records: Records) -> str:
+    """Tables and verdicts as Markdown, of the networks that are there; the seeds side by side."""
+    lines = []
+    for name in tried(records):
+        maps = SETTINGS[name].maps
+        columns = ["uniform", "mean_mask", *METHODS, *(f"{c}_{m}" for m in maps for c in ("mean_mask", "cam"))]
+        shown = [column.replace("_", " ") for column in columns]
+        lines.append(f"| {name} | in distribution | shifted | worst class | grey | {' | '.join(shown)} | CPU s |")
+        lines.append("| --- |" + " ---: |" * (len(columns) + 5))
+        for variant in sorted((v.name for v in variants_of(records, name)), key=lambda v: (v != "plain", v)):
+            found = [r for (n, v, _), r in sorted(records.items()) if (n, v) == (name, variant)]
 
             def cell(*keys: str, found: list = found) -> str:
                 values = []
@@ -145,16 +152,16 @@ def report(out: Path) -> int:
             accuracies = [cell("accuracy", f) for f in ("correlated", "shifted")]
             accuracies += [cell("worst_class"), cell("accuracy", "grey")]
             energies = [cell("energy", c, "mean") for c in columns]
-            print(f"| {variant} | {len(found)} | {' | '.join([*accuracies, *energies])} | {cell('cpu_seconds')} |")
-    print()
-    print("\n".join(verdicts(records)))
-    return 0
+            lines.append(f"| {variant} | {' | '.join([*accuracies, *energies])} | {cell('cpu_seconds')} |")
+        lines.append("")
+    return "\n".join(lines + [f"- {line}" for line in verdicts(records)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, Path("runs/photographs-gate"), SEEDS, argv)
     if args.command == "report":
-        return report(args.out)
+        print(report(load(args.out)))
+        return 0
 
     def network(name: str, variant: Variant, seed: int) -> dict[str, Any]:
         return run_network(name, variant, seed, args.root, args.out)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,3 +172,52 @@ def test_the_rules_are_about_the_mean_of_both_seeds(tiny):
     assert lines[2].endswith(f"+0.070 ({masked.name})")
     write_record(out, free, 1, 0.8, shifted=0.5)
     assert gate.verdicts(gate.load(out))[0] == f"small: without masks the best shifted gain is +0.100 ({free.name})"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return training.load(ROOT / "benchmarks/results/amd-epyc-2-cores/photographs_gate")
+
+
+def block(page: str) -> str:
+    return (ROOT / "docs" / page).read_text().partition("<!-- gate -->\n")[2].partition("<!-- /gate -->")[0]
+
+
+def test_the_gates_table_is_that_of_the_records(stored):
+    assert block("photographs/gate.md") == gate.report(stored)
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for name, variant, seed in stored:
+        seeds.setdefault((name, variant), set()).add(seed)
+    assert set(map(frozenset, seeds.values())) == {frozenset(gate.SEEDS)}
+
+
+def shown_gains(records) -> str:
+    """The table of `docs/which.md`."""
+    rows = {
+        "plain training": "plain",
+        "background randomisation, all masks": "backgrounds-true",
+        "background share at the last map, all masks": "share-true-rectified-last-1",
+        "background share at the last map, own mask": "share-own-rectified-last-1",
+        "effective area at the last map": "area-rectified-last-1",
+        "S-IB as published, 1e3": "sib-1000",
+        "S-IB as published, 1e5": "sib-100000",
+        "S-IB as published, 1e7": "sib-1e+07",
+    }
+    quantities = {
+        "shifted accuracy": ("accuracy", "shifted"),
+        "in distribution": ("accuracy", "correlated"),
+        "input gradient on the object": ("energy", "gradient", "mean"),
+    }
+    lines = ["| | " + " | ".join(quantities) + " |", "| --- |" + " ---: |" * len(quantities)]
+    for label, variant in rows.items():
+        value, form = (gate.mean, ".3f") if variant == "plain" else (gate.gain, "+.3f")
+        cells = [format(value(records, "lite0", variant, *keys), form).replace("-", "−") for keys in quantities.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_on_forms_shows_the_gate(stored):
+    assert block("which.md") == shown_gains(stored)

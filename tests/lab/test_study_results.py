@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("scipy")
+from sib_fast.lab.study.cells import interval
 from sib_fast.lab.study.records import IN_DISTRIBUTION, SHIFTED, Quantity, explanation, load_study
 from sib_fast.lab.study.report import markdown
+from sib_fast.lab.study.statistics import difference
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = ROOT / "benchmarks/results/intel-xeon-2-cores/study"
@@ -94,7 +96,25 @@ def comparison(study) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("page", ["which.md"])
-def test_the_page_on_forms_shows_the_records(evidence, page):
-    shown = (ROOT / "docs" / page).read_text().partition("<!-- evidence -->\n")[2].partition("<!-- /evidence -->")[0]
-    assert shown == comparison(evidence)
+def paired_differences(study) -> str:
+    """The table of `docs/study-evidence/README.md`: what the protocol compares, both networks in every cell."""
+    energy = explanation("mean_not_optimised", "energy")
+    pairs = (("share", "area"), ("area", "plain"), ("share", "plain"), ("area", "sib"), ("share", "sib"), ("area", "unmasked"))
+    pairs += (("share", "unmasked"), ("sib_area", "sib"), ("sib_share", "sib"), ("sib_share", "sib_area"), ("sib_area", "area"))
+    lines = ["| | accuracy, backgrounds shifted | evidence on the object, five methods |", "| --- | --- | --- |"]
+    for pair in pairs:
+        cells = [
+            " · ".join(interval(difference(study, arch, *pair, quantity)).text for arch in study.architectures)
+            for quantity in (SHIFTED, energy)
+        ]
+        lines.append(f"| {' − '.join(map(study.label, pair))} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "block", "made"),
+    [("which.md", "evidence", comparison), ("study-evidence/README.md", "differences", paired_differences)],
+)
+def test_the_pages_on_evidence_terms_show_the_records(evidence, page, block, made):
+    shown = (ROOT / "docs" / page).read_text().partition(f"<!-- {block} -->\n")[2].partition(f"<!-- /{block} -->")[0]
+    assert shown == made(evidence)

@@ -187,9 +187,9 @@ def test_too_few_images_for_an_estimator_without_a_name():
         (r"estimator must return .*, got shape \[\] without a graph", {"estimator": lambda g, h: (g * h).sum().detach()}),
         (
             r"background must return a 0-d tensor computed from the statistics, got shape \[6\]",
-            {"background": lambda s: s.background_variance},
+            {"lambda_bg": 1.0, "background": lambda s: s.background_variance},
         ),
-        ("background must return .*, got NoneType", {"background": lambda s: None}),
+        ("background must return .*, got NoneType", {"lambda_bg": 1.0, "background": lambda s: None}),
         (
             r"objective must return a 0-d tensor computed from its arguments, got shape \[6\]",
             {"objective": lambda b, *_: b.expand(6)},

@@ -54,7 +54,7 @@ infinite_slope = identity_with(lambda grad: grad * math.inf)
         ("mask", {}, {"mask": torch.full((6, 1, 12, 11), math.inf)}),
         ("base", {"base_loss": lambda z, t: z.sum() * math.nan}, {}),
         ("foreground", {"estimator": lambda k, el: k.sum() * math.inf}, {}),
-        ("background", {"background": lambda s: s.vjp_variance.sum() * math.nan}, {}),
+        ("background", {"lambda_bg": 1.0, "background": lambda s: s.vjp_variance.sum() * math.nan}, {}),
         ("loss", {"objective": lambda base, fg, bg, a, b: base / 0}, {}),
     ],
     ids=["mask", "given mask", "base", "foreground", "background", "loss"],

@@ -193,13 +193,14 @@ def over_objects(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], form:
 
 def report(gate_records: Records, out: Path) -> int:
     records = load(out)
+    compared = ways(gate_records, records)
     found = {
         way: [r for (_, name, seed), r in sorted(records.items()) if name == variant.name and seed in SEEDS]
-        for way, variant in ways(gate_records, records).items()
+        for way, variant in compared.items()
     }
     print("| | is | seeds | " + " | ".join(QUANTITIES) + " |")
     print("|---" * (len(QUANTITIES) + 3) + "|")
-    for way, variant in ways(gate_records, records).items():
+    for way, variant in compared.items():
         cells = [f"{np.mean([value(r, q) for r in found[way]]):.3f}" if found[way] else "–" for q in QUANTITIES]
         print(f"| {way} | {variant.name} | {len(found[way])} | {' | '.join(cells)} |")
     print("\n| difference | seeds | shifted, over seeds | shifted, over objects | in distribution | worst class | BG-Gap |")

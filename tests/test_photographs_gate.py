@@ -216,6 +216,8 @@ def shown_gains(records) -> str:
         value, form = (gate.mean, ".3f") if variant == "plain" else (gate.gain, "+.3f")
         cells = [format(value(records, "lite0", variant, *keys), form).replace("-", "−") for keys in quantities.values()]
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    for label, name in {"a uniform map": "uniform", "a map of where objects usually are": "mean_mask"}.items():
+        lines.append(f"| {label} | | | {gate.mean(records, 'lite0', 'plain', 'energy', name, 'mean'):.3f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("scipy")
 from sib_fast.lab.study.cells import interval
-from sib_fast.lab.study.records import IN_DISTRIBUTION, SHIFTED, Quantity, explanation, load_study
+from sib_fast.lab.study.records import IN_DISTRIBUTION, METHOD_LABELS, SHIFTED, Quantity, explanation, load_study
 from sib_fast.lab.study.report import markdown
 from sib_fast.lab.study.statistics import difference
 
@@ -93,6 +93,10 @@ def comparison(study) -> str:
             for quantity in quantities.values()
         ]
         lines.append(f"| {study.label(variant)} | {' | '.join(cells)} |")
+    for knows_nothing in ("constant", "centre"):
+        scores = study.values("small_conv_net", "plain", explanation(knows_nothing, "energy")).values()
+        cells = ["", "", "", *[f"{statistics.fmean(scores):.3f}"] * 2]
+        lines.append(f"| {METHOD_LABELS[knows_nothing]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from sib_fast.masks import GivenMask, collate
 
 _OP = "diagnose"
 _PATIENCE = 20  # items read without one that can be used, after which the reason is an error: all will be like them
-_UNREAD = ValueError("no mask: not annotated")  # in the place of an item that the data knows to have none
+_UNREAD = "no mask: not annotated"  # in the place of an item that the data knows to have none
 _OUTSIDE = 1e-3  # by this much may a pixel leave [0, 1]: rounding
 
 
@@ -70,7 +70,7 @@ def gather(
         try:
             if isinstance(item, Exception):
                 raise item
-            image, label, mask = _read(item)
+            image, label, mask = (None, 0, None) if item is _UNREAD else _read(item)
             reason = _unusable(mask)
         except (ValueError, OSError) as error:
             reason = str(error)
@@ -171,7 +171,7 @@ def _read(item: Any) -> tuple[Tensor, int, Tensor | None]:
 def _unusable(mask: Tensor | None) -> str:
     """Why an image cannot be tested; empty if it can."""
     if mask is None:
-        return str(_UNREAD)
+        return _UNREAD
     if not mask.any():
         return "an empty mask: no object in what the network sees"
     return "a full mask: no background in what the network sees" if mask.all() else ""

@@ -20,18 +20,12 @@ from benchmarks import photographs_training as training
 from benchmarks.photographs_gate import SETTINGS, Variant, first_variants, further_variants, main, plan
 from benchmarks.photographs_training import claim
 from tests.lab.cutout_tree import write_cutouts
+from tests.tiny_photographs import shrink
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The small setting alone, at 16 pixels and two steps."""
-    setting = dataclasses.replace(
-        SETTINGS["small"], options={"width": 2}, image_size=32, epochs=1, batch_size=6, window=7, lambdas=(1e5,)
-    )
-    for module in (gate, training):
-        monkeypatch.setattr(module, "SETTINGS", {"small": setting})
-    for name, value in {"TRAINING": 12, "TESTS": 9, "EXPLAINED": 6}.items():
-        monkeypatch.setattr(training, name, value)
+    shrink(monkeypatch, tests=9)
     return write_cutouts(tmp_path / "tree"), tmp_path / "out"
 
 

@@ -25,19 +25,14 @@ from benchmarks.photographs_training import SETTINGS, Guidance, RightReasons, Va
 from sib_fast import SIBLoss
 from sib_fast.masks import GivenMask
 from tests.lab.cutout_tree import write_cutouts
+from tests.tiny_photographs import shrink
 
 TERMS = {"rrr": "penalty", "guidance": "penalty", "unmasked": "background", "backgrounds": "loss", "plain": "loss"}
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    setting = dataclasses.replace(
-        SETTINGS["small"], options={"width": 2}, image_size=32, epochs=1, batch_size=6, window=7, lambdas=(1e5,)
-    )
-    for module in (gate, training):
-        monkeypatch.setattr(module, "SETTINGS", {"small": setting})
-    for name, value in {"TRAINING": 12, "TESTS": 12, "EXPLAINED": 6}.items():
-        monkeypatch.setattr(training, name, value)
+    shrink(monkeypatch, tests=12)
     for name, value in {"NAME": "small", "TESTS": 12, "EXPLAINED": 6, "SEEDS": (10, 11)}.items():
         monkeypatch.setattr(study, name, value)
     return write_cutouts(tmp_path / "tree"), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Bytes, ops, flops and live memory of a training step, counted without running it: any torchvision model, no GPU.
+"""Bytes, ops, flops and live memory of a training step, counted without running it: any model of torchvision or timm, no GPU.
 
     python -m benchmarks.step_traffic resnet50 --images 16
     python -m benchmarks.step_traffic --docs            # every model, stored, and the tables of the docs renewed
@@ -51,7 +51,7 @@ EVIDENCE = ("area", "area_prepared", "share", "share_prepared")
 VARIANTS = ("plain", "naive", "ours", "ours_prepared", "ours_recompute", "penalty", "penalty_prepared", *EVIDENCE)
 PREPARED = ("ours_prepared", "ours_recompute", "penalty_prepared", "area_prepared", "share_prepared")
 # Refused: a normalisation on the last map, tokens.
-NO_MAP = ("convnext_tiny", "vit_b_16", "vit_s", "swin_t")
+NO_MAP = ("convnext_tiny", "vit_b_16", "vit_s", "swin_t", "timm:vit_small_patch16_224")
 # Layers that are not linear above the last map: no rectified evidence.
 ABSOLUTE = ("mobilenet_v3_large",)
 PRECISIONS = ("float32", "bf16")
@@ -70,6 +70,8 @@ MODELS = (
     "efficientnet_b0",
     "convnext_tiny",
     "vit_b_16",
+    "timm:vit_small_patch16_224",
+    "timm:efficientnet_b0",
 )
 # They read and write nothing. _unsafe_view and _reshape_alias are views that PyTorch does not mark as such.
 _FREE = ("prim.device", "aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.sym_")
@@ -189,13 +191,22 @@ def _loss_of(variant: str, model: nn.Module, x: Tensor, target: Tensor, form: st
     return lambda: criterion(model(x), target)
 
 
-def count(name: str, variant: str, images: int, size: int, precision: str = "float32") -> Traffic:
-    """The traffic of one step of a torchvision model, in training mode, on fake CPU tensors."""
+def _made(name: str) -> nn.Module:
+    package, _, own = name.rpartition(":")
+    if package == "timm":
+        import timm
+
+        return timm.create_model(own)
     import torchvision.models
 
+    return getattr(torchvision.models, own)()
+
+
+def count(name: str, variant: str, images: int, size: int, precision: str = "float32") -> Traffic:
+    """The traffic of one step of a model, torchvision's or timm:<name>, in training mode, on fake CPU tensors."""
     # Attention that can be differentiated twice, for every variant but plain, which may take the fast one.
     attention = sdpa_kernel([SDPBackend.MATH] if variant != "plain" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    real = getattr(torchvision.models, name)()  # some initialisations read values, which fake tensors do not have
+    real = _made(name)  # some initialisations read values, which fake tensors do not have
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(real)

@@ -33,10 +33,10 @@ _COMPILED = (
     "a module under torch.compile must not be used: compiled code has no second derivative in PyTorch. Leave the model uncompiled"
 )
 _FUSED_ATTENTION = (
-    "fused attention must not be used: PyTorch has no second derivative for it. Call sib_fast.prepare(model) first, whose "
-    "MultiheadAttention has one for self-attention without masks, as in torchvision's ViT; or run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with timm call timm.layers.set_fused_attn(False) before the model is "
-    "made; with Hugging Face pass attn_implementation='eager'"
+    "fused attention must not be used: PyTorch has no second derivative for it. Call sib_fast.prepare(model) first, which gives "
+    "one to nn.MultiheadAttention on itself without masks and to modules whose forward calls F.scaled_dot_product_attention, as "
+    "most of timm's do; or run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with timm set "
+    "TIMM_FUSED_ATTN=0 in the environment; with Hugging Face pass attn_implementation='eager'"
 )
 _REENTRANT = (
     "reentrant checkpointing must not be used: it cannot be differentiated with torch.autograd.grad. Pass "

@@ -399,7 +399,12 @@ FAULTS = [
     ("given mask: boxes of pixels' corners", "sib_fast/masks/given.py", "across = torch.arange(width, device=boxes.device) + 0.5", "across = torch.arange(width, device=boxes.device) - 0.5"),
     # Layers
     ("layers: hardswish by hardsigmoid", "sib_fast/nn/activation.py", 'activation(input, "hardswish", inplace=self.inplace)', 'activation(input, "hardsigmoid", inplace=self.inplace)'),
-    ("layers: attention without its scale", "sib_fast/nn/attention.py", "query * (1 / math.sqrt(query.shape[-1]))", "query"),
+    ("layers: attention without its scale", "sib_fast/nn/attention.py", "query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)", "query"),
+    ("layers: a learned bias left out of attention", "sib_fast/nn/attention.py", "softmax(scores if bias is None else scores + bias)", "softmax(scores)"),
+    ("layers: a mask that may close a row taken for a bias", "sib_fast/nn/_functional.py", "(mask is None or (mask.requires_grad and mask.is_floating_point()))", "(mask is None or mask.is_floating_point())"),
+    ("layers: attention under autocast as it came", "sib_fast/nn/_functional.py", "query, key, value, mask = lowered(query, key, value, mask)", "pass"),
+    ("layers: a module's attention left PyTorch's", "sib_fast/nn/_others.py", "names | {\"F\": _functional}", "names"),
+    ("layers: timm's batch norm without its activation", "sib_fast/nn/_others.py", "return self.act(self.drop(y))", "return self.drop(y)"),
     ("layers: heads of a batch-first input transposed", "sib_fast/nn/attention.py", "order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)", "order = (1, 2, 0, 3)"),
     ("layers: running statistics where nothing is trained", "sib_fast/nn/batch_norm.py", "if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():", "if self.track_running_stats and self.running_mean is not None and not _recomputing():"),
     ("layers: running statistics twice with checkpointing", "sib_fast/nn/batch_norm.py", "self.running_mean is not None and not _recomputing():", "self.running_mean is not None:"),

@@ -14,18 +14,21 @@ from sib_fast.nn._torchs_own import Layer, fx_call, torchs_own_runs
 from sib_fast.ops.softmax import softmax
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(Q Kᵀ/sqrt(E)) V, of products and a softmax: differentiable twice, on any device.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """softmax(scale·Q Kᵀ + bias) V, of products and a softmax: differentiable twice, on any device.
 
-    Shapes:  query [B, L, E], key [B, S, E], value [B, S, F] -> [B, L, F], one head of one image a batch entry. bfloat16 and
-             float16 are calculated in float32, as PyTorch's math kernel does.
-    Scale:   1/sqrt(E) on the query. dropout: of the weights, before they meet the values.
+    Shapes:  query [B, L, E], key [B, S, E], value [B, S, F], bias [B, L, S] or None -> [B, L, F], one head of one image a batch
+             entry. bfloat16 and float16 are calculated in float32, as PyTorch's math kernel does.
+    Scale:   on the query, 1/sqrt(E) by default. dropout: of the weights, before they meet the values.
     Source:  Vaswani et al. 2017; torch.nn.functional.scaled_dot_product_attention.
     """
     dtype = query.dtype
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = (t.to(_checks.accumulation_dtype(dtype)) for t in (query, key, value))
-        weights = softmax(torch.bmm(query * (1 / math.sqrt(query.shape[-1])), key.transpose(1, 2)))
+        scores = torch.bmm(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(1, 2))
+        weights = softmax(scores if bias is None else scores + bias)
         return torch.bmm(F.dropout(weights, dropout) if dropout else weights, value).to(dtype)
 
 

@@ -31,12 +31,16 @@ class _FusedDoubleBackward(Layer):
         if not self.training and self.running_mean is not None:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return self._torchs_own(input)
-            return running_batch_norm(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+            return self._behind(running_batch_norm(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps))
         if not self._synchronises() and (input.numel() == 0 or automatic(input.device, KERNELS) == REFERENCE):
             return self._torchs_own(input)
         y, mean, variance, count = self._normalise(input)
         if self.training and self.track_running_stats and self.running_mean is not None and not _recomputing():
             self._track(mean.detach(), variance.detach(), count)
+        return self._behind(y)
+
+    def _behind(self, y: Tensor) -> Tensor:
+        """What a layer does with its normalised input besides."""
         return y
 
     def _synchronises(self) -> bool:

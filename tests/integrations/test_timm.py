@@ -122,19 +122,16 @@ def test_a_timm_network_and_its_checkpoint():
     SIBTask(plain, SIBLoss(**WEIGHTS), verbose=False).load_checkpoint_state(state["state_dict"], state.get("task_state"))
 
 
-def test_a_vision_transformer_needs_unfused_attention():
+def test_a_vision_transformer_needs_nothing():
+    """SIBTask prepares it, attention included; a model that is not prepared is told so."""
     x, target = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    options = {"num_classes": 5, "img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
-    task = SIBTask(timm.create_model("vit_tiny_patch16_224", **options), SIBLoss(**WEIGHTS), verbose=False).train()
-    with pytest.raises(RuntimeError, match=r"timm\.layers\.set_fused_attn"):
-        task(x, target)
-    before = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(False)
-    try:
-        task = SIBTask(timm.create_model("vit_tiny_patch16_224", **options), SIBLoss(**WEIGHTS), verbose=False).train()
-    finally:
-        timm.layers.set_fused_attn(bool(before))
-    task(x, target)["loss"].backward()
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=2, embed_dim=48, num_heads=3)
+    criterion = SIBLoss(**WEIGHTS).attach(net)
+    if net.blocks[0].attn.fused_attn:
+        with pytest.raises(RuntimeError, match=r"fused attention must not be used.*sib_fast\.prepare"):
+            criterion(net(x), target)
+    criterion.remove()
+    SIBTask(net, SIBLoss(**WEIGHTS), verbose=False).train()(x, target)["loss"].backward()
 
 
 def test_what_would_fail_is_refused_in_words():

@@ -123,6 +123,9 @@ def test_fused_attention_is_found_in_the_graph():
     assert entry.kind.startswith("ScaledDotProductFlashAttention")
     assert "sdpa_kernel(SDPBackend.MATH)" in entry.fix
     assert report.twice_differentiable is False
+    assert report.twice_differentiable_prepared is True
+    (swap,) = (entry for entry in report.of("swap") if entry.kind.endswith("AttentionNet"))
+    assert "F.scaled_dot_product_attention" in swap.why
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert inspect(AttentionNet(), x).twice_differentiable is True
 

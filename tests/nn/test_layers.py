@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sib_fast
 from sib_fast import _backends, network_checks
-from sib_fast.nn.prepare import SWAPS
+from sib_fast.nn.prepare import SWAPS, plain_class
 from sib_fast.testing.counting import OpLog
 
 trace_autograd_ops = pytest.mark.skipif(
@@ -116,6 +116,38 @@ def test_timms_gelu_too(name):
     buffer.seek(0)
     assert type(torch.load(buffer, weights_only=False)[2]) is type(fast[2])
     assert type(sib_fast.restore(fast)[2]) is kind
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [{"act_layer": "silu"}, {"apply_act": False}, {"drop_layer": nn.Dropout}], ids=str)
+def test_timms_batch_norm_with_its_activation(options, training):
+    """What timm's EfficientNets are made of."""
+    kind = pytest.importorskip("timm.layers.norm_act", exc_type=ImportError).BatchNormAct2d
+    plain = network(nn.Identity()).train(training)
+    plain[1] = kind(8, **options).double().train(training)
+    plain[1].running_var.fill_(0.3)
+    fast = sib_fast.prepare(copy.deepcopy(plain))
+    assert isinstance(fast[1], kind)
+    assert plain_class(type(fast[1])) is kind
+    assert type(fast[1].act) not in SWAPS
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert any("sib_fast" in node.name() and "batch_norm" in node.name() for node in network_checks.nodes_of(fast[1](x).grad_fn))
+    fast = sib_fast.prepare(copy.deepcopy(plain))  # that forward moved the statistics
+
+    def step(net, x, y):
+        torch.manual_seed(2)  # of the dropout
+        return sib_fast.SIBLoss(1.0, 1e4, window_size=5, train_in_eval_mode=True)(net(x), y, x)
+
+    (want, buffers), (base, _) = gradients(plain, step), gradients(plain, lambda *a: torch.manual_seed(2) and base_loss(*a))
+    got, got_buffers = gradients(fast, step)
+    assert_same(got, want, base)
+    for a, b in zip(got_buffers, buffers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    assert type(torch.load(buffer, weights_only=False)[1]) is type(fast[1])
+    assert type(sib_fast.restore(fast)[1]) is kind
 
 
 def test_pytorchs_hardsigmoid_cannot():

@@ -149,6 +149,22 @@ def test_one_process_is_batch_norm():
         torch.testing.assert_close(dict(results(copy.deepcopy(sync), 0, 8, True))[key], want, rtol=1e-9, atol=1e-9, msg=key)
 
 
+def test_timms_with_an_activation_behind_it(monkeypatch):
+    """Of what timm.layers.convert_sync_batchnorm makes of an EfficientNet; over two processes it is the same code as above."""
+    norm_act = pytest.importorskip("timm.layers.norm_act", exc_type=ImportError)
+    plain = nn.Sequential(norm_act.BatchNormAct2d(3, act_layer="silu")).double()
+    sync = norm_act.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert type(sync[0]) is norm_act.SyncBatchNormAct
+    fast = sib_fast.prepare(sync)
+    assert fast[0].differentiable_twice
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(fast[0], "_synchronises", lambda: True)
+    monkeypatch.setattr(fast[0], "_normalise", lambda input: (input.clone(), input.mean((0, 2, 3)), input.var((0, 2, 3)), 100))
+    torch.testing.assert_close(fast(x), nn.functional.silu(x))
+    assert type(sib_fast.restore(fast)[0]) is norm_act.SyncBatchNormAct
+
+
 def test_attach_accepts_a_prepared_one_and_refuses_pytorchs():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(network(True))
     with pytest.raises(RuntimeError, match=r"SyncBatchNorm must not be used: .* sib_fast\.prepare\(model\) first"):

@@ -132,6 +132,8 @@ def _explain_row(
     said = f"{network.label} predicts {spec.classes[best]}, probability {probabilities[best]:.2f}"
     if target is not None:
         said += f"; explained: {spec.classes[target]}, probability {probabilities[target]:.2f}"
+    if mask is not None:
+        said += f"; a uniform map has {mask.double().mean():.2f} inside"
     vjp = gradient_map(network.model, x)
     window = min(window, spec.image_size - 1 + spec.image_size % 2)  # the largest odd one within the image
     # The mask looks at |mean over channels| only, which is what gradient_map returns.

@@ -45,6 +45,10 @@ class _ProgressBar(RichProgressBar):
         # the logger's version number is the name of the network, which the line above the bar says already
         return {name: value for name, value in super().get_metrics(*arguments).items() if name != "v_num"}
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning's counts from 0; padded as there, since "Validation" takes its place
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))
+
 
 def _seed(*key: int) -> None:
     """Python's, numpy's and torch's CPU generators; CUDA's are left alone, since a data set must not disturb them."""

@@ -115,7 +115,13 @@ def test_every_cell_holds_the_map_over_its_maximum_and_the_share_inside(folder, 
     torch.testing.assert_close(picture(axes[f"{name}: {MASK}"]), expected, rtol=1e-4, atol=1e-5)
     assert axes[f"{name}: {MASK}"].images[0].get_clim() == (0, 1)
     probability, best = logits.double().softmax(1)[0].max(0)
-    assert f"{name} predicts {CLASSES[best]}, probability {probability:.2f}" in header(drawn)
+    said = f"{name} predicts {CLASSES[best]}, probability {probability:.2f}; a uniform map has {mask.double().mean():.2f} inside"
+    assert said in header(drawn)
+
+
+def test_without_a_mask_nothing_is_inside(folder):
+    figure = explanation_panel([folder / "plain.pt"], [folder / "bug.png"], methods=["saliency"])
+    assert "inside" not in header(figure)
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, 15), (7, 7), (99, 15)])

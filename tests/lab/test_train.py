@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,6 +236,12 @@ def test_the_masks_of_a_folder_reach_the_loss(image_folder, tmp_path):
         assert 0 < float(read_log(out)[0]["share"]) < 1
     with pytest.raises(ValueError, match=r"annotated must be 1 for data whose masks are those of some images, got 0.5 for 9"):
         train_one(tmp_path / "half", true_masks=True, annotated=0.5, **options)
+
+
+def test_the_progress_bar_counts_epochs_from_one():
+    bar = recipe._ProgressBar()
+    bar._trainer = SimpleNamespace(max_epochs=3)
+    assert [bar._get_train_description(epoch).rstrip() for epoch in range(3)] == ["Epoch 1/3", "Epoch 2/3", "Epoch 3/3"]
 
 
 def test_a_torchvision_network_on_a_folder_of_images(image_folder, tmp_path):

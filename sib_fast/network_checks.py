@@ -36,7 +36,8 @@ _FUSED_ATTENTION = (
     "fused attention must not be used: PyTorch has no second derivative for it. Call sib_fast.prepare(model) first, which gives "
     "one to nn.MultiheadAttention on itself without masks and to modules whose forward calls F.scaled_dot_product_attention, as "
     "most of timm's do; or run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with timm set "
-    "TIMM_FUSED_ATTN=0 in the environment; with Hugging Face pass attn_implementation='eager'"
+    "TIMM_FUSED_ATTN=0 in the environment; with Hugging Face pass attn_implementation='sib_fast' after "
+    "importing sib_fast.integrations.huggingface"
 )
 _REENTRANT = (
     "reentrant checkpointing must not be used: it cannot be differentiated with torch.autograd.grad. Pass "

@@ -1,4 +1,5 @@
-"""Hugging Face: a mix-in for `transformers.Trainer`. Its `compute_loss_func` is not given the input, so it cannot be used."""
+"""Hugging Face: a mix-in for `transformers.Trainer`, whose `compute_loss_func` is not given the input and so cannot be used; and
+an attention that can be differentiated twice, which importing this module registers as `attn_implementation="sib_fast"`."""
 
 from __future__ import annotations
 
@@ -7,13 +8,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import AttentionInterface, Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sib_fast import SIBLoss, prepare
 from sib_fast.criterion import Criterion
 from sib_fast.integrations._terms import TermAverage
+from sib_fast.nn._functional import scaled_dot_product_attention
 
 _OP = "SIBTrainer"
+ATTENTION = "sib_fast"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' models that can be differentiated twice: products and a fused softmax for attention without a
+    mask, with gradients, as in a ViT. Every other call is that of "sdpa", which may have no second derivative.
+
+    Shapes:  query [N, heads, L, E], key [N, heads, S, E], value [N, heads, S, F] -> [N, L, heads, F], and None for the weights.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and not causal and query.shape[1] == key.shape[1] and options.get("position_bias") is None:
+        out = scaled_dot_product_attention(query, key, value, None, dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options)
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+try:
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+except ImportError:  # older ones have no masks by implementation
+    pass
+else:
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class SIBTrainerMixin:
@@ -60,10 +97,11 @@ class SIBTrainerMixin:
         if self.args.torch_compile:
             raise ValueError(f"{_OP}: torch_compile must be False, got True: a compiled model has no second derivative")
         attention = getattr(self.model.config, "_attn_implementation", None)
-        if attention not in (None, "eager"):
+        if attention not in (None, "eager", ATTENTION):
             raise ValueError(
-                f"{_OP}: the model's attention must be 'eager', got {attention!r}: fused attention has no second derivative. "
-                "Load it with from_pretrained(..., attn_implementation='eager'), or model.set_attn_implementation('eager')"
+                f"{_OP}: the model's attention must be {ATTENTION!r} or 'eager', got {attention!r}: fused attention has no "
+                f"second derivative. Load it with from_pretrained(..., attn_implementation={ATTENTION!r}), or call "
+                f"model.set_attn_implementation({ATTENTION!r})"
             )
         # Older Trainers have no loss_is_scaled_for_ga; they ask whether the model takes num_items_in_batch instead.
         self.model_accepts_loss_kwargs = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 transformers = pytest.importorskip("transformers", reason="extra [huggingface]", exc_type=ImportError)
 accelerate = pytest.importorskip("accelerate", reason="extra [huggingface]", exc_type=ImportError)
 
 from sib_fast import EvidenceLoss, SIBLoss, prepare  # noqa: E402
+from sib_fast.integrations import huggingface  # noqa: E402
 from sib_fast.integrations.huggingface import SIBTrainer  # noqa: E402
 from sib_fast.testing.networks import conv_net  # noqa: E402
 from tests.integrations.steps import WEIGHTS, assert_same_parameters, batches_of, explicit_steps  # noqa: E402
@@ -147,11 +149,49 @@ def small_vit(attention):
 
 def test_a_vision_transformer(tmp_path):
     rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 5} for i in range(12)]
-    with pytest.raises(ValueError, match="SIBTrainer: the model's attention must be 'eager', got 'sdpa'"):
+    with pytest.raises(ValueError, match="SIBTrainer: the model's attention must be 'sib_fast' or 'eager', got 'sdpa'"):
         trainer_of(tmp_path, small_vit("sdpa"), rows)
-    trainer = trainer_of(tmp_path, small_vit("eager"), rows)
-    trainer.train()
-    assert trainer.criterion.terms["foreground"] > 0
+    trained = []
+    for attention in ("eager", "sib_fast"):
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path, small_vit(attention), rows)
+        trainer.train()
+        assert trainer.criterion.terms["foreground"] > 0
+        trained.append(list(trainer.model.parameters()))
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # What is saved loads where this package is not.
+    trainer.save_model(tmp_path / "saved")
+    assert "sib_fast" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_attention_that_can_be_differentiated_twice():
+    """Without a mask the math kernel's numbers and derivatives; with one, or without gradients, the call of "sdpa"."""
+    torch.manual_seed(0)
+    composed, fast = small_vit("sdpa").double(), small_vit("sib_fast").double()
+    fast.load_state_dict(composed.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for model in (composed, fast):
+        kernel = SDPBackend.MATH if model is composed else SDPBackend.FLASH_ATTENTION
+        leaf = x.clone().requires_grad_()
+        with sdpa_kernel(kernel):
+            logits = model(pixel_values=leaf).logits
+        (vjp,) = torch.autograd.grad(logits.softmax(1).square().sum(), leaf, create_graph=True)
+        second = torch.autograd.grad(vjp.square().sum(), list(model.parameters()), allow_unused=True)
+        results.append([logits, vjp, *(t for t in second if t is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    module = type("Module", (nn.Module,), {"is_causal": False})()
+    query = torch.randn(2, 3, 5, 4, requires_grad=True)
+    mask = torch.zeros(2, 1, 5, 5).masked_fill(torch.eye(5).bool(), -torch.inf)
+    out, weights = huggingface.attention_forward(module, query, query, query, mask)
+    assert weights is None
+    assert torch.equal(out, nn.functional.scaled_dot_product_attention(query, query, query, mask).transpose(1, 2))
+    with torch.no_grad():
+        out, _ = huggingface.attention_forward(module, query, query, query, None, scaling=0.3)
+        want = nn.functional.scaled_dot_product_attention(query, query, query, scale=0.3)
+    assert torch.equal(out, want.transpose(1, 2))
 
 
 def test_what_would_fail_is_refused_in_words(tmp_path):

@@ -1,11 +1,12 @@
 """Argument checks. Metadata only: a check never reads a tensor's values, which would synchronise with the device.
 
 Grammar of the messages: `<op>: <argument> must <rule>, got <value>`. ValueError for shape and range, TypeError for type
-and dtype, RuntimeError for backend and graph.
+and dtype, RuntimeError for backend and graph, ImportError for what an extra brings.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -97,3 +98,11 @@ def require_quantiles(op: str, quantiles: Sequence[float]) -> tuple[float, float
     if len(values) != 4 or not all(0.0 <= q <= 1.0 for q in values):
         raise ValueError(f"{op}: quantiles must be four levels (lo, hi, gate, area) in [0, 1], got {tuple(quantiles)!r}")
     return values  # type: ignore[return-value]
+
+
+def require_package(op: str, package: str, extra: str, module: str | None = None) -> None:
+    """Imports what an extra brings. module: the package's name in Python, where that is another one."""
+    try:
+        importlib.import_module(module or package)
+    except ImportError as error:
+        raise ImportError(f"{op}: {package} must be installed, got {error}; pip install 'sib_fast[{extra}]'") from error

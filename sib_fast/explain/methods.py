@@ -230,10 +230,9 @@ def _labels(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
 
 
 def _captum() -> Any:
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise ImportError(f"{_OP}: captum must be installed: pip install 'sib_fast[explain]'") from error
+    _checks.require_package(_OP, "captum", "explain")
+    import captum.attr
+
     return captum.attr
 
 
@@ -323,11 +322,10 @@ def _guided_backprop(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 def _cam(name: str) -> Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]:
     def compute(model: nn.Module, x: Tensor, labels: Tensor, layer: nn.Module) -> Tensor:
-        try:
-            import pytorch_grad_cam
-            from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-        except ImportError as error:
-            raise ImportError(f"{_OP}: grad-cam must be installed: pip install 'sib_fast[explain]'") from error
+        _checks.require_package(_OP, "grad-cam", "explain", "pytorch_grad_cam")
+        import pytorch_grad_cam
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
         targets = [ClassifierOutputTarget(int(label)) for label in labels]
         with getattr(pytorch_grad_cam, name)(model=model, target_layers=[layer]) as cam:
             # Not cam(x, targets): that shifts and stretches every map to [0, 1] by its own range, which moves the zero.

@@ -104,10 +104,8 @@ def draw_panel(
 
 def draw_blocks(blocks: Sequence[Block], *, caption: str, marked: Collection[str], wrap: int) -> Figure:
     """Strips from top to bottom: an image's header, then for each band of columns its titles and a row per network."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"explain: matplotlib must be installed, got {error}; pip install 'sib_fast[explain]'") from error
+    _checks.require_package("explain", "matplotlib", "explain")
+    from matplotlib.figure import Figure
 
     first = blocks[0].rows[0]
     columns = [IMAGE, *([] if first.mask is None else [OBJECT]), *first.maps]

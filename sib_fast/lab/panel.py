@@ -191,16 +191,12 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 
 def _require_extras(methods: Sequence[str]) -> None:
-    needed = {"PIL": "pillow", "matplotlib": "matplotlib"}
+    _checks.require_package(_OP, "pillow", "explain", "PIL")
+    _checks.require_package(_OP, "matplotlib", "explain")
     if set(methods) - set(_CAMS):
-        needed["captum"] = "captum"
+        _checks.require_package(_OP, "captum", "explain")
     if set(methods) & set(_CAMS):
-        needed["pytorch_grad_cam"] = "grad-cam"
-    for module, package in needed.items():
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise ImportError(f"{_OP}: {package} must be installed, got {error}; pip install 'sib_fast[explain]'") from error
+        _checks.require_package(_OP, "grad-cam", "explain", "pytorch_grad_cam")
 
 
 # ---- files --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sib_fast import _checks
 from sib_fast.explain import METHODS
 from sib_fast.lab.datasets import NAMES, open_dataset
 from sib_fast.lab.networks import LITE
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         from sib_fast.lab.shortcut.report import lines
 
-        _require_rich()
+        _checks.require_package(_OP, "rich", "lab")
         if args.out.is_file():
             raise ValueError(f"{_OP}: out must be a folder, got the file {args.out}")
         torch.set_num_threads(args.threads or before)
@@ -166,13 +167,6 @@ def _open_data(args: argparse.Namespace, subject: Subject) -> Any:
     if not data.has_masks:
         raise ValueError(f"{_OP}: data must have masks or boxes, got {name!r}, which has none: --images FOLDER --masks FOLDER")
     return data
-
-
-def _require_rich() -> None:
-    try:
-        import rich  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{_OP}: rich must be installed, got {error}; pip install 'sib_fast[lab]'") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -259,14 +258,12 @@ def diagnose(
 
 def _require_extras(methods: Sequence[str]) -> None:
     """Now, not after minutes. Errors: ImportError that names the extra."""
-    needed = {"scipy": "lab", "PIL": "lab"}
+    _checks.require_package(_OP, "scipy", "lab")
+    _checks.require_package(_OP, "pillow", "lab", "PIL")
     if methods:
-        needed |= {"torchmetrics": "explain", "captum": "explain", "pytorch_grad_cam": "explain"}
-    for module, extra in needed.items():
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(f"{_OP}: {module} must be installed, got {error}; pip install 'sib_fast[{extra}]'") from error
+        _checks.require_package(_OP, "torchmetrics", "explain")
+        _checks.require_package(_OP, "captum", "explain")
+        _checks.require_package(_OP, "grad-cam", "explain", "pytorch_grad_cam")
 
 
 def _maps(subject: Subject, pixels: Tensor, method: str, layer: str | None, step: Callable[[int], None]) -> Tensor | str:

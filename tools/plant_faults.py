@@ -8,7 +8,7 @@ are green, everything that `make quick` runs. A fault that no test notices is pr
 Hours for all of them; not part of `make test`. A new kernel, layer or part of the lab adds its faults to tools/faults.py.
 
 --out gets JSON, rewritten after every fault: commit, machine, seed, and of each fault its file, verdict and first red test.
-A run that was cut short goes on where it was: verdicts of the same commit and seed are kept.
+A run that was cut short goes on where it was: verdicts of the same commit and seed are kept, and what is red without a fault.
 """
 
 from __future__ import annotations
@@ -66,14 +66,12 @@ def pytest(tree: Path, *arguments: str, **more: str) -> tuple[bool, str]:
 def near(file: str) -> tuple[list[str], dict[str, str]]:
     """pytest's arguments and environment for the tests next to a file: of an op its own, where they can be told by name."""
     arguments = next(arguments for pattern, arguments in NEAR if re.fullmatch(pattern, file))
-    if "/triton" in file:
-        return arguments, {"TRITON_INTERPRET": "1"}
+    more = {"TRITON_INTERPRET": "1"} if "/triton" in file else {}
     ops = sorted((path.name for path in (ROOT / "sib_fast/ops").iterdir() if path.is_dir()), key=len, reverse=True)
     if arguments[0] == "tests/ops" and (op := next((op for op in ops if op in file), None)):
-        arguments = [
-            str(path.relative_to(ROOT)) for where in ("ops", "cuda") for path in ROOT.glob(f"tests/{where}/test_*{op}*.py")
-        ]
-    return arguments, {}
+        own = [str(path.relative_to(ROOT)) for where in arguments[:2] for path in ROOT.glob(f"{where}/test_*{op}*.py")]
+        arguments = [*own, *arguments[2:]]
+    return arguments, more
 
 
 def build(tree: Path) -> str | None:
@@ -126,6 +124,16 @@ def plant(fault: tuple[str, str, str, str], tree: Path, seed: int, red_anyway: l
         path.write_text(source)
 
 
+def without_a_fault(tree: Path, seed: int) -> list[str] | None:
+    """What is red anyway, which proves nothing: a few tests want the git folder, or libraries that are not built here. None where
+    it is too much."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *EVERYTHING, f"--sample-seed={seed}"]
+    whole = run(command, tree, OMP_NUM_THREADS="1").stdout
+    red = re.findall(r"^(?:FAILED|ERROR) (\S+)", whole, re.MULTILINE)
+    print(f"without a fault: {whole.strip().splitlines()[-1]} {' '.join(red)}", flush=True)
+    return red if len(red) <= 10 and re.search(r"\d+ passed", whole) else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, help="folder for the copy; what is there is deleted")
@@ -140,18 +148,17 @@ def main() -> int:
     if args.out and args.out.is_file():
         before = json.loads(args.out.read_text())
         if (before["commit"], before["seed"]) == (record["commit"], args.seed):
-            record["faults"] = before["faults"]
+            record |= {key: before[key] for key in ("faults", "red_anyway")}
     copy(tree)
     if (complaint := build(tree)) is not None:
         print(complaint)
         return 1
-    # What is red without a fault proves nothing: a few tests want the git folder, or libraries that are not built here.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *EVERYTHING, f"--sample-seed={args.seed}"]
-    whole = run(command, tree, OMP_NUM_THREADS="1").stdout
-    record["red_anyway"] = red_anyway = re.findall(r"^(?:FAILED|ERROR) (\S+)", whole, re.MULTILINE)
-    print(f"without a fault: {whole.strip().splitlines()[-1]} {' '.join(red_anyway)}", flush=True)
-    if len(red_anyway) > 10 or not re.search(r"\d+ passed", whole):
-        return 1
+    if "red_anyway" not in record:
+        found = without_a_fault(tree, args.seed)
+        if found is None:
+            return 1
+        record["red_anyway"] = found
+    red_anyway = record["red_anyway"]
     known = {one["fault"] for one in record["faults"]}
     for fault in chosen:
         if fault[0] in known:

@@ -36,7 +36,7 @@ SIB_HOST_DEVICE void activation_double_backward(T saved, T u, T u_gy, T a, T b, 
   (void)a, (void)b;
   if constexpr (kind == Activation::hardswish) {
     to_grad_y = x <= T(-3) ? T(0) : x < T(3) ? u * (x * (T(1) / T(3)) + T(0.5)) : u;
-    to_saved = (x > T(-3)) & (x < T(3)) ? u_gy * (T(1) / T(3)) : T(0);
+    to_saved = ((x > T(-3)) & (x < T(3))) ? u_gy * (T(1) / T(3)) : T(0);
   } else if constexpr (kind == Activation::silu) {
     T s, rest;
     sigmoids<Math>(x, s, rest);

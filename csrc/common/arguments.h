@@ -58,7 +58,11 @@ inline void check_element(const char* op, const Tensor& x) {
   SIB_CHECK(op, is_supported(x.scalar_type()), "x must be float64, float32, bfloat16 or float16");
 }
 using Named = std::pair<const char*, const Tensor&>;
-using MaybeNamed = std::pair<const char*, const MaybeTensor&>;
+// No pair: its constructor would bind the reference to a temporary of its own where a Tensor is given.
+struct __attribute__((visibility("hidden"))) MaybeNamed {
+  const char* name;
+  const MaybeTensor& tensor;
+};
 // One number a channel in what x is accumulated in, where there is one at all.
 inline void check_channels(const char* op, const Tensor& x, int64_t channels, std::initializer_list<MaybeNamed> each) {
   for (const auto& [name, t] : each) {

@@ -38,7 +38,7 @@ demo: $(VENV)/.built-demo
 test: check quick interpret old pinned packaging site
 
 # The same without samples. What it found is stored with commit and machine in benchmarks/results/test_all.json.
-test-all: $(VENV)/.built-all
+test-all: $(VENV)/.editable
 	$(BIN)/python tools/test_all.py
 
 check: $(VENV)/.built

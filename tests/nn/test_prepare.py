@@ -42,7 +42,7 @@ def test_layers_are_torchs_in_value_statistics_and_state(layer, options):
         {"padding": "same"},
         {"padding": "same", "kernel_size": 4, "dilation": 1},
         {"padding": "valid"},
-        {"padding": "same", "dilation": (2, 1), "kernel_size": (3, 5)},
+        {"padding": "same", "dilation": (3, 1), "kernel_size": (3, 5)},  # 3 and 2 on each side
         {"padding": 2, "padding_mode": "reflect"},
         {"groups": 4, "dilation": 2},
     ],

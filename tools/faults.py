@@ -107,7 +107,7 @@ FAULTS = [
     ("activation: last element of a task lost", ACT_HOST, "in<E>(saved) + from, to - from,", "in<E>(saved) + from, to - from - 1,"),
     ("activation: u left out of to_saved", ACT, 'to_saved = u_gy * (slope * (T(2) + x * (rest - s)));', 'to_saved = u_gy / u * (slope * (T(2) + x * (rest - s)));'),
     ("activation: silu's f'' by half", ACT, 'u_gy * (slope * (T(2) + x * (rest - s)))', 'u_gy * (slope * (T(1) + x * (rest - s)))'),
-    ("activation: hardswish past its kinks", ACT, '(x > T(-3)) & (x < T(3)) ? u_gy * (T(1) / T(3)) : T(0)', 'u_gy * (T(1) / T(3))'),
+    ("activation: hardswish past its kinks", ACT, '((x > T(-3)) & (x < T(3))) ? u_gy * (T(1) / T(3)) : T(0)', 'u_gy * (T(1) / T(3))'),
     ("activation: gelu's sign", ACT, 'density * (T(2) - x * x)', 'density * (x * x - T(2))'),
     ("activation: gelu_tanh without the cubic's second derivative", ACT, '(rest - s) * z1 * z1 + z2)', '(rest - s) * z1 * z1)'),
     ("activation: mish overflows", ACT, 'Math::exp(x > T(20) ? T(20) : x)', 'Math::exp(x)'),

@@ -99,9 +99,9 @@ class SIBTrainerMixin:
         attention = getattr(self.model.config, "_attn_implementation", None)
         if attention not in (None, "eager", ATTENTION):
             raise ValueError(
-                f"{_OP}: the model's attention must be {ATTENTION!r} or 'eager', got {attention!r}: fused attention has no "
-                f"second derivative. Load it with from_pretrained(..., attn_implementation={ATTENTION!r}), or call "
-                f"model.set_attn_implementation({ATTENTION!r})"
+                f"{_OP}: the model's attention must be 'sib_fast' or 'eager', got {attention!r}: fused attention has no second "
+                "derivative. Load it with from_pretrained(..., attn_implementation='sib_fast'), or call "
+                "model.set_attn_implementation('sib_fast')"
             )
         # Older Trainers have no loss_is_scaled_for_ga; they ask whether the model takes num_items_in_batch instead.
         self.model_accepts_loss_kwargs = False

@@ -37,7 +37,8 @@ def attention_forward(
     Shapes:  query [N, heads, L, E], key [N, heads, S, E], value [N, heads, S, F] -> [N, L, heads, F], and None for the weights.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and not causal and query.shape[1] == key.shape[1] and options.get("position_bias") is None:
+    asked = options.get("position_bias") is not None or options.get("softcap") is not None or options.get("output_attentions")
+    if attention_mask is None and not causal and query.shape[1] == key.shape[1] and not asked:
         out = scaled_dot_product_attention(query, key, value, None, dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options)

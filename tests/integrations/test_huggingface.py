@@ -188,6 +188,12 @@ def test_attention_that_can_be_differentiated_twice():
     out, weights = huggingface.attention_forward(module, query, query, query, mask)
     assert weights is None
     assert torch.equal(out, nn.functional.scaled_dot_product_attention(query, query, query, mask).transpose(1, 2))
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "sdpa_attention_forward", lambda *_, **options: calls.append(options))
+        for option in ({"softcap": 30.0}, {"position_bias": mask}, {"output_attentions": True}):
+            huggingface.attention_forward(module, query, query, query, None, **option)
+            assert calls.pop().items() >= option.items()
     with torch.no_grad():
         out, _ = huggingface.attention_forward(module, query, query, query, None, scaling=0.3)
         want = nn.functional.scaled_dot_product_attention(query, query, query, scale=0.3)

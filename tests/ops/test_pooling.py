@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-import sib_fast
 from sib_fast.ops.pooling import avg_pool2d, max_pool2d, reference
 
 MAX = {
@@ -97,23 +95,3 @@ def test_opcheck():
     torch.library.opcheck(op.average.default, (x, *AVERAGE["padded"]))
     y = op.average(x.detach(), *AVERAGE["padded"])
     torch.library.opcheck(op.average_backward.default, (torch.randn_like(y), x.detach(), *AVERAGE["padded"]))
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 3), ceil_mode=True), nn.AvgPool2d(2), nn.AvgPool2d((3, 2), 2, (1, 0))],
-    ids=str,
-)
-def test_layers(layer):
-    x = torch.randn(2, 3, 9, 8)
-    want, unbatched = layer(x), layer(x[0])
-    fast = sib_fast.prepare(layer)
-    assert type(fast).__module__ == "sib_fast.nn.pooling"
-    assert torch.equal(fast(x), want)
-    assert torch.equal(fast(x[0]), unbatched)
-    assert type(sib_fast.restore(fast)).__module__ == "torch.nn.modules.pooling"
-
-
-def test_return_indices_is_pytorchs():
-    fast = sib_fast.prepare(nn.MaxPool2d(2, return_indices=True))
-    assert len(fast(torch.randn(1, 2, 4, 4))) == 2

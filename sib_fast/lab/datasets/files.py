@@ -168,6 +168,16 @@ def read_object(op: str, path: str, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(mask) >= 128)[None]
 
 
+def own_mask(op: str, sample: Sample, height: int, width: int) -> Tensor:
+    """``read_mask`` of a listing whose annotations are paths from :func:`masks_by_name`."""
+    return read_object(op, sample.annotation, height, width)
+
+
+def own_boxes(op: str, sample: Sample, height: int, width: int) -> Tensor:
+    """``read_mask`` of a listing whose annotations are corners from :func:`boxes_by_name`."""
+    return box_mask(op, sample.image, sample.annotation, height, width)
+
+
 def boxes_by_name(op: str, path: Path) -> dict[str, list[tuple[float, ...]]]:
     """A table of boxes with the columns image, x0, y0, x1, y1: a path, and corners in pixels of that file; several lines of an
     image make a union.

@@ -7,13 +7,13 @@ But for what file managers leave: hidden files and folders, macOS's resource for
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
 
-from sib_fast.lab.datasets.files import Listing, Sample, box_mask, boxes_by_name, is_hidden, masks_by_name, read_object, require
+from sib_fast.lab.datasets.files import Listing, Sample, boxes_by_name, is_hidden, masks_by_name, own_boxes, own_mask, require
 
 MASKS = ("segmentation", "box")
 _SOURCE = "the layout is train/<class>/<image> and test/<class>/<image>, or val/ in the place of test/"
@@ -44,11 +44,12 @@ def open_split(root: Path, split: str, masks: str) -> Listing:
     if masks == "box":
         names = [Path(path).relative_to(folder).as_posix() for path, _ in images]
         samples = _annotated(images, names, boxes_by_name("folder", table), table)
-        return Listing(tuple(classes), samples, "box", read_box, upright=True)
+        return Listing(tuple(classes), samples, "box", partial(own_boxes, "folder"), upright=True)
     names = [Path(path).relative_to(folder).with_suffix("").as_posix() for path, _ in images]
     found = masks_by_name(annotations) if annotations.is_dir() else {}
     require("folder", _SOURCE, found.values())
-    return Listing(tuple(classes), _annotated(images, names, found, annotations), "segmentation", read_mask, upright=True)
+    samples = _annotated(images, names, found, annotations)
+    return Listing(tuple(classes), samples, "segmentation", partial(own_mask, "folder"), upright=True)
 
 
 def _annotated(images: list[tuple[str, int]], names: list[str], found: dict[str, Any], where: Path) -> list[Sample]:
@@ -61,14 +62,6 @@ def _annotated(images: list[tuple[str, int]], names: list[str], found: dict[str,
             "an annotation are fine"
         )
     return [Sample(path, label, found.get(name)) for (path, label), name in zip(images, names, strict=True)]
-
-
-def read_mask(sample: Sample, height: int, width: int) -> Tensor:
-    return read_object("folder", sample.annotation, height, width)
-
-
-def read_box(sample: Sample, height: int, width: int) -> Tensor:
-    return box_mask("folder", sample.image, sample.annotation, height, width)
 
 
 def _classes(folder: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,16 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    from sib_fast.lab.datasets.files import ImageFiles, Listing, Sample, boxes_by_name, is_hidden, masks_by_name
+    from sib_fast.lab.datasets.files import (
+        ImageFiles,
+        Listing,
+        Sample,
+        boxes_by_name,
+        is_hidden,
+        masks_by_name,
+        own_boxes,
+        own_mask,
+    )
 
     if (masks is None) == (boxes is None):
         raise ValueError(f"{_OP}: masks or boxes must be given with images, one of the two, got {masks} and {boxes}")
@@ -228,21 +238,9 @@ def open_folder(images: Path, masks: Path | None, boxes: Path | None, image_size
             f"{_OP}: boxes must name images by their path below {images}, got none of them in {boxes}: "
             f"{next(iter(corners), '')!r}"
         )
-    read = _read_mask if boxes is None else _read_box
-    listing = Listing(classes, samples, "segmentation" if boxes is None else "box", read, upright=True)
+    kind, read = ("segmentation", own_mask) if boxes is None else ("box", own_boxes)
+    listing = Listing(classes, samples, kind, partial(read, _OP), upright=True)
     return ImageFiles(listing, image_size, augment=False)
-
-
-def _read_mask(sample: Any, height: int, width: int) -> Tensor:
-    from sib_fast.lab.datasets.files import read_object
-
-    return read_object(_OP, sample.annotation, height, width)
-
-
-def _read_box(sample: Any, height: int, width: int) -> Tensor:
-    from sib_fast.lab.datasets.files import box_mask
-
-    return box_mask(_OP, sample.image, sample.annotation, height, width)
 
 
 def first_of(names: Iterable[str], most: int = 6) -> str:

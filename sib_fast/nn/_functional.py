@@ -1,14 +1,15 @@
-"""torch.nn.functional, but for its attention: what the forward of a prepared attention module finds under the name `F`."""
+"""torch.nn.functional, but for its attention, layer norm and group norm: what a prepared module's own forward finds as `F`."""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, List, Optional  # noqa: UP035  torch.jit.script reads the types
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from sib_fast.nn import layer_norm as norms
 from sib_fast.nn._autocast import lowered
 from sib_fast.nn._torchs_own import torchs_own_runs
 from sib_fast.nn.attention import attention
@@ -18,7 +19,7 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Optional[Tensor] = None,  # noqa: UP045  torch.jit.script reads the types
+    attn_mask: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: Optional[float] = None,  # noqa: UP045
@@ -62,6 +63,36 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         return False
     one_shape = query.ndim > 2 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     return one_shape and (mask is None or (mask.requires_grad and mask.is_floating_point()))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: List[int],  # noqa: UP006
+    weight: Optional[Tensor] = None,  # noqa: UP045
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional's, with a fused double backward."""
+    if torch.jit.is_scripting():
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    else:  # noqa: RET505
+        own = isinstance(input, Proxy) or torchs_own_runs()
+        return (F if own else norms).layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor] = None,  # noqa: UP045
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional's, with a fused double backward."""
+    if torch.jit.is_scripting():
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    else:  # noqa: RET505
+        own = isinstance(input, Proxy) or torchs_own_runs()
+        return (F if own else norms).group_norm(input, num_groups, weight, bias, eps)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,13 @@
 """Layers that are not torch.nn's: those of other packages that `prepare` knows, each with a forward of its own that was read, and
-whatever calls PyTorch's attention. Their fast classes are made on demand."""
+whatever calls a function that `_functional` has. Their fast classes are made on demand."""
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib
 import sys
+from itertools import pairwise
 from types import FunctionType
 
 import torch.nn.functional as F
@@ -14,24 +16,7 @@ from torch import Tensor, nn
 from sib_fast.nn import _functional
 from sib_fast.nn._torchs_own import Layer
 from sib_fast.nn.batch_norm import BatchNorm2d, SyncBatchNorm
-from sib_fast.nn.layer_norm import LayerNorm, has_kernel
 from sib_fast.ops.activation import activation
-
-
-class _LayerNorm(LayerNorm):
-    """Before a subclass of torch.nn.LayerNorm: the same numbers by the fused op. timm's own fast path stays."""
-
-    def _fast(self, input: Tensor) -> Tensor:
-        if not has_kernel(input) or getattr(self, "_fast_norm", False):
-            return self._torchs_own(input)
-        return self._normalised(input)
-
-
-class _LayerNorm2d(_LayerNorm):
-    """Layer norm over the channels of a map [N, C, H, W], by its channels last view."""
-
-    def _normalised(self, input: Tensor) -> Tensor:
-        return super()._normalised(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _GELU(Layer):
@@ -64,30 +49,34 @@ class _SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
 
 # (module, name) of the class -> what goes before it.
 _OTHERS: dict[tuple[str, str], type[Layer]] = {
-    ("torchvision.models.convnext", "LayerNorm2d"): _LayerNorm2d,
-    ("timm.layers.norm", "LayerNorm"): _LayerNorm,
-    ("timm.layers.norm", "LayerNorm2d"): _LayerNorm2d,
     ("timm.layers.norm_act", "BatchNormAct2d"): _BatchNormAct2d,
     ("timm.layers.norm_act", "SyncBatchNormAct"): _SyncBatchNormAct,
     ("timm.layers.activations", "GELU"): _GELU,
     ("timm.layers.activations", "GELUTanh"): _GELUTanh,
 }
 
+_FUNCTIONS = ("group_norm", "layer_norm", "scaled_dot_product_attention")  # of `_functional`
 
-def calls_attention(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward calls F.scaled_dot_product_attention, and the class can be found by its name."""
+
+def fast_calls(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Which of these the class's forward calls as F.…, whatever name the file has for torch.nn.functional.
+
+    None where the class cannot be found by its name, as a pickled model must.
+    """
     forward = kind.forward
-    if not isinstance(forward, FunctionType) or "scaled_dot_product_attention" not in forward.__code__.co_names:
-        return False
-    return forward.__globals__.get("F") is F and getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+    if not isinstance(forward, FunctionType) or getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+        return ()
+    steps = pairwise(dis.get_instructions(forward))
+    of_f = {b.argval for a, b in steps if a.opname == "LOAD_GLOBAL" and forward.__globals__.get(a.argval) is F}
+    return tuple(name for name in _FUNCTIONS if name in of_f)
 
 
-def _with_our_attention(forward: FunctionType) -> FunctionType:
+def _with_our_functions(forward: FunctionType) -> FunctionType:
     """The same code, so that whatever else it does stays as it is, with `_functional` in the place of torch.nn.functional."""
     # Without its module's name, by which dynamo would look for what is not there.
-    names = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
+    names = {name: _functional if value is F else value for name, value in forward.__globals__.items() if name != "__name__"}
     code, defaults, closure = forward.__code__, forward.__defaults__, forward.__closure__
-    own = FunctionType(code, names | {"F": _functional}, forward.__name__, defaults, closure)
+    own = FunctionType(code, names, forward.__name__, defaults, closure)
     return functools.update_wrapper(own, forward, assigned=("__annotations__", "__kwdefaults__", "__doc__"))
 
 
@@ -102,8 +91,8 @@ def other_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     }
     if fast := _OTHERS.get((kind.__module__, kind.__name__)):
         return type(kind.__name__, (fast, kind), members)
-    if calls_attention(kind):
-        return type(kind.__name__, (kind,), members | {"forward": _with_our_attention(kind.forward)})
+    if fast_calls(kind):
+        return type(kind.__name__, (kind,), members | {"forward": _with_our_functions(kind.forward)})
     return None
 
 

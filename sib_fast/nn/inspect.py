@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sib_fast import network_checks
 from sib_fast._copy import copy_of
-from sib_fast.nn._others import calls_attention
+from sib_fast.nn._others import fast_calls
 from sib_fast.nn.prepare import SWAPS, class_below, fast_class, plain_class, prepare
 
 _OP = "inspect"
@@ -27,10 +27,12 @@ _WHY = {
     nn.MultiheadAttention: "self-attention without masks and weights becomes products and a fused softmax; any other call stays "
     "PyTorch's, which may run fused attention, without a second derivative",
 }
-_CALLS_ATTENTION = (
-    "its forward calls F.scaled_dot_product_attention, which becomes products and a fused softmax; with a mask that is no "
-    "learned bias it stays PyTorch's, which may have no second derivative"
-)
+_CALLS = {
+    "group_norm": "its forward calls F.group_norm, whose double backward becomes one fused op",
+    "layer_norm": "its forward calls F.layer_norm, whose double backward becomes one fused op",
+    "scaled_dot_product_attention": "its forward calls F.scaled_dot_product_attention, which becomes products and a fused "
+    "softmax; with a mask that is no learned bias it stays PyTorch's, which may have no second derivative",
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def _in_modules(model: nn.Module) -> Iterator[Entry]:
         obstacle = network_checks.obstacle_in(module)
         fast = fast_class(kind)
         if fast is not None:
-            why = _CALLS_ATTENTION if calls_attention(kind) else _WHY.get(kind, "its double backward becomes one fused op")
+            calls = () if kind in SWAPS else fast_calls(kind)
+            why = "; ".join(_CALLS[call] for call in calls) or _WHY.get(kind, "its double backward becomes one fused op")
             yield Entry("swap", _name_of(kind), (name,), _name_of(fast), why)
         elif plain_class(kind) is not None:
             yield Entry("prepared", _name_of(kind), (name,), None, "swapped already")

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_fast._backends import REFERENCE, automatic
 from sib_fast.nn._autocast import widened
 from sib_fast.nn._torchs_own import Layer
-from sib_fast.ops.layer_norm import KERNELS, group_norm, layer_norm
+from sib_fast.ops import layer_norm as ops
 
 
-def has_kernel(input: Tensor) -> bool:
+def _has_kernel(input: Tensor) -> bool:
     """Composed of plain operations, the reference is slower than what it would replace."""
-    return automatic(input.device, KERNELS) != REFERENCE
+    return automatic(input.device, ops.KERNELS) != REFERENCE
+
+
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.functional's, with a fused double backward where there is a kernel, and x is not nested."""
+    if x.is_nested or not _has_kernel(x):
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return ops.layer_norm(widened(x), shape, weight, bias, eps=eps)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.functional's, with a fused double backward where there is a kernel, and more than one value in a group."""
+    if not _has_kernel(x) or x.numel() <= x.shape[0] * groups:
+        return F.group_norm(x, groups, weight, bias, eps)
+    return ops.group_norm(widened(x), groups, weight, bias, eps=eps)
 
 
 class LayerNorm(Layer, nn.LayerNorm):
@@ -22,10 +39,7 @@ class LayerNorm(Layer, nn.LayerNorm):
     """
 
     def _fast(self, input: Tensor) -> Tensor:
-        return self._normalised(input) if has_kernel(input) else self._torchs_own(input)
-
-    def _normalised(self, input: Tensor) -> Tensor:
-        return layer_norm(widened(input), self.normalized_shape, self.weight, self.bias, eps=self.eps)
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class GroupNorm(Layer, nn.GroupNorm):
@@ -35,6 +49,4 @@ class GroupNorm(Layer, nn.GroupNorm):
     """
 
     def _fast(self, input: Tensor) -> Tensor:
-        if not has_kernel(input) or input.numel() <= input.shape[0] * self.num_groups:
-            return self._torchs_own(input)
-        return group_norm(widened(input), self.num_groups, self.weight, self.bias, eps=self.eps)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

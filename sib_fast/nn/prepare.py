@@ -112,9 +112,9 @@ def prepare(model: _Model, *, recompute: bool = False, only: Iterable[type[nn.Mo
     before or after DDP, FSDP2, `SIBLoss.attach` and torch.nn.utils.parametrize. Pays for any loss on an input gradient, not
     only S-IB; without a second derivative it gains nothing. Under torch.func and forward-mode AD, and while the model is
     traced, scripted or exported, the layers run PyTorch's own forward. Subclasses and other packages' layers are left alone, but
-    for torchvision's LayerNorm2d and timm's LayerNorm, LayerNorm2d, BatchNormAct2d, SyncBatchNormAct, GELU and GELUTanh. So are
-    calls of torch.nn.functional, but for one: a module of any class whose forward calls F.scaled_dot_product_attention, with F
-    imported as usual, keeps its forward and gets an attention that can be differentiated twice.
+    for timm's BatchNormAct2d, SyncBatchNormAct, GELU and GELUTanh. So are calls of torch.nn.functional, but for three: a module
+    of any class whose forward calls F.layer_norm, F.group_norm or F.scaled_dot_product_attention, with F imported as usual,
+    keeps its forward and gets functions with a fast second derivative (of attention: one at all).
 
     Args:    recompute: the graph of the VJP keeps one activation a convolution less where batch norm follows it, and calculates
              it again in the final backward pass: about half of what an S-IB step of a ResNet holds beyond a plain one, for one

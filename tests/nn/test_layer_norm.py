@@ -1,4 +1,4 @@
-"""LayerNorm, GroupNorm and other packages' LayerNorm2d: PyTorch's numbers and state, swapped and given back."""
+"""LayerNorm, GroupNorm and modules that call their functions: PyTorch's numbers and state, swapped and given back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import nn
 
 import sib_fast
@@ -26,13 +27,44 @@ LAYERS = {
 }
 
 
+class OwnNorm2d(nn.Module):
+    """As many a ConvNeXt has it, under another name for torch.nn.functional, with another call of it, and one by keyword."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        y = functional.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-4)
+        return functional.softplus(y.permute(0, 3, 1, 2))
+
+
+class Named(nn.Module):
+    """Whose layer only has the function's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm = nn.Identity()
+
+    def forward(self, x):
+        return self.layer_norm(functional.relu(x))
+
+
+class Inherited(nn.LayerNorm):
+    """A subclass with a constructor alone."""
+
+
 def other_layers() -> dict:
-    """Classes of other packages that are known by name, where they are installed."""
-    found = {}
+    """Classes that are none of torch.nn's; of other packages, where they are installed."""
+    found = {"own-2d": OwnNorm2d, "inherited": Inherited}
     for module, name in (
         ("torchvision.models.convnext", "LayerNorm2d"),
         ("timm.layers.norm", "LayerNorm2d"),
         ("timm.layers", "LayerNorm"),
+        ("timm.layers.norm", "GroupNorm1"),
+        ("timm.layers.norm_act", "GroupNorm1Act"),
+        ("timm.layers.norm_act", "LayerNormAct2d"),
     ):
         try:
             found[f"{module.split('.')[0]}-{name}"] = getattr(__import__(module, fromlist=[name]), name)
@@ -42,6 +74,10 @@ def other_layers() -> dict:
 
 
 OTHERS = other_layers()
+
+
+def takes_maps(name: str) -> bool:
+    return "2d" in name or "Group" in name
 
 
 def randomised(layer: nn.Module) -> nn.Module:
@@ -84,8 +120,8 @@ def test_layers_are_torchs_in_value_and_both_derivatives(name):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_packages_layer_norms(name, layout):
-    """torchvision's LayerNorm2d of ConvNeXt, and timm's: the same numbers and layout, the same class after restore."""
+def test_modules_that_call_the_function(name, layout):
+    """The same numbers and layout, the same class after restore."""
     plain = randomised(OTHERS[name](6))
     model = sib_fast.prepare(nn.Sequential(copy.deepcopy(plain)))
     fast = model[0]
@@ -93,13 +129,13 @@ def test_other_packages_layer_norms(name, layout):
     assert type(fast) is not type(plain)
     assert plain_class(type(fast)) is type(plain)
     x = torch.randn(3, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=layout)
-    x = x if name.endswith("2d") else x.transpose(1, 3)
+    x = x if takes_maps(name) else x.transpose(1, 3)
     y = fast(x)
     assert any("sib_fast__layer_norm" in node.name() for node in network_checks.nodes_of(y.grad_fn))
     assert y.stride() == plain(x).stride()
     for a, b in zip(derivatives(fast, x), derivatives(plain, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-    (entry,) = inspect(nn.Sequential(copy.deepcopy(plain))).of("swap")
+    (entry,) = (entry for entry in inspect(nn.Sequential(copy.deepcopy(plain))).of("swap") if entry.names == ("0",))
     assert entry.kind.endswith(type(plain).__name__)
     assert inspect(model).of("prepared")[0].names == ("0",)
     buffer = io.BytesIO()
@@ -125,6 +161,7 @@ def test_an_unknown_subclass_is_left_alone():
             return x
 
     assert fast_class(LayerNorm2d) is None
+    assert fast_class(Named) is None
     assert plain_class(LayerNorm2d) is None
     model = sib_fast.prepare(nn.Sequential(LayerNorm2d(3)))
     assert type(model[0]) is LayerNorm2d
@@ -143,7 +180,19 @@ def test_without_a_kernel_the_layer_is_its_own(layer, monkeypatch):
     x = torch.randn(2, 4, 3, 4 if type(layer) in OTHERS.values() else 5, requires_grad=True)
     got, want = sib_fast.prepare(copy.deepcopy(layer))(x), layer(x)
     assert torch.equal(got, want)
-    assert type(got.grad_fn) is type(want.grad_fn)
+    nodes = [node.name() for node in network_checks.nodes_of(got.grad_fn)]
+    assert not any("sib_fast__layer_norm" in node for node in nodes)
+    assert any("NormBackward" in node for node in nodes)
+
+
+def test_a_nested_tensor_is_pytorchs():
+    """Only layer norm takes one."""
+    rows = [torch.randn(3, 4), torch.randn(2, 4)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    y = sib_fast.prepare(nn.LayerNorm(4))(x)
+    assert torch.equal(y.values(), nn.LayerNorm(4)(torch.cat(rows)))
+    y.values().sum().backward()
+    assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (0, 4, 3), (1, 4, 1)], ids=str)

@@ -566,6 +566,14 @@ def test_digits_are_the_embedded_set():
     torch.testing.assert_close(data.denormalise(image), (image * 0.25 + 0.5).clamp(0, 1))
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_without_a_size_every_digit_of_the_split_is_there_once(split):
+    data = open_dataset("digits", None, split, image_size=16)
+    counts = torch.bincount(data.embedded.digits)
+    assert counts.max() == 1
+    assert len(data) == counts.sum() == {"train": 1297, "test": 500}[split]
+
+
 # ---- what is missing, damaged or asked for wrongly ----------------------------------------------------------------------
 
 

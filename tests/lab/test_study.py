@@ -376,6 +376,19 @@ def test_the_command_is_the_configuration():
     assert StudyConfig().command() == "sib-fast study"
 
 
+def test_the_first_steps_of_each_kind_are_not_timed(monkeypatch):
+    now, steps = 0.0, 0
+
+    def step():
+        nonlocal now, steps
+        steps += 1
+        now += 100.0 if steps <= 2 * timing._WARM_UP else 1.0  # two sizes of batch take turns
+
+    monkeypatch.setattr(timing, "_steps", lambda arch, settings, images: {"plain": step})
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    assert timing.time_steps("small_resnet", {"batch_size": 6}, 2) == {"plain": 1.0, "plain" + timing.FIXED: 1.0}
+
+
 def test_timing_times_every_kind():
     settings = StudyConfig(**TINY).settings()
     seconds = timing.time_steps("small_resnet", settings, 2)

@@ -59,6 +59,8 @@ def pytest(tree: Path, *arguments: str, **more: str) -> tuple[bool, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     tested = run(command, tree, OMP_NUM_THREADS="1", **more)
     red = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", tested.stdout, re.MULTILINE)
+    if red is None and (died := re.search(r'File ".*/tests/(.+?)", line \d+ in (test_\w+)', tested.stdout + tested.stderr)):
+        return False, f"{died[1]}::{died[2]}, in which the interpreter dies"
     # Exit status 5: nothing was selected, which is no proof of anything.
     return tested.returncode in (0, 5), red.group(1) if red else tested.stdout[-300:] + tested.stderr[-300:]
 

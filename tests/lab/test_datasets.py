@@ -147,8 +147,8 @@ DOGS = {
         [("Shih-Tzu", 4, 3, 8, 6, ""), ("Shih-Tzu", 10, 8, 15, 13, "")],
         (WIDTH, HEIGHT),
     ),
-    # annotated at twice the size
-    "n02086240-Shih-Tzu/n02086240_2": (2, "test", [("Shih-Tzu", 8, 6, 22, 18, "")], (2 * WIDTH, 2 * HEIGHT)),
+    # annotated at twice the width and three times the height
+    "n02086240-Shih-Tzu/n02086240_2": (2, "test", [("Shih-Tzu", 8, 9, 22, 27, "")], (2 * WIDTH, 3 * HEIGHT)),
     "n02085620-Chihuahua/n02085620_7": (1, "test", [("Chihuahua", 0, 0, WIDTH + 3, HEIGHT, "")], (WIDTH, HEIGHT)),
 }
 
@@ -343,7 +343,7 @@ def test_dogs(tree, place):
     two = rectangle(3, 6, 4, 8) | rectangle(8, 13, 10, 15)
     for (_, _, mask), expected in zip(train, (rectangle(3, 9, 4, 11), two), strict=True):
         assert torch.equal(mask, middle(expected).bool())
-    assert torch.equal(test[0][2], middle(rectangle(3, 9, 4, 11)).bool())  # annotated at twice the size
+    assert torch.equal(test[0][2], middle(rectangle(3, 9, 4, 11)).bool())  # annotated at another size
     assert test[1][2].all()  # a box that reaches over the edge
 
 
